@@ -89,7 +89,7 @@ class EncodeSpec:
         if any(not -n <= l < n for l in layers): raise ValueError(f'layers={layers}: this encoder has blocks 0 to {n - 1}')
         paths = [p if p.attention == 'qkv' else replace(p, depth=(n if p.attention == 'vv' else 1) if p.depth is None else p.depth) for p in self.paths]
         if any((p.depth or 0) > n for p in paths): raise ValueError(f'depth={max(p.depth or 0 for p in paths)}: this encoder has {n} blocks')
-        return replace(self, layers=tuple(l % n for l in layers), paths=tuple(paths))
+        return replace(self, layers=tuple(l % n for l in layers), paths=tuple(dict.fromkeys(paths)))
 
 # %% ../nbs/10_clip.ipynb #7cb68320
 @dataclass(frozen=True)

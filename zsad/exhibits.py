@@ -50,7 +50,7 @@ ATTENTION = (Row('with QKV attention', replace(ano, name='anoclip/qkv', encode=o
 
 # %% ../nbs/22_exhibits.ipynb #903d3f7a
 PROMPTING = (Row('Base', replace(ano, name='anoclip/base', text='base')), Row('+CS Prompt', replace(ano, name='anoclip/cs', text='cs')), Row('+DA Prompt', ano))
-DEPTHS = tuple(Row(str(d), replace(ano, name=f'anoclip/depth{d}', encode=one_path('vv', d))) for d in range(7))
+DEPTHS = tuple(Row(str(d), replace(ano, name=f'anoclip/depth{d}', encode=one_path('vv', d))) for d in range(25))
 BASELINES = tuple(Row(n, METHODS[n]) for n in ('clip', 'clip-ac', 'maskclip', 'anoclip'))
 
 # %% ../nbs/22_exhibits.ipynb #c9c76998

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GOOD', 'BAD', 'SAID', 'FRAMES', 'MEAN', 'STD', 'Recipe', 'mini_config', 'draw_pair', 'Pairs', 'render_pairs',
            'captions', 'Words', 'embed_texts', 'contrast', 'losses', 'draw_batch', 'aim', 'to_device', 'save_state',
-           'groups', 'train', 'run_steps']
+           'groups', 'train', 'run_steps', 'export_weights']
 
 # %% ../nbs/26_train.ipynb #0cf2536b
 import json, math, os, time
@@ -29,16 +29,17 @@ class Recipe:
     seed: int = 0
     pairs: int = 7000            # pictures are rendered in pairs: an instance and its defective twin
     designs: int = 48            # designs per kind, all from the open cells
-    steps: int = 1600
+    steps: int = 1500
     batch: int = 24              # pairs per full-image step; window steps take `widen` times more
     widen: int = 2
     full: float = 0.35            # share of steps on full images; the others see one random window of tokens
     windows: tuple = (4, 10)     # window sizes in patches
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     decay: float = 0.05
     warmup: int = 60
     ema: float = 0.998
-    region: float = 1.0          # weight of the patch term on the V-V path
+    region: float = 2.0          # weight of the patch term on the V-V path
+    value_gain: float = 1.6      # initial scale of the value projections: above 1 a value attends to itself first
     state: float = 1.0           # weight of the normal-or-anomalous term
     novel: float = 0.15          # share of nouns replaced by a random word
     width: int = 128
@@ -157,9 +158,10 @@ def losses(model, scale, x, share, window, texts, r:Recipe)->dict:
     t, v = embed_texts(model, ids), model.visual
     z = v._embeds(x)
     if window is not None: z = torch.cat([z[:, :1], z[:, 1:].gather(1, window[..., None].expand(-1, -1, z.shape[-1]))], 1)
-    z, local = walk(v, z, (AttentionPath('vv'),))
+    route = AttentionPath('vv', r.layers)
+    z, local = walk(v, z, (route,), (r.layers - 1,))
     cls = F.normalize(v.ln_post(z[:, 0]) @ v.proj, dim=-1)
-    patch = F.normalize(v.ln_post(local[AttentionPath('vv')][0][:, 1:]) @ v.proj, dim=-1)
+    patch = F.normalize(v.ln_post(local[route][0][:, 1:]) @ v.proj, dim=-1)
     apart = (t[own_bad] - t[own_good])
     part = share.flatten(1) if window is None else share.flatten(1).gather(1, window)
     hit, miss = part > 0.12, part == 0
@@ -240,13 +242,17 @@ def train(r:Recipe,                 # the row
     keep_memory()
     data, tok = data or render_pairs(r, r.pairs, report=report), Words()
     torch.manual_seed(r.seed)
-    model = open_clip.CLIP(**mini_config(r)).to(device)
+    model = open_clip.CLIP(**mini_config(r))
+    with torch.no_grad():
+        for b in model.visual.transformer.resblocks: b.attn.in_proj_weight[-r.width:] *= r.value_gain
+    model = model.to(device)
     scale = nn.Parameter(torch.tensor([math.log(20.), 0.], device=device))
     opt = torch.optim.AdamW(groups(model, scale, r), betas=(0.9, 0.98), eps=1e-6)
     base = [g['lr'] for g in opt.param_groups]
     mean, first, path = {k: p.detach().clone() for k, p in model.state_dict().items()}, 0, folder/'checkpoint.pt'
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
+        if saved['recipe'] != json.dumps(asdict(r)): raise ValueError(f'{path} was made by another recipe: {saved["recipe"]}; choose another folder')
         model.load_state_dict(saved['model']); opt.load_state_dict(saved['opt']); mean, first = saved['mean'], saved['step']
         with torch.no_grad(): scale.copy_(saved['scale'])
     loop = dict(model=model, scale=scale, opt=opt, base=base, mean=mean, data=data, words=tok.random(), tok=tok, device=device)
@@ -269,6 +275,19 @@ def run_steps(r, folder, first, last, every, report, *, model, scale, opt, base,
         rows.append(f"{step},{15 if window is None else int(window.shape[1]**.5)}," + ','.join(f'{l[k].item():.6f}' for k in ('contrast', 'state', 'region')))
         if (step + 1) % every == 0 or step + 1 == last:
             with open(folder/'curve.csv', 'a') as f: f.write('\n'.join(rows) + '\n')
-            rows = []; save_state(folder/'checkpoint.pt', model=model.state_dict(), opt=opt.state_dict(), mean=mean, step=step + 1, scale=scale.detach())
+            rows = []; save_state(folder/'checkpoint.pt', model=model.state_dict(), opt=opt.state_dict(), mean=mean, step=step + 1, scale=scale.detach(), recipe=json.dumps(asdict(r)))
             report(f'step {step + 1}/{r.steps}, ' + ', '.join(f'{k} {a.item():.3f}' for k, a in l.items()) + f', {(time.time() - t)/(step + 1 - first):.2f} s/step')
     return folder
+
+# %% ../nbs/26_train.ipynb #66af011e
+def export_weights(folder,           # what `train` returned
+                   path=None         # safetensors file; default: mini.safetensors beside the checkpoint
+                  )->Path:
+    "Write the running mean of a checkpoint as float16 safetensors, with its configuration beside it."
+    from safetensors.torch import save_file
+    folder = Path(folder); path = Path(path or folder/'mini.safetensors')
+    saved = torch.load(folder/'checkpoint.pt', map_location='cpu', weights_only=True)
+    save_file({k: v.half().contiguous() for k, v in saved['mean'].items() if k != 'attn_mask'}, path, metadata=dict(step=str(saved['step']), recipe=saved['recipe']))
+    path.with_suffix('.json').write_text(json.dumps(mini_config(Recipe(**json.loads(saved['recipe']))), indent=1) + '\n')
+    os.chmod(path, 0o644)
+    return path

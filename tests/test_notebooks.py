@@ -1,0 +1,79 @@
+"Every notebook's inline tests, the notebook/module sync, and the rules of the house that a reader can check."
+import ast, filecmp, json, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NUMBERED = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
+FLAGS = {'slow', 'gpu', 'weights', 'data'}
+
+
+def cells(path, kind='code'):
+    return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
+
+
+def exported(path):
+    return [s for s in cells(path) if re.match(r'\s*#\|\s*exports?\b', s)]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_inline(path):
+    from nbdev.test import test_nb as run_notebook
+    good, _ = run_notebook(path, skip_flags=FLAGS)
+    assert good, f'{path.name}: an inline test failed, see the traceback above'
+
+
+def test_modules_are_what_the_notebooks_export(tmp_path):
+    names = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    files = names.stdout.split('\n')[:-1] if names.returncode == 0 and names.stdout else [str(p.relative_to(ROOT)) for d in ('nbs', 'zsad') for p in (ROOT/d).rglob('*') if p.is_file()]
+    for f in {*files, 'settings.ini'}:
+        if (ROOT/f).is_file() and f.split('/')[0] in ('nbs', 'zsad', 'settings.ini', 'setup.py'):
+            (tmp_path/f).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/f, tmp_path/f)
+    done = subprocess.run([sys.executable, '-c', 'from nbdev.export import nbdev_export; nbdev_export()'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = sorted(p.name for p in (tmp_path/'zsad').glob('*.py'))
+    assert made == sorted(p.name for p in (ROOT/'zsad').glob('*.py'))
+    same, different, broken = filecmp.cmpfiles(ROOT/'zsad', tmp_path/'zsad', made, shallow=False)
+    assert not different and not broken, f'out of step with their notebooks: {different + broken}; run nbdev_export'
+
+
+@pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.stem)
+def test_form(path):
+    first = cells(path, 'markdown')[0]
+    assert re.match(r'# .+\n\n> .+', first), 'begins with a title and one sentence on what it is'
+    long = [s for s in exported(path) if sum(bool(l.strip()) for l in s.splitlines()) > 26]
+    assert not long, f'exported cell of more than 25 lines:\n{long[0][:200]}'
+    kinds = [c['cell_type'] for c in json.loads(path.read_text())['cells']]
+    text = '\n'.join(cells(path) + cells(path, 'markdown'))
+    assert not re.search(r'rcParams|manual_seed\(\d+\)\s*$', text)
+    assert path.stat().st_size < 600_000
+    assert not any(o.get('output_type') == 'error' for c in json.loads(path.read_text())['cells'] for o in c.get('outputs', []))
+
+
+def test_labels_are_unique():
+    labels = [l for p in NOTEBOOKS for s in cells(p) for l in re.findall(r'#\| label: (\S+)', s)]
+    assert len(labels) == len(set(labels)), sorted(l for l in labels if labels.count(l) > 1)
+
+
+def test_imports_point_down():
+    number = {re.search(r'#\| default_exp (\w+)', '\n'.join(cells(p))).group(1): int(p.name[:2]) for p in NUMBERED if any('default_exp' in s for s in cells(p))}
+    for p in NUMBERED:
+        for s in exported(p):
+            for node in ast.parse(s).body:       # module level only: a command loads what it needs when it is called
+                if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('zsad.'):
+                    below = number[node.module.split('.')[1]]
+                    assert below < int(p.name[:2]), f'{p.name} imports {node.module} from floor {below}'
+
+
+def test_public_names_are_documented():
+    for p in NUMBERED:
+        for s in exported(p):
+            for node in ast.parse(s).body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
+                    assert ast.get_docstring(node), f'{p.name}: {node.name} has no docstring'
+
+
+def test_readme_is_the_index():
+    done = subprocess.run([sys.executable, str(ROOT/'.ci'/'readme.py'), '--check'])
+    assert done.returncode == 0, 'README.md is not what nbs/index.ipynb says; run: python .ci/readme.py'
