@@ -30,12 +30,15 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
     for f in {*files, 'settings.ini'}:
         if (ROOT/f).is_file() and f.split('/')[0] in ('nbs', 'zsad', 'settings.ini', 'setup.py'):
             (tmp_path/f).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/f, tmp_path/f)
-    done = subprocess.run([sys.executable, '-c', 'from nbdev.export import nbdev_export; nbdev_export()'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = sorted(p.name for p in (tmp_path/'zsad').glob('*.py'))
     assert made == sorted(p.name for p in (ROOT/'zsad').glob('*.py'))
     same, different, broken = filecmp.cmpfiles(ROOT/'zsad', tmp_path/'zsad', made, shallow=False)
     assert not different and not broken, f'out of step with their notebooks: {different + broken}; run nbdev_export'
+    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=tmp_path, check=True, capture_output=True)
+    unclean = [p.name for p in NOTEBOOKS if p.read_bytes() != (tmp_path/'nbs'/p.name).read_bytes()]
+    assert not unclean, f'not clean: {unclean}; run nbdev_clean'
 
 
 @pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.stem)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'SCORES', 'ROWS', 'METHODS', 'Scene', 'text_term', 'smooth_map', 'upsample', 'class_score', 'views_score',
-           'check_call', 'Method', 'one_path', 'Prediction', 'Detector', 'build']
+           'check_call', 'Method', 'one_path', 'Prediction', 'Detector', 'find_method', 'build']
 
 # %% ../nbs/20_method.ipynb #50008a4b
 import difflib, inspect
@@ -135,15 +135,19 @@ class Detector:
         return self.texts[category].pair
 
 # %% ../nbs/20_method.ipynb #95196d11
+def find_method(method)->Method:
+    "Give a row by name; a row is given back as it is."
+    if isinstance(method, Method): return method
+    if method not in METHODS: raise ValueError(f'method={method!r}: did you mean {difflib.get_close_matches(method, METHODS, 3, 0.3)}? choose from {list(METHODS)}')
+    return METHODS[method]
+
 def build(method,              # a Method or the name of one
           categories,          # names, or {name: 'object' | 'texture'}
           encoder:Encoder,
           text_cache:dict=None # remembered texts, shared by detectors of one encoder
          )->Detector:
     "Make a method ready: resolve layers and depths, encode its sentences."
-    if isinstance(method, str):
-        if method not in METHODS: raise ValueError(f'method={method!r}: did you mean {difflib.get_close_matches(method, METHODS, 3, 0.3)}? choose from {list(METHODS)}')
-        method = METHODS[method]
+    method = find_method(method)
     kinds = categories if isinstance(categories, dict) else {c: None for c in ([categories] if isinstance(categories, str) else categories)}
     cache = {} if text_cache is None else text_cache
     for c, kind in kinds.items():

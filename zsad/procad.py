@@ -159,6 +159,7 @@ def metal_nut(X, Y, g, v, form, hue):
     return [Part('nut', np.maximum(ngon(X, Y, n, R), disc(X, Y, R*1.1)), metal, 0.6, brushed), Part('face', disc(X, Y, R*0.86), metal*1.12, 0.3, brushed),
             Part('thread', disc(X, Y, hole + 0.07), metal*0.6, 0.5), Part('hole', disc(X, Y, hole), metal*0.16, 0.2, void=True)]
 
+# %% ../nbs/01_procad.ipynb #3fa1c3fa
 def pill(X, Y, g, v, form, hue):
     "A pressed pill with a score line and an imprint."
     r = 0.5 + 0.12*uni(g)
@@ -168,7 +169,7 @@ def pill(X, Y, g, v, form, hue):
     parts = [Part('pill', body, c, 0.5, speck), Part('score', box(X, Y, 0.02, r*0.42), c*0.55, 0.3, None, True)]
     return parts + [Part('imprint', abs(disc(X, Y, 0.09, s*r*0.52)) - 0.022, c*0.6, 0.2, None, True) for s in (-1, 1)]
 
-# %% ../nbs/01_procad.ipynb #3fa1c3fa
+# %% ../nbs/01_procad.ipynb #be39a06a
 def cable(X, Y, g, v, form, hue):
     "The cross-section of a cable with several insulated wires."
     n, R = 3 + int(form*3), 0.76
@@ -191,7 +192,7 @@ def transistor(X, Y, g, v, form, hue):
     parts += [Part('tab', tab, metal*0.9, 0.4), Part('body', box(X, Y + 0.08, 0.4, h + 0.05, 0.03), rgb(hue, 0.35, 0.3), 0.6)]
     return parts + [Part('mark', box(X + 0.1 - 0.2*k, Y + 0.08, 0.05, 0.05), np.array([0.85, 0.85, 0.8], 'f4'), 0., None, True) for k in range(2)]
 
-# %% ../nbs/01_procad.ipynb #be39a06a
+# %% ../nbs/01_procad.ipynb #d3fbf63d
 def button(X, Y, g, v, form, hue):
     "A sewing button."
     R, n, c = 0.55 + 0.15*uni(g), (2, 4, 3)[int(form*3)], rgb(hue, 0.6, 0.75)
@@ -212,6 +213,7 @@ def gear(X, Y, g, v, form, hue):
     parts += [Part('wheel', disc(X, Y, R), c, 0.4), Part('web', disc(X, Y, R*0.75), c*0.85, -0.3), Part('hub', disc(X, Y, R*0.35), c*1.1, 0.5)]
     return parts + [Part('bore', disc(X, Y, R*(0.12 + 0.1*uni(g))), c*0.15, 0.2, void=True)]
 
+# %% ../nbs/01_procad.ipynb #074e0918
 def connector(X, Y, g, v, form, hue):
     "A plug with two rows of pins."
     n = 3 + int(4*form)
@@ -222,7 +224,7 @@ def connector(X, Y, g, v, form, hue):
         parts.append(Part('pin', box(X - x, Y - y, 0.05, 0.07, 0.01), np.array([0.85, 0.72, 0.35], 'f4'), 0.5, None, True))
     return parts
 
-# %% ../nbs/01_procad.ipynb #074e0918
+# %% ../nbs/01_procad.ipynb #649bcb15
 def carpet(X, Y, g, v, form, hue):
     "Woven carpet: two crossing thread systems with fluff."
     S, f, a, b = X.shape[0], 9 + 10*form, rgb(hue, 0.4, 0.55), rgb(hue + 0.1, 0.3, 0.4)
@@ -249,7 +251,7 @@ def tile(X, Y, g, v, form, hue):
     speck = np.clip(speck, 0, 1)*(0.5 + 0.4*uni(g))
     return (base[:, None, None]*(1 - speck) + dark[:, None, None]*speck)*(0.94 + 0.1*noise(v, S, 3))
 
-# %% ../nbs/01_procad.ipynb #dcadc53d
+# %% ../nbs/01_procad.ipynb #06bb7e00
 def leather(X, Y, g, v, form, hue):
     "Grained leather: ridges between the cells of a noise field, lit from one side."
     S, n, c = X.shape[0], 14 + int(14*form), rgb(hue, 0.5, 0.55)
@@ -277,14 +279,14 @@ def fabric(X, Y, g, v, form, hue):
     stripe = np.clip(wave(X*(1.5 + 2*uni(g)))*8, -1, 1)*0.5 + 0.5
     return (a[:, None, None]*stripe + b[:, None, None]*(1 - stripe))*(0.85 + 0.15*wave((X + Y)*f) + 0.12*noise(v, S, 60))
 
-# %% ../nbs/01_procad.ipynb #649bcb15
+# %% ../nbs/01_procad.ipynb #0f4d4f78
 OBJECTS = dict(bottle=bottle, cable=cable, capsule=capsule, metal_nut=metal_nut, pill=pill, screw=screw, transistor=transistor,
                button=button, gear=gear, connector=connector)
 TEXTURES = dict(carpet=carpet, grid=mesh, leather=leather, tile=tile, wood=wood, fabric=fabric)
 KINDS = {**OBJECTS, **TEXTURES}
 NOUNS = {k: k.replace('_', ' ') for k in KINDS} | {'grid': 'wire grid', 'tile': 'stone tile', 'metal_nut': 'metal nut', 'gear': 'gear wheel'}
 
-# %% ../nbs/01_procad.ipynb #0f4d4f78
+# %% ../nbs/01_procad.ipynb #eaa27997
 def roll(d, dy:int, dx:int):
     "Shift a distance field by whole pixels (what enters is outside)."
     return ndimage.shift(d, (dy, dx), order=0, mode='nearest')
@@ -308,7 +310,7 @@ def break_parts(parts, kind, rng, X, Y):
     shade = rgb(uni(rng), 0.85, uni(rng, 0.5, 0.95))
     return [replace(p, color=shade) if k == at else p for k, p in enumerate(parts)]
 
-# %% ../nbs/01_procad.ipynb #eaa27997
+# %% ../nbs/01_procad.ipynb #a3aaa621
 def path(rng, X, Y, x, y, step, n, bend, width):
     "Distance to a random walk from (x, y): `n` steps of length `step`, turning by at most `bend` turns."
     t, d = uni(rng), None
@@ -323,7 +325,7 @@ def blob(rng, X, Y, x, y, r, rough=0.6):
     "Distance to a round spot with a noisy outline."
     return disc(X, Y*uni(rng, 0.7, 1.4), r, x, y*1.) + rough*r*(noise(rng, X.shape[0], 12, 2) - 0.5)
 
-# %% ../nbs/01_procad.ipynb #7b1a1dc4
+# %% ../nbs/01_procad.ipynb #952fb4c4
 def mar(img, kind, rng, X, Y, x, y):
     "Draw a surface defect of `kind` at (x, y) over `img` [3,S,S]."
     mix = lambda a, c: img*(1 - a) + c*a
@@ -346,7 +348,7 @@ def mar(img, kind, rng, X, Y, x, y):
     lit = (X - x)*-0.6 + (Y - y)*-0.8
     return img*(1 + cover(d, 6.)*np.clip(lit*(4.5/r)*0.2, -0.55, 0.55))
 
-# %% ../nbs/01_procad.ipynb #a3aaa621
+# %% ../nbs/01_procad.ipynb #fd39d307
 SURFACE = ('scratch', 'crack', 'cut', 'hole', 'stain', 'dent', 'thread', 'dirt')
 STRUCTURE = ('missing', 'misplaced', 'wrong_color', 'chip')
 
@@ -356,7 +358,7 @@ def defects_of(kind:str)->tuple:
     loose = {'bottle': (), 'metal_nut': ()}.get(kind, ('missing', 'misplaced', 'wrong_color'))
     return tuple(k for k in SURFACE if not (kind == 'cable' and k in ('scratch', 'dent'))) + loose + ('chip',)
 
-# %% ../nbs/01_procad.ipynb #fd39d307
+# %% ../nbs/01_procad.ipynb #52080d23
 @dataclass(frozen=True)
 class Design:
     "One product line: what all images of a category share."
@@ -377,7 +379,7 @@ def design(kind:str, world:str, index:int=0)->Design:
         form, hue = uni(rng), uni(rng)
         if held_out(form, hue) == (world == 'procad'): return Design(kind, world, index, form, hue)
 
-# %% ../nbs/01_procad.ipynb #acef9fa9
+# %% ../nbs/01_procad.ipynb #317784bd
 @dataclass(frozen=True)
 class Shot:
     "One rendered image with everything known of it."
@@ -400,7 +402,7 @@ def scene(dsg:Design, v, X, Y, defect=None, rng=None):
     solid, void = (np.max([cover(p.d) for p in parts if p.void == w] or [0*X], 0) for w in (False, True))
     return img, solid*(1 - void)
 
-# %% ../nbs/01_procad.ipynb #2a3aaa77
+# %% ../nbs/01_procad.ipynb #00c2a4f7
 def photograph(img, rng):
     "Light falloff, gain and sensor noise, then 8 bits: float [3,S,S] -> uint8 [S,S,3]."
     S = img.shape[-1]; X, Y = grid(S)
@@ -415,7 +417,7 @@ def difference(a, b, threshold=0.07):
     lab, n = ndimage.label(m, np.ones((3, 3)))
     return np.isin(lab, 1 + np.flatnonzero(np.bincount(lab.ravel())[1:] >= 12)) if n else m
 
-# %% ../nbs/01_procad.ipynb #317784bd
+# %% ../nbs/01_procad.ipynb #f40743e8
 def paint_pair(dsg:Design, number:int, defect:str, size:int=240, seed:int=0):
     "Paint an instance without and with its defect: (clean, its foreground, defective, its foreground, mask)."
     key = (dsg.world, dsg.kind, dsg.index, number, defect)
@@ -434,7 +436,7 @@ def paint_pair(dsg:Design, number:int, defect:str, size:int=240, seed:int=0):
         if 0.003 <= mask.mean() <= 0.1: return clean, fore, img, np.maximum(f, fore), mask
     raise ValueError(f'defect={defect!r} cannot be drawn visibly on {dsg}; choose from {defects_of(dsg.kind)}')
 
-# %% ../nbs/01_procad.ipynb #00c2a4f7
+# %% ../nbs/01_procad.ipynb #9656369a
 def render(dsg:Design,            # product line
            number:int,            # which instance
            defect:str='good',     # kind of defect
@@ -446,7 +448,7 @@ def render(dsg:Design,            # product line
     rng = keyed(seed, 'camera', dsg.world, dsg.kind, dsg.index, number, defect)
     return Shot(photograph(img, rng), mask, fore > 0.5, defect)
 
-# %% ../nbs/01_procad.ipynb #d3087acc
+# %% ../nbs/01_procad.ipynb #0b49c565
 PROCAD = ('bottle', 'cable', 'capsule', 'carpet', 'grid', 'leather', 'metal_nut', 'pill', 'screw', 'tile', 'transistor', 'wood')
 
 def write_shot(folder:Path, kind:str, defect:str, split:str, number:int, name:str, seed:int, size:int):
@@ -458,7 +460,7 @@ def write_shot(folder:Path, kind:str, defect:str, split:str, number:int, name:st
     if split == 'test' and defect != 'good': save(s.mask.astype('u1')*255, 'ground_truth', defect, f'{name}_mask.png')
     if split == 'test' and kind in OBJECTS: save(s.foreground.astype('u1')*255, 'foreground', defect, f'{name}_fg.png')
 
-# %% ../nbs/01_procad.ipynb #9de18146
+# %% ../nbs/01_procad.ipynb #f1f87414
 def plan(kind:str, good:int, bad:int, train:int)->list:
     "List (defect, split, number, name) of a category: defects take turns, numbers run per folder."
     kinds = defects_of(kind)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GOOD', 'BAD', 'SAID', 'FRAMES', 'MEAN', 'STD', 'Recipe', 'mini_config', 'draw_pair', 'Pairs', 'render_pairs',
            'captions', 'Words', 'embed_texts', 'contrast', 'losses', 'draw_batch', 'aim', 'to_device', 'save_state',
-           'groups', 'train', 'run_steps', 'export_weights']
+           'groups', 'new_model', 'train', 'run_steps', 'export_weights']
 
 # %% ../nbs/26_train.ipynb #0cf2536b
 import json, math, os, time
@@ -77,6 +77,7 @@ class Pairs:
     kinds: list            # [n]
     defects: list          # [n]
 
+# %% ../nbs/26_train.ipynb #97184902
 def _fill(span, folder, r, world):
     images, labels = (np.lib.format.open_memmap(folder/f'{k}.npy', 'r+') for k in ('images', 'labels'))
     words = []
@@ -85,6 +86,7 @@ def _fill(span, folder, r, world):
         words.append((kind, defect))
     return words
 
+# %% ../nbs/26_train.ipynb #8cdeb3e3
 def render_pairs(r:Recipe, n:int, world:str='pretrain', workers:int=None, report=print)->Pairs:
     "Render `n` pairs once into the cache (all cores) and map them."
     folder = cache_dir('pairs', f'{world}-{n}-{digest(r.seed, r.designs, Path(__file__).with_name("procad.py").read_text())}')
@@ -98,7 +100,7 @@ def render_pairs(r:Recipe, n:int, world:str='pretrain', workers:int=None, report
     words = json.loads((folder/'words.json').read_text())
     return Pairs(*(np.load(folder/f'{k}.npy', mmap_mode='r') for k in ('images', 'labels')), *map(list, zip(*words)))
 
-# %% ../nbs/26_train.ipynb #8cdeb3e3
+# %% ../nbs/26_train.ipynb #e168952b
 GOOD = ('normal {}', 'flawless {}', 'perfect {}', 'unblemished {}', 'undamaged {}', 'intact {}', 'good {}', '{} without flaw', '{} without defect', '{} without damage',
         '{} in perfect condition')
 BAD = ('damaged {}', 'abnormal {}', 'anomalous {}', 'imperfect {}', 'blemished {}', 'defective {}', 'broken {}', 'faulty {}', '{} with flaw', '{} with defect', '{} with damage')
@@ -110,7 +112,7 @@ FRAMES = ('a photo of a {}.', 'a photo of the {}.', 'a cropped photo of the {}.'
           'a jpeg corrupted photo of the {}.', 'a photo of the {} for visual inspection.', 'a photo of a {} for anomaly detection.', 'an industrial photo of a {}', 'a photo of a small {}',
           'a photo of a large {}', 'a manufacturing image of the {}', 'a textural photo of a {}', 'an industrial image of the {}', '{}', 'a {}', 'the {}')
 
-# %% ../nbs/26_train.ipynb #469bed41
+# %% ../nbs/26_train.ipynb #56cfeb03
 def captions(kinds, defects, rng, words, novel=0.15)->tuple:
     "Write the step's sentences: per kind one good, one bad and one per defect seen; returns texts, their kinds, their states."
     texts, whose, state = [], [], []
@@ -121,7 +123,7 @@ def captions(kinds, defects, rng, words, novel=0.15)->tuple:
             texts.append(pick(rng, FRAMES).format(pick(rng, choices).format(noun))); whose.append(kind); state.append(s)
     return texts, whose, state
 
-# %% ../nbs/26_train.ipynb #e168952b
+# %% ../nbs/26_train.ipynb #cf10fd87
 class Words:
     "The tokenizer with memory: sentences to ids [K,T], cut after the longest end token."
     def __init__(self): self.tok, self.seen = open_clip.SimpleTokenizer(), {}
@@ -134,7 +136,7 @@ class Words:
         plain = [w[:-4] for w in self.tok.decoder.values() if w.endswith('</w>') and w[:-4].isalpha() and w.isascii() and len(w) > 7]
         return plain[500:500 + n]
 
-# %% ../nbs/26_train.ipynb #56cfeb03
+# %% ../nbs/26_train.ipynb #1c85351b
 def embed_texts(model, ids):
     "Run CLIP's text tower on ids [K,T] cut after the longest end token; unit rows [K,C]."
     x = model.token_embedding(ids) + model.positional_embedding[:ids.shape[1]]
@@ -142,7 +144,7 @@ def embed_texts(model, ids):
     x = model.ln_final(model.transformer(x, attn_mask=mask))
     return F.normalize(x[torch.arange(len(ids)), ids.argmax(-1)] @ model.text_projection, dim=-1)
 
-# %% ../nbs/26_train.ipynb #1c85351b
+# %% ../nbs/26_train.ipynb #dd618182
 def contrast(sim, right):
     "Cross-entropy of similarities [I,T] against all right pairs [I,T] (bool), both directions."
     total = 0
@@ -151,7 +153,7 @@ def contrast(sim, right):
         total = total - (y/y.sum(1, keepdim=True)*s[keep].log_softmax(1)).sum(1).mean()
     return total/2
 
-# %% ../nbs/26_train.ipynb #c76e08c5
+# %% ../nbs/26_train.ipynb #2c27f357
 def losses(model, scale, x, share, window, texts, r:Recipe)->dict:
     "Compute the three terms; `x` [I,3,240,240] in (whole, defective) order, `share` [I,15,15] defect share per patch, `texts` from `captions` with ids."
     ids, own_good, own_bad, right = texts
@@ -171,7 +173,7 @@ def losses(model, scale, x, share, window, texts, r:Recipe)->dict:
     state = (F.softplus((cls*apart).sum(-1)*model.logit_scale.exp()*torch.where(bad, -1., 1.)))[sure].mean()
     return dict(contrast=contrast((cls @ t.T)*model.logit_scale.exp(), right(bad)), state=state, region=region/2)
 
-# %% ../nbs/26_train.ipynb #dd618182
+# %% ../nbs/26_train.ipynb #f11c77c4
 def draw_batch(data:Pairs, step:int, r:Recipe, words, tok)->tuple:
     "Assemble the step's pictures, labels, window and sentences; depends on (seed, step) alone."
     rng = keyed(r.seed, 'step', step)
@@ -188,7 +190,7 @@ def draw_batch(data:Pairs, step:int, r:Recipe, words, tok)->tuple:
     sentences = captions(kinds, defects[len(rows):]*2, rng, words, r.novel)
     return np.ascontiguousarray(x), np.ascontiguousarray(y), np.tile(gain, (2, 1, 1, 1)), kinds, defects, window, sentences
 
-# %% ../nbs/26_train.ipynb #2c27f357
+# %% ../nbs/26_train.ipynb #cbf5d608
 def aim(y, k:int, rng)->np.ndarray:
     "Choose one k x k window per picture, the same for both twins, half of them on the defect: patch indices [I,k*k]."
     n = len(y)//2
@@ -199,7 +201,7 @@ def aim(y, k:int, rng)->np.ndarray:
     box = (np.arange(k)[:, None]*15 + np.arange(k)).ravel()
     return np.tile((top*15 + left)[:, None] + box, (2, 1))
 
-# %% ../nbs/26_train.ipynb #f11c77c4
+# %% ../nbs/26_train.ipynb #8150b271
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 def to_device(batch, tok, device)->tuple:
@@ -216,7 +218,7 @@ def to_device(batch, tok, device)->tuple:
     share, window = torch.from_numpy(y).to(device).float()/255, None if window is None else torch.from_numpy(window).to(device)
     return x, share, window, (tok(texts).to(device), good, bad, right)
 
-# %% ../nbs/26_train.ipynb #8150b271
+# %% ../nbs/26_train.ipynb #cf84fdef
 def save_state(path, **state):
     "Write a checkpoint beside its place and move it there."
     torch.save(state, f'{path}.part'); os.replace(f'{path}.part', path)
@@ -228,7 +230,16 @@ def groups(model, scale, r:Recipe):
     return [dict(params=[p for n, p in named if p.ndim >= 2 and 'embedding' not in n], weight_decay=r.decay, lr=r.lr), dict(params=plain, weight_decay=0., lr=r.lr),
             dict(params=[model.logit_scale, scale], weight_decay=0., lr=8*r.lr)]
 
-# %% ../nbs/26_train.ipynb #137a5bde
+# %% ../nbs/26_train.ipynb #ff203cd9
+def new_model(r:Recipe)->nn.Module:
+    "Make the untrained model of a recipe; its value projections start `value_gain` times larger."
+    with torch.random.fork_rng():
+        torch.manual_seed(r.seed); model = open_clip.CLIP(**mini_config(r))
+    with torch.no_grad():
+        for b in model.visual.transformer.resblocks: b.attn.in_proj_weight[-r.width:] *= r.value_gain
+    return model
+
+# %% ../nbs/26_train.ipynb #66af011e
 def train(r:Recipe,                 # the row
           folder=None,              # checkpoints and curve; default: the cache, named by the recipe
           device:str='cpu',
@@ -241,11 +252,7 @@ def train(r:Recipe,                 # the row
     folder = Path(folder or cache_dir('train', digest(r))); folder.mkdir(parents=True, exist_ok=True)
     keep_memory()
     data, tok = data or render_pairs(r, r.pairs, report=report), Words()
-    torch.manual_seed(r.seed)
-    model = open_clip.CLIP(**mini_config(r))
-    with torch.no_grad():
-        for b in model.visual.transformer.resblocks: b.attn.in_proj_weight[-r.width:] *= r.value_gain
-    model = model.to(device)
+    model = new_model(r).to(device)
     scale = nn.Parameter(torch.tensor([math.log(20.), 0.], device=device))
     opt = torch.optim.AdamW(groups(model, scale, r), betas=(0.9, 0.98), eps=1e-6)
     base = [g['lr'] for g in opt.param_groups]
@@ -258,7 +265,7 @@ def train(r:Recipe,                 # the row
     loop = dict(model=model, scale=scale, opt=opt, base=base, mean=mean, data=data, words=tok.random(), tok=tok, device=device)
     return run_steps(r, folder, first, min(r.steps, limit or r.steps), every, report, **loop)
 
-# %% ../nbs/26_train.ipynb #cf84fdef
+# %% ../nbs/26_train.ipynb #ed4bb957
 def run_steps(r, folder, first, last, every, report, *, model, scale, opt, base, mean, data, words, tok, device)->Path:
     "Run steps `first` to `last`: batch, losses, AdamW with warm-up and cosine, running mean of the weights, checkpoint."
     rows, t = [], time.time()
@@ -279,7 +286,7 @@ def run_steps(r, folder, first, last, every, report, *, model, scale, opt, base,
             report(f'step {step + 1}/{r.steps}, ' + ', '.join(f'{k} {a.item():.3f}' for k, a in l.items()) + f', {(time.time() - t)/(step + 1 - first):.2f} s/step')
     return folder
 
-# %% ../nbs/26_train.ipynb #66af011e
+# %% ../nbs/26_train.ipynb #545a2544
 def export_weights(folder,           # what `train` returned
                    path=None         # safetensors file; default: mini.safetensors beside the checkpoint
                   )->Path:
