@@ -15,8 +15,9 @@ def render(nb):
         if '#| echo: false' not in text: parts.append(f'```python\n{code.strip()}\n```')
         for o in c['outputs']:
             data = o.get('data', {})
-            if 'image/png' in data:
-                name = f'nbs/images/index-{i}.png'; pictures[name] = base64.b64decode(data['image/png']); parts.append(f'![]({name})')
+            kind = next((k for k in ('png', 'jpeg') if f'image/{k}' in data), None)
+            if kind:
+                name = f'nbs/images/index-{i}.{kind}'; pictures[name] = base64.b64decode(data[f'image/{kind}']); parts.append(f'![]({name})')
             elif 'text/html' in data: parts.append(re.sub(r'<style.*?</style>\n?|^\s+', '', ''.join(data['text/html']), flags=re.S | re.M).strip())
             elif 'text/plain' in data or 'text' in o: parts.append('```\n' + ''.join(data.get('text/plain', o.get('text', ''))).strip() + '\n```')
     return '\n\n'.join(parts) + '\n', pictures

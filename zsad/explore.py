@@ -11,20 +11,20 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from .bench import Profile, encode_images, merge_specs
-from .clip import AttentionPath, Encoder, EncodeSpec, load_encoder
+from .clip import Encoder, load_encoder
 from .data import load_dataset, load_image, load_mask
 from .exhibits import ATTENTION
 from .method import METHODS, build, one_path
 from .viz import map_range, outline, overlay, picture_grid
 
 # %% ../nbs/27_explore.ipynb #722fd729
-def maps_of(rows, encoder:Encoder, images, category:str, kind=None)->dict:      # label -> [B,H,W]
+def maps_of(rows, encoder:Encoder, images, category:str, kind=None, texts=None)->dict:      # label -> [B,H,W]
     "Compute the maps of exhibit rows on images of one category, encoding once."
-    out = {}
+    out, texts = {}, {} if texts is None else texts
     for interpolation, spec, methods in merge_specs([r.method for r in rows]):
         tokens = encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
         for r in rows:
-            if r.method in methods: out[r.label] = build(r.method, {category: kind}, encoder).predict(tokens, [category]*len(images)).map.numpy()
+            if r.method in methods: out[r.label] = build(r.method, {category: kind}, encoder, texts).predict(tokens, [category]*len(images)).map.numpy()
     return {r.label: out[r.label] for r in rows}
 
 # %% ../nbs/27_explore.ipynb #c982cfbe
@@ -56,14 +56,13 @@ def write_gallery(profile:Profile, root, out, weights=None, backbone=None)->tupl
     return (('gallery.png', 'Image, mask, map on CLIP\'s own path, map on the V-V path'),)
 
 # %% ../nbs/27_explore.ipynb #33264180
-def depth_picture(encoder:Encoder, image, mask, category:str, depth:int, prompts:str='anoclip'):
-    "Draw image with mask, and the map at one V-V depth, scaled over all depths."
-    spec = EncodeSpec(tuple(AttentionPath('vv', d) for d in range(encoder.blocks + 1)))
-    tokens = encode_images(encoder, [image], spec)
-    maps = [build(replace(METHODS['anoclip'], text=prompts, encode=one_path('vv', d)), [category], encoder).predict(tokens, [category]) for d in range(encoder.blocks + 1)]
-    a = maps[depth].map[0].numpy()
+def depth_picture(encoder:Encoder, image, mask, category:str, depth:int, prompts:str='anoclip', texts=None):
+    "Draw image with mask, and the map at one V-V depth; `texts` remembers encoded sentences from call to call."
+    row = replace(METHODS['anoclip'], text=prompts, encode=one_path('vv', depth))
+    p = build(row, [category], encoder, texts)(encoder.preprocess([image]), [category])
+    a = p.map[0].numpy()
     fig, (l, r) = plt.subplots(1, 2, figsize=(6.4, 3.3), dpi=72)
-    l.imshow(outline(image, mask)); l.set_title(f'{category}, image score {float(maps[depth].score):.3f}', fontsize=9)
+    l.imshow(outline(image, mask)); l.set_title(f'{category}, image score {float(p.score[0]):.3f}', fontsize=9)
     shown = r.imshow(a, cmap='inferno'); fig.colorbar(shown, ax=r, fraction=0.046)
     r.set_title(f'V-V over the last {depth} blocks, {prompts}' if depth else f'plain CLIP, {prompts}', fontsize=9)
     for ax in (l, r): ax.set(xticks=[], yticks=[])
@@ -76,10 +75,11 @@ def depth_slider(encoder:Encoder, samples, prompts=('anoclip', 'cs', 'base', 'wi
     import ipywidgets as w
     from IPython.display import display
     named = {s[0]: s for s in samples}
+    texts = {}
     depth = w.IntSlider(encoder.blocks, min=0, max=encoder.blocks, description='V-V depth', continuous_update=False)
     text, image, out = w.Dropdown(options=prompts, description='sentences'), w.Dropdown(options=list(named), description='image'), w.Output()
     def draw(_=None):
-        fig = depth_picture(encoder, *named[image.value][1:], depth.value, text.value)
+        fig = depth_picture(encoder, *named[image.value][1:], depth.value, text.value, texts)
         with out: out.clear_output(wait=True); display(fig)
         plt.close(fig)
     for knob in (depth, text, image): knob.observe(draw, 'value')
