@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['check_fields', 'Preprocess', 'AttentionPath', 'EncodeSpec', 'Tokens', 'check_visual', 'Encoder', 'find_config',
-           'find_weights', 'build_model', 'fit_positions', 'cpu_flags', 'choose_device', 'choose_dtype', 'load_encoder',
-           'text_tower', 'anomaly_score']
+           'find_weights', 'fill', 'build_model', 'fit_positions', 'cpu_flags', 'choose_device', 'choose_dtype',
+           'plain_tokenizer', 'find_tokenizer', 'load_encoder', 'text_tower', 'anomaly_score']
 
 # %% ../nbs/10_clip.ipynb #1c969bf6
 import difflib, json, math, platform
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
 import open_clip, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from open_clip.factory import load_checkpoint
+from open_clip.factory import load_checkpoint, load_state_dict
 from open_clip.model import convert_weights_to_lp
+from open_clip.transformer import LayerScale
 from PIL import Image
 from torch import Tensor, nn
 from .core import digest
@@ -46,10 +47,9 @@ class Preprocess:
         "Resize one uint8 RGB image [H,W,3] to [size,size,3]."
         im, S = Image.fromarray(np.asarray(image)), self.size
         w, h = im.size
-        if self.resize == 'shortest': w, h = round(w*S/min(w, h)), round(h*S/min(w, h))
-        else: w, h = S, S
+        w, h = (int(S*w/min(w, h)), int(S*h/min(w, h))) if self.resize == 'shortest' else (S, S)
         if im.size != (w, h): im = im.resize((w, h), getattr(Image.Resampling, self.interpolation.upper()))
-        left, top = (w - S)//2, (h - S)//2
+        left, top = round((w - S)/2), round((h - S)/2)
         return np.asarray(im.crop((left, top, left + S, top + S)))
 
 # %% ../nbs/10_clip.ipynb #b45e2ff3
@@ -72,7 +72,7 @@ class AttentionPath:
     def __post_init__(self):
         check_fields(self, attention=('qkv', 'v', 'v-mlp', 'vv'))
         if self.attention == 'qkv' and self.depth is not None: raise ValueError(f"depth={self.depth}: 'qkv' has no local path; leave depth out or choose another attention")
-        if self.depth is not None and self.depth < 0: raise ValueError(f'depth={self.depth}: the number of last blocks, 0 or more')
+        if self.depth is not None and (not isinstance(self.depth, int) or self.depth < 0): raise ValueError(f'depth={self.depth!r}: the number of last blocks, a whole number, 0 or more')
 
 # %% ../nbs/10_clip.ipynb #7cb68320
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class EncodeSpec:
 
     def __post_init__(self):
         check_fields(self, stage=('raw', 'ln_post', 'proj'), views=('one', 'anovl'))
-        if isinstance(self.layers, str) and self.layers not in ('all', 'quarters'): raise ValueError(f"layers={self.layers!r}: choose 'all', 'quarters' or block numbers")
+        given = self.layers in ('all', 'quarters') if isinstance(self.layers, str) else isinstance(self.layers, (tuple, list)) and self.layers and all(isinstance(l, int) for l in self.layers)
+        if not given: raise ValueError(f"layers={self.layers!r}: choose 'all', 'quarters' or block numbers such as (5, 11)")
 
     def resolved(self, n:int)->'EncodeSpec':
         "Replace fractions and negative numbers by block numbers of an encoder with `n` blocks."
@@ -110,7 +111,7 @@ def check_visual(visual, name):
     "Refuse vision towers whose patch tokens the methods cannot read."
     fix = "choose a ViT of open_clip, for example 'ViT-B-16-plus-240'"
     if not isinstance(visual, open_clip.transformer.VisionTransformer): raise ValueError(f'backbone={name!r}: {type(visual).__name__} is not a vision transformer; {fix}')
-    if visual.attn_pool is not None or visual.pool_type != 'tok' or visual.final_ln_after_pool: raise ValueError(f'backbone={name!r} pools its patches and has no class token; {fix}')
+    if visual.attn_pool is not None or visual.pool_type != 'tok': raise ValueError(f'backbone={name!r} pools its patches and has no class token; {fix}')
     if not all(type(b.attn) is nn.MultiheadAttention for b in visual.transformer.resblocks): raise ValueError(f'backbone={name!r} has attention with extra norms or scales; {fix}')
     if len(set(visual.patch_size)) > 1 or len(set(visual.grid_size)) > 1: raise ValueError(f'backbone={name!r} is not square: patches {visual.patch_size}, grid {visual.grid_size}; {fix}')
 
@@ -136,7 +137,7 @@ class Encoder:
 
     @cached_property
     def weights(self)->str:
-        "Hash of all tensors in float32 with their names, the configuration and the size."
+        "Hash of all tensors (as computed with, so bfloat16 has a hash of its own), their names, configuration and preprocessing."
         parts = [a for k, t in sorted(self.model.state_dict().items()) for a in (k, t.float().cpu().numpy())]
         return digest(json.dumps(self.config, sort_keys=True), self.preprocess, *parts)
 
@@ -165,19 +166,25 @@ def find_config(backbone)->tuple:
             raise ValueError(f"backbone={backbone!r}: not 'mini', not a .json file and not an open_clip model; did you mean {near}?")
         return str(backbone), cfg, {}
     if not path.is_file(): raise FileNotFoundError(f'backbone={str(backbone)!r}: no such configuration file')
-    raw = json.loads(path.read_text())
+    try: raw = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e: raise ValueError(f'{backbone}: not a JSON object ({e})') from e
     cfg, pre = raw.get('model_cfg', raw), raw.get('preprocess_cfg', {})
     lacks = {'embed_dim', 'vision_cfg', 'text_cfg'} - set(cfg)
     if lacks: raise ValueError(f'{backbone}: not an open_clip configuration, it lacks {sorted(lacks)}')
-    return 'mini' if backbone == 'mini' else Path(backbone).stem, cfg, pre
+    hub = {'hf_model_name', 'hf_tokenizer_name', 'tokenizer_kwargs', 'tokenizer_mode'} & set(cfg['text_cfg'])
+    if hub: raise ValueError(f'{backbone}: text_cfg asks for {sorted(hub)}, which only open_clip\'s own names bring; give the name instead of a file')
+    return str(backbone), cfg, pre
 
 # %% ../nbs/10_clip.ipynb #c83230fe
 def find_weights(name, weights)->tuple:
     "Locate weights: (file or None for random, source, what the tag says of them)."
     if name == 'mini' and weights is None: return files('zsad')/'assets'/'mini.safetensors', 'shipped', {}
-    tags = open_clip.list_pretrained_tags_by_model(name) if name in open_clip.list_models() else []
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if weights is None: raise ValueError(f"weights=None: {name!r} needs a local file, 'random' or one of its tags {tags}")
-    if str(weights).split(':')[0] == 'random': return None, f"random:{(str(weights).split(':') + ['0'])[1]}", {}
+    if str(weights).split(':')[0] == 'random':
+        seed = str(weights).partition(':')[2] or '0'
+        if not seed.isdigit(): raise ValueError(f"weights={weights!r}: 'random' or 'random:SEED' with a whole number")
+        return None, f'random:{seed}', {}
     if weights in tags:
         said = open_clip.get_pretrained_cfg(name, weights)
         try: return open_clip.download_pretrained(said), weights, said
@@ -186,25 +193,39 @@ def find_weights(name, weights)->tuple:
     return Path(weights), Path(weights).name, {}
 
 # %% ../nbs/10_clip.ipynb #270a8893
-def build_model(cfg, path, source, dtype)->nn.Module:
+def fill(model, path, source):
+    "Load weights into a model; a file that cannot be read and one that does not fit are told apart."
+    try: state = load_state_dict(str(path), weights_only=True)
+    except Exception as e: raise ValueError(f'weights {source!r} cannot be read ({type(e).__name__}: {str(e)[:200]}); need safetensors, or a torch file that loads with weights_only') from e
+    for name in ('visual.positional_embedding', 'positional_embedding', 'text.positional_embedding'):
+        want, have = dict(model.named_parameters()).get(name), state.get(name)
+        if want is not None and have is not None and want.shape[1:] == have.shape[1:] and len(want) != len(have):
+            raise ValueError(f'weights {source!r} do not fit the configuration: {name} has {len(have)} rows in the file and {len(want)} by the configuration; write the file\'s image size and context length there and ask for another size with size=')
+    try: load_checkpoint(model, str(path), strict=True, weights_only=True)
+    except Exception as e: raise ValueError(f'weights {source!r} do not fit the configuration: {str(e)[:600]}') from e
+
+# %% ../nbs/10_clip.ipynb #deda9048
+def build_model(cfg, name, path, source, dtype)->nn.Module:
     "Make the open_clip model and fill it."
     cfg = {**json.loads(json.dumps(cfg)), 'cast_dtype': None if dtype == torch.float32 else dtype}
+    if 'multimodal_cfg' in cfg: raise ValueError(f'backbone={name!r} is a captioning model (CoCa); choose a plain CLIP')
     custom = cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg']
     seed = int(source.split(':')[1]) if path is None else 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
-    if path is not None:
-        try: load_checkpoint(model, str(path), strict=True, weights_only=True)
-        except Exception as e: raise ValueError(f'weights {source!r} do not fit the configuration: {str(e)[:600]}') from e
+        try: model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
+        except (TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as e: raise ValueError(f'backbone={name!r}: open_clip cannot build this configuration ({type(e).__name__}: {e})') from e
+    if path is not None: fill(model, path, source)
     if dtype != torch.float32: convert_weights_to_lp(model, dtype)
+    for m in model.modules():
+        if isinstance(m, LayerScale): m.gamma.data = m.gamma.data.to(dtype)
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/10_clip.ipynb #5c64bfee
+# %% ../nbs/10_clip.ipynb #93bac2b1
 def fit_positions(visual, size:int, mode:str):
     "Resample position embeddings of `visual` to images of `size` pixels, in place, at build time."
     p = visual.patch_size[0]
-    if size < p: raise ValueError(f'size={size}: smaller than one patch of {p} pixels')
+    if not isinstance(size, int) or size < p: raise ValueError(f'size={size!r}: a whole number of pixels, at least one patch of {p}')
     n, old, e = size//p, visual.grid_size[0], visual.positional_embedding.data
     if n != old:
         g = e[1:].float().T.reshape(1, -1, old, old)
@@ -212,7 +233,7 @@ def fit_positions(visual, size:int, mode:str):
         visual.positional_embedding = nn.Parameter(torch.cat([e[:1].float(), g.flatten(2)[0].T]).to(e.dtype), requires_grad=False)
     visual.grid_size, visual.image_size = (n, n), (size, size)
 
-# %% ../nbs/10_clip.ipynb #d9146cba
+# %% ../nbs/10_clip.ipynb #06ede0bf
 def cpu_flags()->set:
     "List the CPU's feature flags (empty where the system does not tell)."
     info = Path('/proc/cpuinfo')
@@ -232,7 +253,18 @@ def choose_dtype(dtype, device:str, vision_weights:int)->torch.dtype:
     if isinstance(dtype, str) and dtype not in known: raise ValueError(f"dtype={dtype!r}: choose 'auto' or one of {list(known)}")
     return known[dtype] if isinstance(dtype, str) else dtype
 
-# %% ../nbs/10_clip.ipynb #183ddaef
+# %% ../nbs/10_clip.ipynb #a7d23ed3
+@lru_cache(4)
+def plain_tokenizer(context:int): return open_clip.SimpleTokenizer(context_length=context)
+
+def find_tokenizer(name, text_cfg):
+    "Give open_clip's tokenizer for its own names, CLIP's for configuration files."
+    if name in open_clip.list_models(): return open_clip.get_tokenizer(name)
+    tok = plain_tokenizer(text_cfg.get('context_length', 77))
+    if text_cfg.get('vocab_size', 49408) < tok.vocab_size: raise ValueError(f"backbone={name!r}: vocab_size {text_cfg['vocab_size']} is smaller than CLIP's {tok.vocab_size} tokens")
+    return tok
+
+# %% ../nbs/10_clip.ipynb #4aef090d
 def load_encoder(backbone='mini',    # 'mini', an open_clip name, or a configuration .json
                  weights=None,       # a tag, a local file (safetensors or torch, weights only), or 'random:SEED'; None: what 'mini' ships
                  size:int=None,      # pixels per side; None: the configuration's
@@ -244,25 +276,25 @@ def load_encoder(backbone='mini',    # 'mini', an open_clip name, or a configura
     name, cfg, pre = find_config(backbone)
     path, source, said = find_weights(name, weights)
     if 'quick_gelu' in said: cfg = {**cfg, 'quick_gelu': said['quick_gelu']}
-    v = cfg['vision_cfg']
-    if not isinstance(v.get('layers'), int) or 'timm_model_name' in v: raise ValueError(f"backbone={name!r} is not a vision transformer; choose a ViT of open_clip, for example 'ViT-B-16-plus-240'")
+    v = {'layers': 12, 'width': 768, **cfg['vision_cfg']}
+    label = Path(name).stem if name.endswith('.json') else name
+    if not isinstance(v['layers'], int) or 'timm_model_name' in v: raise ValueError(f"backbone={label!r} is not a vision transformer; choose a ViT of open_clip, for example 'ViT-B-16-plus-240'")
     device = choose_device(device)
     dtype = choose_dtype(dtype, device, 12*v['layers']*v['width']**2)
-    model = build_model(cfg, path, source, dtype)
-    check_visual(model.visual, name)
-    known = {k: tuple(s[k]) for s in (pre, said) for k in ('mean', 'std') if s.get(k)}
-    fields = {'size': size or model.visual.image_size[0], **known, **preprocess}
-    prep = Preprocess(**fields)
+    model = build_model(cfg, label, path, source, dtype)
+    check_visual(model.visual, label)
+    known = {k: tuple(np.broadcast_to(s[k], 3).tolist()) for s in (pre, said) for k in ('mean', 'std') if s.get(k)}
+    prep = Preprocess(**{'size': model.visual.image_size[0] if size is None else size, **known, **preprocess})
     fit_positions(model.visual, prep.size, prep.positions)
-    tokenizer = open_clip.get_tokenizer(name) if name in open_clip.list_models() else open_clip.SimpleTokenizer(context_length=cfg['text_cfg'].get('context_length', 77))
-    return Encoder(model.to(device), name, cfg, prep, tokenizer, source, dtype, device)
+    return Encoder(model.to(device), label, cfg, prep, find_tokenizer(name, cfg['text_cfg']), source, dtype, device)
 
-# %% ../nbs/10_clip.ipynb #ce32478e
+# %% ../nbs/10_clip.ipynb #ccb8957a
 def text_tower(model, ids:Tensor)->Tensor:
     "Run the text tower on token ids [K,T], cut behind the longest end token: [K,C], not normalised."
     t = getattr(model, 'text', model)
-    if isinstance(t, open_clip.transformer.TextTransformer) and (t.pool_type != 'argmax' or t.cls_emb is not None) or not hasattr(t, 'token_embedding'):
-        return model.encode_text(ids)                       # other pooling: the official way, uncut
+    pool = getattr(t, 'pool_type', getattr(t, 'text_pool_type', 'argmax'))
+    if pool != 'argmax' or getattr(t, 'attn_mask', None) is None or getattr(t, 'text_projection', None) is None or getattr(t, 'cls_emb', None) is not None:
+        return model.encode_text(ids)                       # another kind of text tower: the official way, uncut
     end = ids.argmax(-1); n = int(end.max()) + 1
     p, norm = t.text_projection, t.ln_final
     cast = t.transformer.get_cast_dtype()
@@ -270,7 +302,7 @@ def text_tower(model, ids:Tensor)->Tensor:
     h = norm(t.transformer(h, attn_mask=t.attn_mask[:n, :n].to(cast)))[torch.arange(len(ids), device=ids.device), end].float()
     return F.linear(h, p.weight.float(), None if p.bias is None else p.bias.float()) if isinstance(p, nn.Linear) else h @ p.float()
 
-# %% ../nbs/10_clip.ipynb #4aef090d
+# %% ../nbs/10_clip.ipynb #984a65f7
 @patch
 @torch.inference_mode()
 def embed_text(self:Encoder,
@@ -278,12 +310,13 @@ def embed_text(self:Encoder,
                chunk:int=256         # sentences per pass, sorted by length
               )->Tensor:             # [K,C] float32, not normalised
     "Embed sentences with CLIP's text encoder."
+    if isinstance(sentences, str) or not len(sentences): raise ValueError(f'sentences={sentences!r}: give a list of at least one sentence')
     ids = self.tokenizer(list(sentences)).to(self.device)
     order = ids.argmax(-1).argsort()
     out = torch.cat([text_tower(self.model, ids[o]).float() for o in order.split(chunk)])
     return out[order.argsort()]
 
-# %% ../nbs/10_clip.ipynb #f91c5384
+# %% ../nbs/10_clip.ipynb #29f6989e
 def anomaly_score(p:Tensor,         # [...,C] unit tokens
                   text:Tensor,      # [2,C] unit rows, or [B,2,C]: normal, anomalous
                   tau:float=1.      # softmax temperature (1: AnoCLIP as printed; 0.07: WinCLIP)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'STYLE', 'Results', 'read_results', 'as_results', 'run_of', 'cell', 'table', 'readable', 'verdict',
-           'provenance', 'caption', 'figure', 'bars', 'curve', 'write_exhibit', 'markdown', 'latex', 'page',
-           'write_report']
+           'provenance', 'outline_says', 'caption', 'figure', 'bars', 'curve', 'write_exhibit', 'markdown', 'latex',
+           'page', 'write_report']
 
 # %% ../nbs/24_report.ipynb #03166039
 from dataclasses import dataclass
@@ -92,13 +92,21 @@ def provenance(res:Results, control:str='')->str:
     r = res.runs[(res.runs.control.fillna('') == control)].iloc[-1]
     return f"{r.encoder} (weights {r.weights}, {r['dtype']}, {r['size']} px) on {r.dataset} (data {r.data}), zsad {r.zsad}, torch {r.torch}, {r.device}"
 
+def outline_says(e:Exhibit, res:Results)->str:
+    "Say how far the row of the claim gets on objects, against the bare outline, and within the object."
+    fg = next((r for r in e.rows if r.control == 'foreground mask'), None)
+    if fg is None or not e.contrasts or not run_of(res, fg): return ''
+    own = next(r for r in e.rows if r.label == e.contrasts[0][0])
+    at = lambda row, metric, span='mean': cell(res, run_of(res, row), metric, span)[0]
+    return f" On objects {own.label} reaches pixel AUROC {at(own, 'pixel_auroc', 'mean objects'):.1f}, the bare outline {at(fg, 'pixel_auroc', 'mean objects'):.1f}; within the object {at(own, 'pixel_auroc_within'):.1f} (chance 50)."
+
 def caption(exhibit, results)->str:
     "Compute an exhibit's caption from results."
     e, res = EXHIBITS[exhibit] if isinstance(exhibit, str) else exhibit, as_results(results)
     c = res.contrasts[res.contrasts.exhibit == e.name]
     said = f' Claim of the paper: {e.claim}' if e.claim else ''
     found = (' Here: ' + '; '.join(verdict(r) for r in c.itertuples()) + '.') if len(c) else ''
-    return f'{e.title}. {provenance(res)}; 95 % intervals by bootstrap over images.{said}{found}'
+    return f'{e.title}. {provenance(res)}; 95 % intervals by bootstrap over images.{said}{found}{outline_says(e, res)}'
 
 # %% ../nbs/24_report.ipynb #331b68db
 def figure(exhibit, results):

@@ -75,7 +75,8 @@ def leave(visual, y:Tensor, stage:str='proj')->Tensor:
 @torch.inference_mode()
 def read_tokens(encoder:Encoder, x:Tensor, spec:EncodeSpec)->Tokens:
     "Encode `x` [B,3,S,S] along all paths, layers and views of `spec` in one pass each."
-    v, spec = encoder.model.visual, spec.resolved(encoder.blocks)
+    v, spec, S = encoder.model.visual, spec.resolved(encoder.blocks), encoder.preprocess.size
+    if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point(): raise ValueError(f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)')
     x = x.to(encoder.device)
     z, streams = walk(v, v._embeds(x.to(v.conv1.weight.dtype)), spec.paths, spec.layers)
     cls = leave(v, z[:, 0])
