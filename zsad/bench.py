@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PROFILES', 'merge_specs', 'encode_images', 'Histograms', 'histograms', 'draws', 'curve_area', 'resample',
            'resample_scores', 'Truth', 'read_truth', 'measure_row', 'run_record', 'machine', 'run_category',
-           'predictions', 'Profile', 'gather_rows', 'compute', 'metric_rows', 'contrast_rows', 'find_run', 'to_csv',
-           'write_results']
+           'predictions', 'Profile', 'gather_rows', 'possible', 'compute', 'interval', 'metric_rows', 'contrast_rows',
+           'find_run', 'to_csv', 'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
-import csv, io, json, platform, time
+import csv, io, json, platform, sys, time, warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
@@ -173,14 +173,19 @@ def gather_rows(exhibits)->list:
     for e in exhibits:
         for r in e.rows: seen.setdefault((repr(r.method), r.control), r)
     return list(seen.values())
+def possible(row:Row, encoder:Encoder, ds:Dataset)->bool:
+    "Tell whether a row can be run: depths the encoder has, outlines the set has. What cannot is shown as missing."
+    if row.method is None: return any(s.foreground for s in ds.samples)
+    return max((p.depth or 0) for p in row.method.encode.paths) <= encoder.blocks
 
 # %% ../nbs/23_bench.ipynb #fab5991a
 def compute(exhibits, profile:Profile, root=None, weights=None, backbone=None, batch:int=16, show=True)->tuple:
     "Run all rows of exhibits on the profile's data; gives (records, {run: {category: result}})."
     keep_memory()
     ds = load_dataset(profile.data['mvtec'], root)
+    for f, why in ds.skipped: print(f'left out: {f}: {why}', file=sys.stderr)
     own = load_encoder(backbone or profile.backbone, weights or profile.weights)
-    rows = [r for r in gather_rows(exhibits) if r.method is None or max((p.depth or 0) for p in r.method.encode.paths) <= own.blocks]
+    rows = [r for r in gather_rows(exhibits) if possible(r, own, ds)]
     encoders = {'': own}
     if any(r.control == 'random weights' for r in rows): encoders['random weights'] = load_encoder(backbone or profile.backbone, 'random:0')
     data, records, results = data_hash(ds.samples), [], {}
@@ -198,6 +203,13 @@ def compute(exhibits, profile:Profile, root=None, weights=None, backbone=None, b
     return records, results
 
 # %% ../nbs/23_bench.ipynb #4b259482
+def interval(again)->tuple:
+    "Take the 95 % interval, in percent, of the mean over categories of resampled values [categories][R]; draws without a positive are left out."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)
+        return tuple(100*np.nanpercentile(np.nanmean(again, 0), (2.5, 97.5)))
+
+# %% ../nbs/23_bench.ipynb #85e9356d
 def metric_rows(results:dict)->list:
     "Flatten results to rows: run, category, kind, metric, value, lo, hi, n (percent; means over all categories, objects and textures too)."
     out = []
@@ -209,11 +221,11 @@ def metric_rows(results:dict)->list:
                 fine = [v for v in values if v == v]
                 if not fine: continue
                 again = [by[c]['again'].get(metric) for c in cats if by[c]['values'][metric] == by[c]['values'][metric]]
-                lo, hi = (np.nanpercentile(np.nanmean(again, 0), (2.5, 97.5))*100 if all(again) else (np.nan, np.nan))
+                lo, hi = interval(again) if all(again) else (np.nan, np.nan)
                 out.append((run, span, metric, *(f'{v:.4f}' if v == v else '' for v in (100*np.mean(fine), lo, hi)), sum(by[c]['n'] for c in cats)))
     return out
 
-# %% ../nbs/23_bench.ipynb #85e9356d
+# %% ../nbs/23_bench.ipynb #d1864b5e
 def contrast_rows(exhibits, records, results)->list:
     "Compare the rows a paper's claim rests on: exhibit, better, worse, metric, difference, lo, hi (points, paired bootstrap), mean over categories."
     out = []
@@ -221,6 +233,7 @@ def contrast_rows(exhibits, records, results)->list:
         runs = {r.label: find_run(records, r) for r in e.rows}
         controls = [(r.label, e.contrasts[0][0], m) for r in e.rows if r.control for m in ('pixel_auroc',)] if e.contrasts else []
         for better, worse, metric in [*e.contrasts, *((b, c, m) for c, b, m in controls)]:
+            if not (runs[better] and runs[worse]): continue
             a, b = (results[runs[l]['run']] for l in (better, worse))
             value = 100*np.mean([a[c]['values'][metric] - b[c]['values'][metric] for c in a])
             gap = 100*np.nanmean([np.array(a[c]['again'][metric]) - b[c]['again'][metric] for c in a], 0)
@@ -232,7 +245,7 @@ def find_run(records, row:Row)->dict:
     name = 'foreground' if row.method is None else row.method.name
     return next((r for r in records if (r['method'], r['control']) == (name, row.control)), None)
 
-# %% ../nbs/23_bench.ipynb #d1864b5e
+# %% ../nbs/23_bench.ipynb #d4bbbad9
 def to_csv(head, rows)->str:
     "Write rows as CSV text with Unix line ends."
     f = io.StringIO(newline=''); w = csv.writer(f, lineterminator='\n'); w.writerow(head); w.writerows(rows)

@@ -29,7 +29,7 @@ def read_results(folder)->Results:
     "Read runs.csv, metrics.csv and contrasts.csv."
     folder = Path(folder)
     if not (folder/'metrics.csv').exists(): raise FileNotFoundError(f'{folder}: no metrics.csv here; make one with `zsad reproduce --out DIR` and point to DIR/results')
-    return Results(*(pd.read_csv(folder/f'{n}.csv', keep_default_na=True) for n in ('runs', 'metrics', 'contrasts')))
+    return Results(pd.read_csv(folder/'runs.csv', dtype=str, keep_default_na=False), *(pd.read_csv(folder/f'{n}.csv') for n in ('metrics', 'contrasts')))
 
 def as_results(results)->Results:
     "Accept a Results or the folder of one."
@@ -37,7 +37,7 @@ def as_results(results)->Results:
 
 def run_of(res:Results, row:Row)->str:
     "Find the run of an exhibit's row, '' if it was not run."
-    r = res.runs[(res.runs.method == ('foreground' if row.method is None else row.method.name)) & (res.runs.control.fillna('') == row.control)]
+    r = res.runs[(res.runs.method == ('foreground' if row.method is None else row.method.name)) & (res.runs.control == row.control)]
     return '' if r.empty else r.iloc[-1].run
 
 # %% ../nbs/24_report.ipynb #5b221d49
@@ -89,7 +89,7 @@ def verdict(row)->str:
 
 def provenance(res:Results, control:str='')->str:
     "Name encoder, weights, data and versions of a results folder."
-    r = res.runs[(res.runs.control.fillna('') == control)].iloc[-1]
+    r = res.runs[(res.runs.control == control)].iloc[-1]
     return f"{r.encoder} (weights {r.weights}, {r['dtype']}, {r['size']} px) on {r.dataset} (data {r.data}), zsad {r.zsad}, torch {r.torch}, {r.device}"
 
 def outline_says(e:Exhibit, res:Results)->str:
