@@ -50,4 +50,4 @@ def test_pairs_differ_only_in_the_defect(pairs):
     for images, labels in zip(pairs.images, pairs.labels):
         a, b = (i.astype(float) for i in images)
         far = np.kron(labels == 0, np.ones((16, 16))) > 0
-        assert abs(a - b)[far].mean() < 12 and labels.max() > 0
+        assert abs(a - b)[far].mean() < 20 and labels.max() > 0      # two exposures of one scene: gain, falloff, grain

@@ -255,7 +255,9 @@ def choose_dtype(dtype, device:str, vision_weights:int)->torch.dtype:
 
 # %% ../nbs/10_clip.ipynb #a7d23ed3
 @lru_cache(4)
-def plain_tokenizer(context:int): return open_clip.SimpleTokenizer(context_length=context)
+def plain_tokenizer(context:int):
+    "Give CLIP's tokenizer, made once."
+    return open_clip.SimpleTokenizer(context_length=context)
 
 def find_tokenizer(name, text_cfg):
     "Give open_clip's tokenizer for its own names, CLIP's for configuration files."
