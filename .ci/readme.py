@@ -17,7 +17,8 @@ def render(nb):
             data = o.get('data', {})
             kind = next((k for k in ('png', 'jpeg') if f'image/{k}' in data), None)
             if kind:
-                name = f'nbs/images/index-{i}.{kind}'; pictures[name] = base64.b64decode(data[f'image/{kind}']); parts.append(f'![]({name})')
+                name = f'nbs/images/index-{i}.{kind}'; pictures[name] = base64.b64decode(data[f'image/{kind}']); parts.append(f'![Image, mask and maps of three parts]({name})')
+            elif 'text/markdown' in data: parts.append(''.join(data['text/markdown']))
             elif 'text/html' in data: parts.append(re.sub(r'<style.*?</style>\n?|^\s+', '', ''.join(data['text/html']), flags=re.S | re.M).strip())
             elif 'text/plain' in data or 'text' in o: parts.append('```\n' + ''.join(data.get('text/plain', o.get('text', ''))).strip() + '\n```')
     return '\n\n'.join(parts) + '\n', pictures

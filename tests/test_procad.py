@@ -12,9 +12,8 @@ def test_every_defect_is_drawn_and_visible(kind):
     for d in defects_of(kind):
         s = render(design(kind, 'procad'), 3, d)
         assert s.image.shape == (240, 240, 3) and s.image.dtype == np.uint8
-        assert 0.003 <= s.mask.mean() <= 0.1
-        ring = np.zeros_like(s.mask); ring[1:-1, 1:-1] = True
-        assert s.foreground.mean() > 0.05 and s.defect == d
+        assert 0.003 <= s.mask.mean() <= 0.1 and s.foreground.mean() > 0.05
+        if kind in OBJECTS and d != 'thread': assert (s.mask & s.foreground).sum() > 0.8*s.mask.sum(), d      # a defect lies on the object
 
 
 def test_masks_fit_the_change():
@@ -34,10 +33,15 @@ def test_pretraining_never_draws_a_held_out_design():
                 d = design(kind, world, n); assert not held_out(d.form, d.hue)
 
 
-def test_instances_are_disjoint():
-    "No random stream of the benchmark is one of pretraining's: the world is part of every key."
-    a, b = design('pill', 'procad'), design('pill', 'pretrain')
-    assert a != b and not np.array_equal(render(a, 0).image, render(b, 0).image)
+def test_instances_are_disjoint(monkeypatch):
+    "No random stream of the benchmark is one of pretraining's: every key that is drawn from names its world."
+    import zsad.procad
+    keys, keyed = {}, zsad.procad.keyed
+    for world in ('procad', 'pretrain'):
+        used = keys.setdefault(world, set())
+        monkeypatch.setattr(zsad.procad, 'keyed', lambda *k: used.add(k) or keyed(*k))
+        for kind in ('pill', 'wood'): render(design(kind, world), 0, 'stain')
+    assert keys['procad'] and not keys['procad'] & keys['pretrain']
 
 
 def test_twelve_kinds_of_defects():

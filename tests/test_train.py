@@ -34,7 +34,7 @@ def test_resume_is_exact(pairs, tmp_path):
 def test_another_recipe_is_refused(pairs, tmp_path):
     quiet = dict(data=pairs, report=lambda *_: None)
     train(TINY, tmp_path, limit=1, **quiet)
-    with pytest.raises(ValueError, match='another recipe'): train(replace(TINY, lr=1.), tmp_path, **quiet)
+    with pytest.raises(ValueError, match='another recipe or device'): train(replace(TINY, lr=1.), tmp_path, **quiet)
 
 
 def test_exported_weights_load(pairs, tmp_path):

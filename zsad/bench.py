@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'merge_specs', 'encode_images', 'Histograms', 'histograms', 'draws', 'curve_area', 'resample',
-           'resample_scores', 'Truth', 'read_truth', 'measure_row', 'run_record', 'machine', 'run_category',
-           'predictions', 'Profile', 'gather_rows', 'possible', 'compute', 'interval', 'metric_rows', 'contrast_rows',
-           'find_run', 'to_csv', 'write_results']
+           'resample_scores', 'Truth', 'read_truth', 'measure_row', 'run_record', 'sentences_of', 'code_hash',
+           'machine', 'run_category', 'predictions', 'Profile', 'gather_rows', 'possible', 'compute', 'interval',
+           'defined', 'metric_rows', 'contrasts_of', 'contrast_rows', 'find_run', 'to_csv', 'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, platform, sys, time, warnings
@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from .clip import Encoder, EncodeSpec, Tokens, load_encoder
 from .core import cache_dir, digest, keep_memory, keyed, write_atomic
 from .data import Dataset, data_hash, load_dataset, load_image, load_mask
-from .exhibits import EXHIBITS, STAND_INS, Exhibit, Row
+from .exhibits import STAND_INS, Exhibit, Row
 from .method import Detector, build
 from .metrics import METRICS, Protocol, components, evaluate, pixel_auroc_within
+from .prompts import prompt_set
 
 # %% ../nbs/23_bench.ipynb #c8667495
 def merge_specs(methods)->list:
@@ -118,16 +119,25 @@ def measure_row(maps, scores, t:Truth, key)->tuple:
 # %% ../nbs/23_bench.ipynb #f0416561
 def run_record(row:Row, det:Detector, encoder:Encoder, ds:Dataset, data:str)->dict:
     "Describe a run; `run` is its key."
-    method = 'outline' if row.method is None else repr(replace(det.method, name='', source=''))
+    method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', text=sentences_of(det.method.text)))
     what = dict(method='foreground' if row.method is None else row.method.name, control=row.control, dataset=ds.name, data=data, encoder=encoder.backbone,
                 weights='-' if row.method is None else encoder.weights, source='-' if row.method is None else encoder.source, size=encoder.preprocess.size,
-                dtype=str(encoder.dtype).split('.')[-1], protocol=repr(Protocol()), seed=0, resolved=method)
-    return dict(run=digest(*(f'{k}={v}' for k, v in what.items() if k not in ('method', 'source'))), **what)
+                dtype=str(encoder.dtype).split('.')[-1], protocol=repr(Protocol()), seed=0, code=code_hash(), resolved=method)
+    return dict(run=digest(*(f'{k}={v}' for k, v in what.items() if k not in ('method', 'source'))), **{**what, 'resolved': digest(method)})
 
-def machine()->dict:
-    "Describe what computed: package versions and device."
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return dict(zsad=version('zsad'), torch=torch.__version__, open_clip=version('open_clip_torch'), device=gpu)
+def sentences_of(text):
+    "Give what a row's text means: the prompt set behind a name, or the sentences themselves."
+    return prompt_set(text) if isinstance(text, str) else text
+
+def code_hash()->str:
+    "Hash the code of the modules that turn an image into a number."
+    here = Path(__file__).parent
+    return digest(*((here/f'{n}.py').read_text(encoding='utf-8') for n in ('bench', 'clip', 'data', 'method', 'metrics', 'prompts', 'vv')))
+
+def machine(encoder:Encoder)->dict:
+    "Describe what computes: package versions and device."
+    device = torch.cuda.get_device_name(encoder.device) if encoder.device.startswith('cuda') else f'{platform.machine()} CPU'
+    return dict(zsad=version('zsad'), torch=torch.__version__, open_clip=version('open_clip_torch'), device=device)
 
 # %% ../nbs/23_bench.ipynb #2397856c
 def run_category(rows, encoder:Encoder, ds:Dataset, category:str, records:dict, texts:dict, batch:int=16)->dict:
@@ -140,21 +150,21 @@ def run_category(rows, encoder:Encoder, ds:Dataset, category:str, records:dict, 
         for row, maps, scores, seconds in predictions(todo, encoder, ds, category, images, truth, texts, batch):
             values, again, why = measure_row(maps, scores, truth, (ds.name, category))
             write_atomic(store[row.label], json.dumps(dict(values={k: float(v) for k, v in values.items()}, again={k: list(map(float, v)) for k, v in again.items()}, why=why,
-                                                     n=len(samples), kind=ds.kinds[category], seconds=seconds)))
+                                                     n=len(samples), kind=ds.kinds[category], seconds=seconds, machine=machine(encoder))))
     return {records[l]['run']: json.loads(p.read_text()) for l, p in store.items()}
 
 # %% ../nbs/23_bench.ipynb #7a9c2e08
 def predictions(rows, encoder, ds, category, images, truth, texts, batch):
-    "Yield (row, maps [M,H,W], scores [M] or None, seconds) for rows on one category, encoding once per group."
+    "Yield (row, maps [M,H,W], scores [M] or None, (seconds of the shared encoding pass, seconds of this row)) on one category, encoding once per group."
     for r in rows:
-        if r.method is None: yield r, (truth.masks*0. + (1 if truth.foreground is None else truth.foreground)).astype('f4'), None, 0.
+        if r.method is None: yield r, (truth.masks*0. + (1 if truth.foreground is None else truth.foreground)).astype('f4'), None, (0., 0.)
     own = [r for r in rows if r.method is not None]
     for interpolation, spec, methods in merge_specs([r.method for r in own]):
         t = time.time(); tokens = encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation, batch); encoding = time.time() - t
         for r in [r for r in own if r.method in methods]:
             t = time.time(); det = build(r.method, {category: ds.kinds[category]}, encoder, texts)
             p = det.predict(tokens, [category]*len(images))
-            yield r, p.map.numpy(), p.score.numpy(), encoding/len(methods) + time.time() - t
+            yield r, p.map.numpy(), p.score.numpy(), (encoding, time.time() - t)
 
 # %% ../nbs/23_bench.ipynb #8240c917
 @dataclass(frozen=True)
@@ -175,7 +185,8 @@ def gather_rows(exhibits)->list:
     return list(seen.values())
 def possible(row:Row, encoder:Encoder, ds:Dataset)->bool:
     "Tell whether a row can be run: depths the encoder has, outlines the set has. What cannot is shown as missing."
-    if row.method is None: return any(s.foreground for s in ds.samples)
+    objects = [s for s in ds.samples if ds.kinds[s.category] == 'object']
+    if row.method is None: return bool(objects) and all(s.foreground for s in objects)
     return max((p.depth or 0) for p in row.method.encode.paths) <= encoder.blocks
 
 # %% ../nbs/23_bench.ipynb #fab5991a
@@ -188,7 +199,7 @@ def compute(exhibits, profile:Profile, root=None, weights=None, backbone=None, b
     rows = [r for r in gather_rows(exhibits) if possible(r, own, ds)]
     encoders = {'': own}
     if any(r.control == 'random weights' for r in rows): encoders['random weights'] = load_encoder(backbone or profile.backbone, 'random:0')
-    data, records, results = data_hash(ds.samples), [], {}
+    data, records, results = data_hash(ds), [], {}
     bar = tqdm(total=len(ds.categories)*len(encoders), disable=not show, desc='categories')
     for control, encoder in encoders.items():
         mine = [r for r in rows if (r.control == 'random weights') == (control == 'random weights')]
@@ -210,42 +221,56 @@ def interval(again)->tuple:
         return tuple(100*np.nanpercentile(np.nanmean(again, 0), (2.5, 97.5)))
 
 # %% ../nbs/23_bench.ipynb #85e9356d
+def defined(result, metric)->bool:
+    "Tell whether a category's metric is a number."
+    v = result['values'][metric]
+    return v == v
+
+# %% ../nbs/23_bench.ipynb #d1864b5e
 def metric_rows(results:dict)->list:
-    "Flatten results to rows: run, category, kind, metric, value, lo, hi, n (percent; means over all categories, objects and textures too)."
+    "Flatten results to rows: run, category, metric, value, lo, hi, n, why (percent; means over categories, objects, textures; NaN stays empty and says why, means count what they average)."
     out = []
     for run, by in sorted(results.items()):
         spans = {c: [c] for c in by} | {'mean': list(by), **{f'mean {k}s': [c for c in by if by[c]['kind'] == k] for k in ('object', 'texture')}}
         for span, cats in spans.items():
             for metric in [*METRICS, 'pixel_auroc_within']:
-                values = [by[c]['values'][metric] for c in cats]
-                fine = [v for v in values if v == v]
-                if not fine: continue
-                again = [by[c]['again'].get(metric) for c in cats if by[c]['values'][metric] == by[c]['values'][metric]]
-                lo, hi = interval(again) if all(again) else (np.nan, np.nan)
-                out.append((run, span, metric, *(f'{v:.4f}' if v == v else '' for v in (100*np.mean(fine), lo, hi)), sum(by[c]['n'] for c in cats)))
+                fine = [c for c in cats if defined(by[c], metric)]
+                again = [by[c]['again'].get(metric) for c in fine]
+                value = 100*np.mean([by[c]['values'][metric] for c in fine]) if fine else np.nan
+                lo, hi = interval(again) if fine and all(again) else (np.nan, np.nan)
+                why = '' if fine or span not in by else by[span]['why'].get(metric, '')
+                if fine or why: out.append((run, span, metric, *(f'{v:.4f}' if v == v else '' for v in (value, lo, hi)), sum(by[c]['n'] for c in fine), why))
     return out
 
-# %% ../nbs/23_bench.ipynb #d1864b5e
+# %% ../nbs/23_bench.ipynb #b4f70a83
+def contrasts_of(e:Exhibit)->list:
+    "List an exhibit's contrasts, those of the paper and the claim's row against each control: (better, worse, metric, over which categories)."
+    if not e.contrasts: return []
+    best = e.contrasts[0][0]
+    return [(b, w, m, 'all') for b, w, m in e.contrasts] + [(best, r.label, 'pixel_auroc', 'objects' if r.method is None else 'all') for r in e.rows if r.control]
+
 def contrast_rows(exhibits, records, results)->list:
-    "Compare the rows a paper's claim rests on: exhibit, better, worse, metric, difference, lo, hi (points, paired bootstrap), mean over categories."
+    "Compare rows by paired bootstrap: exhibit, better, worse, metric, over, difference, lo, hi (points, mean over categories)."
     out = []
     for e in exhibits:
         runs = {r.label: find_run(records, r) for r in e.rows}
-        controls = [(r.label, e.contrasts[0][0], m) for r in e.rows if r.control for m in ('pixel_auroc',)] if e.contrasts else []
-        for better, worse, metric in [*e.contrasts, *((b, c, m) for c, b, m in controls)]:
+        for better, worse, metric, over in contrasts_of(e):
             if not (runs[better] and runs[worse]): continue
             a, b = (results[runs[l]['run']] for l in (better, worse))
-            value = 100*np.mean([a[c]['values'][metric] - b[c]['values'][metric] for c in a])
-            gap = 100*np.nanmean([np.array(a[c]['again'][metric]) - b[c]['again'][metric] for c in a], 0)
-            out.append((e.name, better, worse, metric, *(f'{v:.4f}' for v in (value, *np.percentile(gap, (2.5, 97.5))))))
+            cats = [c for c in a if (over == 'all' or a[c]['kind'] == 'object') and defined(a[c], metric) and defined(b[c], metric) and metric in a[c]['again']]
+            if not cats: continue
+            value = 100*np.mean([a[c]['values'][metric] - b[c]['values'][metric] for c in cats])
+            lo, hi = interval([np.array(a[c]['again'][metric]) - b[c]['again'][metric] for c in cats])
+            out.append((e.name, better, worse, metric, over, *(f'{v:.4f}' for v in (value, lo, hi))))
     return out
 
+# %% ../nbs/23_bench.ipynb #e224fd85
 def find_run(records, row:Row)->dict:
     "Find the record of an exhibit's row."
     name = 'foreground' if row.method is None else row.method.name
     return next((r for r in records if (r['method'], r['control']) == (name, row.control)), None)
 
-# %% ../nbs/23_bench.ipynb #d4bbbad9
+# %% ../nbs/23_bench.ipynb #3b1366e8
 def to_csv(head, rows)->str:
     "Write rows as CSV text with Unix line ends."
     f = io.StringIO(newline=''); w = csv.writer(f, lineterminator='\n'); w.writerow(head); w.writerows(rows)
@@ -253,10 +278,13 @@ def to_csv(head, rows)->str:
 
 def write_results(folder, exhibits, records, results):
     "Write runs.csv, metrics.csv and contrasts.csv, sorted, values with four decimals."
-    folder, here = Path(folder), machine()
-    seconds = {run: sum(c['seconds'] for c in by.values()) for run, by in results.items()}
-    rows = sorted(([*r.values(), *here.values(), f"{seconds[r['run']]:.1f}"] for r in records), key=lambda r: r[0])
-    write_atomic(folder/'runs.csv', to_csv([*records[0], *here, 'seconds'], rows))
-    write_atomic(folder/'metrics.csv', to_csv(['run', 'category', 'metric', 'value', 'lo', 'hi', 'n'], metric_rows(results)))
-    write_atomic(folder/'contrasts.csv', to_csv(['exhibit', 'better', 'worse', 'metric', 'difference', 'lo', 'hi'], contrast_rows(exhibits, records, results)))
+    folder, rows = Path(folder), []
+    for r in records:
+        by = list(results[r['run']].values())
+        first = by[0]['machine']; mixed = [c for c in by if c['machine'] != first]
+        told = {k: v if not mixed else 'mixed: ' + ', '.join(sorted({c['machine'][k] for c in by})) for k, v in first.items()}
+        rows.append([*r.values(), *told.values(), *(f"{sum(c['seconds'][i] for c in by):.1f}" for i in (0, 1))])
+    write_atomic(folder/'runs.csv', to_csv([*records[0], *first, 'seconds_encoding', 'seconds_row'], sorted(rows, key=lambda r: (r[0], r[1]))))
+    write_atomic(folder/'metrics.csv', to_csv(['run', 'category', 'metric', 'value', 'lo', 'hi', 'n', 'why'], metric_rows(results)))
+    write_atomic(folder/'contrasts.csv', to_csv(['exhibit', 'better', 'worse', 'metric', 'over', 'difference', 'lo', 'hi'], contrast_rows(exhibits, records, results)))
     return folder

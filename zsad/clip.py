@@ -8,8 +8,8 @@ __all__ = ['check_fields', 'Preprocess', 'AttentionPath', 'EncodeSpec', 'Tokens'
            'plain_tokenizer', 'find_tokenizer', 'load_encoder', 'text_tower', 'anomaly_score']
 
 # %% ../nbs/10_clip.ipynb #1c969bf6
-import difflib, json, math, platform
-from dataclasses import dataclass, field, replace
+import difflib, json
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path

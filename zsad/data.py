@@ -8,12 +8,12 @@ __all__ = ['IMAGES', 'NORMAL', 'MVTEC_TEXTURES', 'DATASETS', 'Sample', 'Dataset'
 
 # %% ../nbs/02_data.ipynb #782c1e10
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from .core import cache_dir, digest
-from .procad import TEXTURES, render_procad
+from .core import digest
+from .procad import render_procad
 
 # %% ../nbs/02_data.ipynb #33bcbbbe
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def load_dataset(name:str='procad',   # one of DATASETS
     return scan_mvtec(root, name)
 
 # %% ../nbs/02_data.ipynb #a543132b
-def data_hash(samples)->str:
-    "Hash decoded images and masks of samples with their ids."
-    return digest(*(a for s in samples for a in (s.id, s.label, load_image(s.path), b'' if s.mask is None else load_mask(s.mask, 240, 'nearest'))))
+def data_hash(ds:Dataset)->str:
+    "Hash what a data set's numbers depend on: decoded images, masks, outlines, labels, kinds, ids."
+    pixels = lambda f: b'' if f is None else load_image(f)
+    return digest(ds.kinds, *(a for s in ds.samples for a in (s.id, s.label, pixels(s.path), pixels(s.mask), pixels(s.foreground))))

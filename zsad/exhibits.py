@@ -11,7 +11,6 @@ import csv
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
-from .clip import AttentionPath, EncodeSpec
 from .method import METHODS, Method, one_path
 
 # %% ../nbs/22_exhibits.ipynb #d545ace9
@@ -59,7 +58,7 @@ EXHIBITS = {e.name: e for e in (
     Exhibit('anoclip-t3', 'Attention modes of CLIP (AnoCLIP, Table 3)', 'anoclip', ATTENTION + CONTROLS, ('mvtec',), AL, claim='Patch tokens of V-V attention localise; those of CLIP\'s own path do not.',
             contrasts=((ATTENTION[3].label, ATTENTION[0].label, 'pixel_auroc'), (ATTENTION[3].label, ATTENTION[0].label, 'pro'), (ATTENTION[3].label, ATTENTION[2].label, 'pro'))),
     Exhibit('anoclip-t4', 'Prompt sets (AnoCLIP, Table 4)', 'anoclip', PROMPTING + CONTROLS, ('mvtec',), AD + AL, claim='Contrastive states, then domain phrases, improve detection and localisation.',
-            contrasts=(('+CS Prompt', 'Base', 'image_auroc'), ('+CS Prompt', 'Base', 'pixel_auroc'), ('+DA Prompt', '+CS Prompt', 'pixel_auroc'))),
+            contrasts=(('+DA Prompt', '+CS Prompt', 'image_auroc'), ('+DA Prompt', '+CS Prompt', 'pixel_auroc'), ('+CS Prompt', 'Base', 'image_auroc'), ('+CS Prompt', 'Base', 'pixel_auroc'))),
     Exhibit('baselines', 'Rows of this section, side by side', '', BASELINES + CONTROLS, ('mvtec',), AD[:1] + AL),
     Exhibit('vv-depth', 'How many of the last blocks walk the V-V path', '', DEPTHS, ('mvtec',), ('pixel_auroc', 'pro'), 'curve'))}
 

@@ -9,7 +9,6 @@ __all__ = ['maps_of', 'gallery', 'one_of_each', 'write_gallery', 'depth_picture'
 from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
-import numpy as np
 from .bench import Profile, encode_images, merge_specs
 from .clip import Encoder, load_encoder
 from .data import load_dataset, load_image, load_mask
@@ -39,6 +38,7 @@ def gallery(encoder:Encoder, ds, samples, rows=(ATTENTION[0], ATTENTION[3]), con
     titles = ['image', 'mask', *(r.label.replace('with ', '').replace('attention', 'att.') for r in rows)]
     return picture_grid(lines, titles, [f'{s.category}\n{s.defect}' for s in samples], size=1.5)
 
+# %% ../nbs/27_explore.ipynb #17257469
 def one_of_each(ds)->list:
     "Pick one anomalous sample per category; kinds of defects take turns over the categories."
     out = []
@@ -50,12 +50,14 @@ def one_of_each(ds)->list:
 def write_gallery(profile:Profile, root, out, weights=None, backbone=None)->tuple:
     "Draw the gallery of a profile's data below `out`/figures; gives (file, title) pairs for the index page."
     ds, enc = load_dataset(profile.data['mvtec'], root), load_encoder(backbone or profile.backbone, weights or profile.weights)
-    fig = gallery(enc, ds, one_of_each(ds))
+    shown = one_of_each(ds)
+    if not shown: return ()
+    fig = gallery(enc, ds, shown)
     (Path(out)/'figures').mkdir(parents=True, exist_ok=True)
     fig.savefig(Path(out)/'figures'/'gallery.png', dpi=100); plt.close(fig)
     return (('gallery.png', 'Image, mask, map on CLIP\'s own path, map on the V-V path'),)
 
-# %% ../nbs/27_explore.ipynb #33264180
+# %% ../nbs/27_explore.ipynb #586badd9
 def depth_picture(encoder:Encoder, image, mask, category:str, depth:int, prompts:str='anoclip', texts=None):
     "Draw image with mask, and the map at one V-V depth; `texts` remembers encoded sentences from call to call."
     row = replace(METHODS['anoclip'], text=prompts, encode=one_path('vv', depth))
@@ -69,7 +71,7 @@ def depth_picture(encoder:Encoder, image, mask, category:str, depth:int, prompts
     fig.tight_layout()
     return fig
 
-# %% ../nbs/27_explore.ipynb #586badd9
+# %% ../nbs/27_explore.ipynb #54c40fcd
 def depth_slider(encoder:Encoder, samples, prompts=('anoclip', 'cs', 'base', 'winclip', 'clip')):
     "Make the knobs: depth, sentences, image; `samples` are (name, image, mask, category)."
     import ipywidgets as w

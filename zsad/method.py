@@ -8,12 +8,12 @@ __all__ = ['TERMS', 'SCORES', 'ROWS', 'METHODS', 'Scene', 'text_term', 'smooth_m
 
 # %% ../nbs/20_method.ipynb #50008a4b
 import difflib, inspect
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score
-from .prompts import PROMPTS, PromptSet, Text, encode_text
+from .prompts import PROMPTS, encode_text
 
 # %% ../nbs/20_method.ipynb #5758ba03
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ ROWS = (
     Method('clip', one_path('qkv'), 'clip', source='CLIP with two sentences (AnomalyCLIP, KAnoCLIP tables)'),
     Method('clip-ac', one_path('qkv'), 'clip-ac', source='WinCLIP: normal / anomalous in every template; the CLIP row of AnoCLIP Table 2'),
     Method('maskclip', one_path('v-mlp', 1), 'clip-ac', source='MaskCLIP: values of the last block instead of its attention'),
-    Method('anoclip', one_path('vv'), 'anoclip', source='AnoCLIP, Sec. 3.1-3.3, as printed'),
+    Method('anoclip', one_path('vv'), 'anoclip', source='AnoCLIP, Sec. 3.1-3.3; open points as its code has them, domain phrases a reconstruction'),
     Method('anoclip@code', one_path('vv', views='anovl'), 'anoclip@code', smooth='mean3', align_corners=True, score=('views', {}), interpolation='bilinear',
            source='AnoVL repository, MVTec script without adapter'))
 METHODS = {m.name: m for m in ROWS}
@@ -102,7 +102,7 @@ METHODS = {m.name: m for m in ROWS}
 # %% ../nbs/20_method.ipynb #4bbb1e79
 @dataclass(frozen=True)
 class Prediction:
-    "What a detector says of a batch."
+    "What a detector says of a batch; on the CPU wherever it was computed."
     score: Tensor     # [B] higher = more anomalous
     map: Tensor       # [B,H,W] float32 at the encoder's input size, unscaled
 
@@ -114,7 +114,7 @@ class Detector:
     encoder: Encoder
     texts: dict             # category -> Text
 
-    def __call__(self, x, categories, ids=None)->Prediction:
+    def __call__(self, x, categories)->Prediction:
         "Score a preprocessed batch `x` [B,3,S,S] whose images belong to `categories` [B]."
         return self.predict(self.encoder.tokens(x, self.method.encode), categories)
 
@@ -123,11 +123,11 @@ class Detector:
         "Score tokens that were encoded (for this method, or for several at once)."
         m, (h, w) = self.method, tokens.grid
         if len(categories) != len(tokens.cls): raise ValueError(f'{len(categories)} categories for {len(tokens.cls)} images: give one per image')
-        scene = Scene(replace(tokens, patches={p: tokens.patches[p] for p in m.encode.paths}), torch.stack([self.pair(c) for c in categories]))
+        scene = Scene(replace(tokens, patches={p: tokens.patches[p] for p in m.encode.paths}), torch.stack([self.pair(c) for c in categories]).to(tokens.cls.device))
         a = torch.stack([TERMS[name](scene, **params) for name, params in m.terms]).mean(0)
         a = smooth_map(a.unflatten(1, (h, w)), m.smooth)
         a = upsample(a, self.encoder.preprocess.size, m.align_corners)
-        return Prediction(SCORES[m.score[0]](scene, **m.score[1]), a)
+        return Prediction(SCORES[m.score[0]](scene, **m.score[1]).cpu(), a.cpu())
 
     def pair(self, category)->Tensor:
         "Look up the text pair [2,C] of a category."

@@ -11,15 +11,13 @@ __all__ = ['OBJECTS', 'TEXTURES', 'KINDS', 'NOUNS', 'SURFACE', 'STRUCTURE', 'PRO
            'plan', 'render_procad']
 
 # %% ../nbs/01_procad.ipynb #08a63e2f
-import json, math, shutil
-from concurrent.futures import ProcessPoolExecutor
+import json, math, os, tempfile
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from .core import cache_dir, digest, keyed, write_atomic
+from .core import cache_dir, digest, keyed, on_cores, write_atomic
 
 # %% ../nbs/01_procad.ipynb #142e1b1e
 def wave(t):
@@ -448,7 +446,7 @@ def render(dsg:Design,            # product line
     rng = keyed(seed, 'camera', dsg.world, dsg.kind, dsg.index, number, defect)
     return Shot(photograph(img, rng), mask, fore > 0.5, defect)
 
-# %% ../nbs/01_procad.ipynb #0b49c565
+# %% ../nbs/01_procad.ipynb #f1f87414
 PROCAD = ('bottle', 'cable', 'capsule', 'carpet', 'grid', 'leather', 'metal_nut', 'pill', 'screw', 'tile', 'transistor', 'wood')
 
 def write_shot(folder:Path, kind:str, defect:str, split:str, number:int, name:str, seed:int, size:int):
@@ -460,7 +458,7 @@ def write_shot(folder:Path, kind:str, defect:str, split:str, number:int, name:st
     if split == 'test' and defect != 'good': save(s.mask.astype('u1')*255, 'ground_truth', defect, f'{name}_mask.png')
     if split == 'test' and kind in OBJECTS: save(s.foreground.astype('u1')*255, 'foreground', defect, f'{name}_fg.png')
 
-# %% ../nbs/01_procad.ipynb #f1f87414
+# %% ../nbs/01_procad.ipynb #d09d9fd0
 def plan(kind:str, good:int, bad:int, train:int)->list:
     "List (defect, split, number, name) of a category: defects take turns, numbers run per folder."
     kinds = defects_of(kind)
@@ -472,10 +470,18 @@ def _write(job): write_shot(*job)
 def render_procad(categories:tuple=PROCAD, good:int=40, bad:int=50, train:int=20, seed:int=0, size:int=240, root=None, workers:int=None)->Path:
     "Render the benchmark into `root` (default: the cache) unless it is there, and give its folder."
     spec = (tuple(categories), good, bad, train, seed, size)
-    root = Path(root or cache_dir('procad')/digest(spec, Path(__file__).read_text()))
-    done = root/'dataset.json'
-    if not done.exists():
-        jobs = [(root, c, defect, split, n, name, seed, size) for c in categories for defect, split, n, name in plan(c, good, bad, train)]
-        with ProcessPoolExecutor(workers) as pool: list(pool.map(_write, jobs, chunksize=16))
-        write_atomic(done, json.dumps(dict(name='procad', seed=seed, size=size, kinds={c: 'texture' if c in TEXTURES else 'object' for c in categories}), indent=1))
+    told = dict(name='procad', spec=digest(spec, Path(__file__).read_text(encoding='utf-8')), kinds={c: 'texture' if c in TEXTURES else 'object' for c in categories})
+    root = Path(root or cache_dir('procad')/told['spec'])
+    if root.exists():
+        made = json.loads((root/'dataset.json').read_text()) if (root/'dataset.json').exists() else {}
+        if made.get('spec') != told['spec']: raise ValueError(f'{root}: holds something else than was asked for; choose an empty place')
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix='.rendering-') as d:
+        work = Path(d)/'set'
+        jobs = [(work, c, defect, split, n, name, seed, size) for c in categories for defect, split, n, name in plan(c, good, bad, train)]
+        list(on_cores(_write, jobs, workers, 16)); write_atomic(work/'dataset.json', json.dumps(told, indent=1))
+        try: os.rename(work, root)          # whole or not at all; who comes second finds it done
+        except OSError:
+            if not root.exists(): raise
     return root

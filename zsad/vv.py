@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .clip import AttentionPath, Encoder, EncodeSpec, Tokens
+from .clip import Encoder, EncodeSpec, Tokens
 
 # %% ../nbs/11_vv.ipynb #809658a7
 def attend(q:Tensor,     # [B,N,D] queries
@@ -30,16 +30,16 @@ def qkv(b,               # open_clip ResidualAttentionBlock
     return F.linear(b.ln_1(z), b.attn.in_proj_weight, b.attn.in_proj_bias).chunk(3, -1)
 
 def project(b, a:Tensor)->Tensor:
-    "Apply a block's output projection (and layer scale, where it has one)."
+    "Apply a block's output projection (and layer scale, where it has one) to [B,1+N,D], Proj of Eq. (5)."
     return b.ls_1(b.attn.out_proj(a))
 
 def add_mlp(b, z:Tensor)->Tensor:
-    "Add a block's MLP, Eq. (6)."
+    "Add a block's MLP to the stream [B,1+N,D], Eq. (6)."
     return z + b.ls_2(b.mlp(b.ln_2(z)))
 
 # %% ../nbs/11_vv.ipynb #ec4d45b7
 def local_step(b, attention:str, q, k, v)->Tensor:
-    "What a block adds to a local path: projected values, mixed among themselves ('vv') or not ('v')."
+    "Compute what a block adds to a local path [B,1+N,D]: projected values, mixed among themselves ('vv', Eq. 7) or not ('v')."
     return project(b, attend(v, v, v, b.attn.num_heads) if attention == 'vv' else v)
 
 # %% ../nbs/11_vv.ipynb #9ef96878
