@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .clip import Encoder, EncodeSpec, Tokens, load_encoder
-from .core import cache_dir, digest, keep_memory, keyed, write_atomic
+from .core import cache_dir, code_digest, digest, keep_memory, keyed, write_atomic
 from .data import Dataset, data_hash, load_dataset, load_image, load_mask
 from .exhibits import STAND_INS, Exhibit, Row
 from .method import Detector, build
@@ -131,8 +131,7 @@ def sentences_of(text):
 
 def code_hash()->str:
     "Hash the code of the modules that turn an image into a number."
-    here = Path(__file__).parent
-    return digest(*((here/f'{n}.py').read_text(encoding='utf-8') for n in ('bench', 'clip', 'data', 'method', 'metrics', 'prompts', 'vv')))
+    return code_digest('bench', 'clip', 'data', 'method', 'metrics', 'prompts', 'vv')
 
 def machine(encoder:Encoder)->dict:
     "Describe what computes: package versions and device."

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from .core import cache_dir, digest, keyed, on_cores, write_atomic
+from .core import cache_dir, code_digest, digest, keyed, on_cores, write_atomic
 
 # %% ../nbs/01_procad.ipynb #142e1b1e
 def wave(t):
@@ -470,7 +470,7 @@ def _write(job): write_shot(*job)
 def render_procad(categories:tuple=PROCAD, good:int=40, bad:int=50, train:int=20, seed:int=0, size:int=240, root=None, workers:int=None)->Path:
     "Render the benchmark into `root` (default: the cache) unless it is there, and give its folder."
     spec = (tuple(categories), good, bad, train, seed, size)
-    told = dict(name='procad', spec=digest(spec, Path(__file__).read_text(encoding='utf-8')), kinds={c: 'texture' if c in TEXTURES else 'object' for c in categories})
+    told = dict(name='procad', spec=digest(spec, code_digest('procad')), kinds={c: 'texture' if c in TEXTURES else 'object' for c in categories})
     root = Path(root or cache_dir('procad')/told['spec'])
     if root.exists():
         made = json.loads((root/'dataset.json').read_text()) if (root/'dataset.json').exists() else {}

@@ -16,7 +16,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 import open_clip
 from torch import nn
-from .core import cache_dir, digest, keep_memory, keyed, on_cores
+from .core import cache_dir, code_digest, digest, keep_memory, keyed, on_cores
 from .procad import KINDS, NOUNS, defects_of, design, paint_pair, photograph, pick, uni
 from .clip import AttentionPath, Encoder, Preprocess, anomaly_score, text_tower
 from .vv import walk
@@ -88,7 +88,7 @@ def _fill(span, folder, r, world):
 # %% ../nbs/26_train.ipynb #8cdeb3e3
 def render_pairs(r:Recipe, n:int, world:str='pretrain', workers:int=None, report=print)->Pairs:
     "Render `n` pairs once into the cache (all cores) and map them."
-    folder = cache_dir('pairs', f'{world}-{n}-{digest(r.seed, r.designs, Path(__file__).with_name("procad.py").read_text())}')
+    folder = cache_dir('pairs', f'{world}-{n}-{digest(r.seed, r.designs, code_digest("procad"))}')
     if not (folder/'words.json').exists():
         for k, shape in (('images', (n, 2, 240, 240, 3)), ('labels', (n, 15, 15))): np.lib.format.open_memmap(folder/f'{k}.npy', 'w+', 'u1', shape)
         spans = [(i, min(i + 100, n)) for i in range(0, n, 100)]; words, t = [], time.time()
