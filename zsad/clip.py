@@ -145,8 +145,11 @@ class Encoder:
 @patch
 def tokens(self:Encoder, x, spec:EncodeSpec)->Tokens:
     "Encode `x` [B,3,S,S] along all paths of `spec` in one pass."
-    from zsad.vv import read_tokens          # the walk itself is the next section
-    return read_tokens(self, x, spec)
+    from zsad.vv import read_tokens          # the walk itself is the next section, which knows nothing of this one
+    S = self.preprocess.size
+    if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point(): raise ValueError(f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)')
+    cls, patches, views = read_tokens(self.model.visual, x.to(self.device), spec.resolved(self.blocks))
+    return Tokens(cls, patches, self.grid, views)
 
 @patch
 def encode(self:Encoder, x, attention='vv', depth=None, layers=(-1,), stage='proj')->Tokens:

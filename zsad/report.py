@@ -136,8 +136,8 @@ def bars(e:Exhibit, t:pd.DataFrame):
         ax.barh(y, g.ours, color=['#31688e' if own[l] else '#bbbbbb' for l in t.index], height=0.62)
         ax.errorbar(g.ours, y, xerr=[np.clip(g.ours - g.lo, 0, None), np.clip(g.hi - g.ours, 0, None)], fmt='none', ecolor='black', lw=1)
         for yi, v in zip(y, g.paper):
-            if v == v: ax.text(111, yi, f'paper {v:.1f}', ha='right', va='center', fontsize=7, color='#888888')
-        ax.set(title=m, xlim=(0, 112), yticks=y, yticklabels=t.index); ax.invert_yaxis() if ax is axes[0][0] else None
+            if v == v: ax.text(134, yi, f'paper {v:.1f}', ha='right', va='center', fontsize=7, color='#888888')
+        ax.set(title=m, xlim=(0, 135), xticks=range(0, 101, 25), yticks=y, yticklabels=t.index); ax.invert_yaxis() if ax is axes[0][0] else None
         ax.grid(axis='x', alpha=0.3); ax.tick_params(labelsize=8); ax.title.set_fontsize(9)
     fig.tight_layout()
     return fig

@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .clip import Encoder, EncodeSpec, Tokens
 
 # %% ../nbs/11_vv.ipynb #809658a7
 def attend(q:Tensor,     # [B,N,D] queries
@@ -73,11 +72,11 @@ def leave(visual, y:Tensor, stage:str='proj')->Tensor:
 
 # %% ../nbs/11_vv.ipynb #f0006b73
 @torch.inference_mode()
-def read_tokens(encoder:Encoder, x:Tensor, spec:EncodeSpec)->Tokens:
-    "Encode `x` [B,3,S,S] along all paths, layers and views of `spec` in one pass each."
-    v, spec, S = encoder.model.visual, spec.resolved(encoder.blocks), encoder.preprocess.size
-    if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point(): raise ValueError(f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)')
-    x = x.to(encoder.device)
+def read_tokens(v,            # open_clip VisionTransformer
+                x:Tensor,     # [B,3,S,S] preprocessed images
+                spec          # a resolved EncodeSpec
+               )->tuple:      # class token [B,C], {path: [L,B,N,C or D]}, class tokens of the views [B,V,C] or None
+    "Encode images along all paths, layers and views of `spec`, one pass per view."
     z, streams = walk(v, v._embeds(x.to(v.conv1.weight.dtype)), spec.paths, spec.layers)
     cls = leave(v, z[:, 0])
     views = None
@@ -85,7 +84,7 @@ def read_tokens(encoder:Encoder, x:Tensor, spec:EncodeSpec)->Tokens:
         others = [leave(v, walk(v, v._embeds(a.to(v.conv1.weight.dtype)), (), ())[0][:, 0]) for a in anovl_views(x)[1:]]
         views = torch.stack([cls, *others], 1)
     patches = {p: torch.stack([leave(v, y[:, 1:], spec.stage) for y in ys]) for p, ys in zip(spec.paths, streams.values())}
-    return Tokens(cls, patches, encoder.grid, views)
+    return cls, patches, views
 
 # %% ../nbs/11_vv.ipynb #e8948783
 def anovl_views(x:Tensor)->list:      # 22 batches [B,3,S,S], the image itself first
