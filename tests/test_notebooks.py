@@ -52,6 +52,16 @@ def test_form(path):
     assert not any(o.get('output_type') == 'error' for c in json.loads(path.read_text())['cells'] for o in c.get('outputs', []))
 
 
+def test_imports_stand_alone():
+    "The documentation runs every cell that imports, so in notebooks that export such a cell may do nothing else."
+    for p in NUMBERED:
+        if not exported(p): continue
+        for s in cells(p):
+            body = ast.parse(s).body
+            imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in body]
+            assert all(imports) or not any(imports), f'{p.name}: a cell imports and computes:\n{s[:200]}'
+
+
 def test_labels_are_unique():
     labels = [l for p in NOTEBOOKS for s in cells(p) for l in re.findall(r'#\| label: (\S+)', s)]
     assert len(labels) == len(set(labels)), sorted(l for l in labels if labels.count(l) > 1)

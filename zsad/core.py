@@ -37,8 +37,9 @@ def digest(*parts,       # str, bytes, numpy arrays, or anything with a stable `
 # %% ../nbs/00_core.ipynb #2efa158e
 def code_digest(*modules       # names of this package's modules, without zsad.
                )->str:
-    "Hash the code of modules, so that what was computed by other code is never taken for the same."
-    return digest(*((files('zsad')/f'{m}.py').read_text(encoding='utf-8') for m in modules))
+    "Hash the code of modules without comment lines, so that what was computed by other code is never taken for the same."
+    text = lambda m: (files('zsad')/f'{m}.py').read_text(encoding='utf-8').splitlines()
+    return digest(*('\n'.join(l for l in text(m) if not l.lstrip().startswith('#')) for m in modules))
 
 # %% ../nbs/00_core.ipynb #00677ab7
 def cache_dir(*parts)->Path:

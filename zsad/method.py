@@ -99,14 +99,14 @@ ROWS = (
            source='AnoVL repository, MVTec script without adapter'))
 METHODS = {m.name: m for m in ROWS}
 
-# %% ../nbs/20_method.ipynb #4bbb1e79
+# %% ../nbs/20_method.ipynb #042096ad
 @dataclass(frozen=True)
 class Prediction:
     "What a detector says of a batch; on the CPU wherever it was computed."
     score: Tensor     # [B] higher = more anomalous
     map: Tensor       # [B,H,W] float32 at the encoder's input size, unscaled
 
-# %% ../nbs/20_method.ipynb #042096ad
+# %% ../nbs/20_method.ipynb #95196d11
 @dataclass(frozen=True, eq=False)
 class Detector:
     "A method made ready for an encoder and some categories; make it with `build`."
@@ -134,7 +134,7 @@ class Detector:
         if category not in self.texts: raise ValueError(f'category={category!r}: this detector was built for {list(self.texts)}; name it in build()')
         return self.texts[category].pair
 
-# %% ../nbs/20_method.ipynb #95196d11
+# %% ../nbs/20_method.ipynb #7e382da6
 def find_method(method)->Method:
     "Give a row by name; a row is given back as it is."
     if isinstance(method, Method): return method

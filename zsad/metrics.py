@@ -100,7 +100,7 @@ def f1max(
     if reason(c): return float('nan')
     return float((2 * c.tp / (c.tp + c.fp + c.positives)).max())
 
-# %% ../nbs/03_metrics.ipynb #94450e1c
+# %% ../nbs/03_metrics.ipynb #2a6a799a
 def components(
     masks,          # anomalous where True or nonzero [M,H,W]
     connectivity=8, # 8: corners touch; 4: only edges do
@@ -111,7 +111,7 @@ def components(
     plane = ndimage.generate_binary_structure(2, connectivity // 4)
     return ndimage.label(masks > 0, np.pad(plane[None], ((1, 1), (0, 0), (0, 0))))[0]
 
-# %% ../nbs/03_metrics.ipynb #33dcf9ea
+# %% ../nbs/03_metrics.ipynb #38c50f34
 def pro_curve(
     c: Counts, # from `sorted_counts` with numbered regions
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +121,7 @@ def pro_curve(
     cover = np.stack([before, c.cover], 1).ravel()
     return np.r_[0, fpr, 1], np.r_[0, cover, 1]
 
-# %% ../nbs/03_metrics.ipynb #1719ef7d
+# %% ../nbs/03_metrics.ipynb #f0a1cfe7
 def pro(
     c: Counts, # from `sorted_counts` with numbered regions
     limit=.3,  # FPR up to which is integrated
@@ -133,7 +133,7 @@ def pro(
     slope = np.divide(np.diff(y), width, out=np.zeros_like(width), where=width > 0)
     return float(part @ (y[:-1] + slope * part / 2)) / limit
 
-# %% ../nbs/03_metrics.ipynb #53a75748
+# %% ../nbs/03_metrics.ipynb #8f95f017
 def field_curve(
     c: Counts, # from `sorted_counts` with numbered regions
     steps=200, # number of thresholds
@@ -147,7 +147,7 @@ def field_curve(
     passed = len(c.score) - np.searchsorted(c.score[::-1], t, 'right')
     return t, fpr, np.append(0, c.cover)[passed]
 
-# %% ../nbs/03_metrics.ipynb #a5e2e260
+# %% ../nbs/03_metrics.ipynb #8c54332b
 def field_area(
     c: Counts, # from `sorted_counts` with numbered regions
     limit=.3,  # thresholds with FPR below it are kept
@@ -161,7 +161,7 @@ def field_area(
     if len(np.unique(x)) < 2: return float('nan'), f'{len(np.unique(x))} distinct FPR below {limit} at {len(t)} thresholds'
     return abs(float(np.trapezoid(y, (x - x.min()) / (x.max() - x.min())))), ''
 
-# %% ../nbs/03_metrics.ipynb #8c54332b
+# %% ../nbs/03_metrics.ipynb #34b0dda7
 def pro_field(
     maps,           # anomaly maps [M,H,W]
     masks,          # anomalous where True or nonzero [M,H,W]
@@ -172,7 +172,7 @@ def pro_field(
     "Compute PRO by the 200-threshold routine of most CLIP repositories, NaN when it has no value."
     return field_area(sorted_counts(maps, components(masks, connectivity)), limit, steps)[0]
 
-# %% ../nbs/03_metrics.ipynb #f84a894c
+# %% ../nbs/03_metrics.ipynb #7950ecf1
 def pixel_auroc_within(
     maps,       # anomaly maps [M,H,W]
     masks,      # anomalous where True or nonzero [M,H,W]
@@ -181,7 +181,7 @@ def pixel_auroc_within(
     "Compute pixel AUROC over foreground pixels only, NaN when one class is missing there."
     return auroc(sorted_counts(maps, components(masks) > 0, foreground))
 
-# %% ../nbs/03_metrics.ipynb #543983a3
+# %% ../nbs/03_metrics.ipynb #77bf71fd
 def resize_weights(
     n,    # old length in pixels
     size, # new length in pixels
@@ -196,7 +196,7 @@ def resize_weights(
     w = np.maximum(0, 1 - abs(old + .5 - centre) / max(1, n / size))
     return w / w.sum(1, keepdims=True)
 
-# %% ../nbs/03_metrics.ipynb #f155cea8
+# %% ../nbs/03_metrics.ipynb #d3d7a7d5
 def resize(
     x,               # stack [M,H,W]
     size,            # new side in pixels, or (height, width)
@@ -209,7 +209,7 @@ def resize(
     rows, columns = (resize_weights(n, k, rule).astype(kind) for n, k in zip(x.shape[1:], (h, w)))
     return np.stack([rows @ a.astype(kind) @ columns.T for a in x]) if len(x) else np.empty((0, h, w), kind)
 
-# %% ../nbs/03_metrics.ipynb #65cec80d
+# %% ../nbs/03_metrics.ipynb #8f869e8d
 MASK_RULES = ('bilinear>0.5', 'nearest', 'any')
 
 def resize_mask(
@@ -225,7 +225,7 @@ def resize_mask(
     if size is None or on.shape[1:] == tuple(np.broadcast_to(size, 2)): return on
     return resize(on, size, rule.split('>')[0]) > (0 if rule == 'any' else .5)
 
-# %% ../nbs/03_metrics.ipynb #0c38eef7
+# %% ../nbs/03_metrics.ipynb #157e2129
 METRICS = ('image_auroc', 'image_f1max', 'image_ap', 'pixel_auroc', 'pixel_f1max', 'pixel_ap', 'pro', 'pro_field')
 
 @dataclass(frozen=True)
@@ -248,18 +248,18 @@ class Protocol:
         ask('within', self.within in (None, 'foreground'), (None, 'foreground'))
         ask('metrics', not isinstance(self.metrics, str) and set(self.metrics) <= set(METRICS), f'a tuple of {METRICS}')
 
-# %% ../nbs/03_metrics.ipynb #c8b31b4a
+# %% ../nbs/03_metrics.ipynb #605b76d5
 def _refuse(name, value, valid):
     "Raise the error of a protocol field: the value, the valid values, the fix."
     raise ValueError(f'Protocol({name}={value!r}): choose {valid}')
 
-# %% ../nbs/03_metrics.ipynb #157e2129
+# %% ../nbs/03_metrics.ipynb #2edbf693
 PROTOCOLS = {p.name: p for p in (
     Protocol('native'),                                                       # maps and masks as they come
     Protocol('images', metrics=METRICS[:3]),                                  # scores only
     Protocol('within', within='foreground', metrics=METRICS[3:]))}            # control: only on the object
 
-# %% ../nbs/03_metrics.ipynb #0541d36d
+# %% ../nbs/03_metrics.ipynb #41d7df17
 def check_shapes(
     maps, masks,    # [M,H,W] or None
     scores, labels, # [M] or None
@@ -277,7 +277,7 @@ def check_shapes(
     if size is None and len({v[1:] for v in planes.values()}) > 1:
         raise ValueError(f'different sizes: {text}; resize them, or give a Protocol with size=, such as 240')
 
-# %% ../nbs/03_metrics.ipynb #41d7df17
+# %% ../nbs/03_metrics.ipynb #24e52e2f
 def image_counts(
     scores, labels, # [M] or None
 ):
@@ -288,7 +288,7 @@ def image_counts(
     if not np.isin(y, (0, 1)).all(): raise ValueError(f'labels {np.unique(y)[:5]}: use 0 for normal, 1 for anomalous')
     return sorted_counts(scores, y)
 
-# %% ../nbs/03_metrics.ipynb #252d8ad7
+# %% ../nbs/03_metrics.ipynb #e8b72eaf
 def pixel_counts(
     maps, masks,     # [M,H,W] or None
     protocol,        # Protocol
@@ -306,7 +306,7 @@ def pixel_counts(
     if p.within: inside = resize_mask(foreground, p.size, 'nearest')
     return sorted_counts(maps, components(on, p.connectivity) if {'pro', 'pro_field'} & set(p.metrics) else on, inside)
 
-# %% ../nbs/03_metrics.ipynb #24e52e2f
+# %% ../nbs/03_metrics.ipynb #13aa53c1
 def measure(
     metric, # one of METRICS
     c,      # Counts, or a str: why there are none
@@ -318,7 +318,7 @@ def measure(
     if metric == 'pro': return pro(c, limit), ''
     return {'auroc': auroc, 'f1max': f1max, 'ap': average_precision}[metric.split('_')[1]](c), ''
 
-# %% ../nbs/03_metrics.ipynb #13aa53c1
+# %% ../nbs/03_metrics.ipynb #1eef4146
 def evaluate(
     maps,              # anomaly maps, higher = more anomalous [M,H,W]; None if the method has none
     masks,             # ground truth, normal images all zero [M,H,W]; None if the set has none
