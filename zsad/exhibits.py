@@ -65,9 +65,9 @@ EXHIBITS = {e.name: e for e in (
 # %% ../nbs/22_exhibits.ipynb #f6c0069d
 @lru_cache
 def reported()->tuple:
-    "Read every printed number: dicts with paper, exhibit, row, dataset, metric, value, spread."
+    "Read every printed number: dicts with paper, exhibit, row, dataset, category, metric, value, spread, note."
     with (files('zsad')/'assets'/'reported.csv').open(newline='') as f: return tuple(csv.DictReader(f))
 
 def printed(exhibit:Exhibit, row:str, role:str, metric:str)->str:
     "Look up the printed value of a cell ('' where the paper prints none)."
-    return next((r['value'] for r in reported() if (r['exhibit'], r['row'], r['dataset'], r['metric']) == (exhibit.name, row, role, metric)), '')
+    return next((r['value'] for r in reported() if (r['exhibit'], r['row'], r['dataset'], r['category'], r['metric']) == (exhibit.name, row, role, 'mean', metric)), '')
