@@ -178,7 +178,7 @@ def latex(d:pd.DataFrame)->str:
 
 # %% ../nbs/24_report.ipynb #2df34078
 STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:13px;margin:1rem 0}"
-         "td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}.paper{color:#999}img{max-width:100%}p.cap{color:#444}")
+         "table{display:block;overflow-x:auto}td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}.paper{color:#999}img{max-width:100%}p.cap{color:#444}")
 
 def page(exhibits, res:Results, pictures=())->str:
     "Write the index page: every table with its caption and figure."
