@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROFILES', 'merge_specs', 'encode_images', 'Histograms', 'histograms', 'draws', 'curve_area', 'resample',
            'resample_scores', 'Truth', 'read_truth', 'measure_row', 'run_record', 'sentences_of', 'code_hash',
-           'machine', 'run_category', 'predictions', 'Profile', 'gather_rows', 'possible', 'compute', 'interval',
-           'defined', 'metric_rows', 'contrasts_of', 'contrast_rows', 'find_run', 'to_csv', 'write_results']
+           'machine', 'run_category', 'predictions', 'Profile', 'gather_rows', 'possible', 'open_profile', 'compute',
+           'interval', 'defined', 'metric_rows', 'contrasts_of', 'contrast_rows', 'find_run', 'to_csv', 'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, platform, sys, time, warnings
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .clip import Encoder, EncodeSpec, Tokens, load_encoder
+from .clip import Encoder, EncodeSpec, Tokens, load_encoder, untrained
 from .core import cache_dir, code_digest, digest, keep_memory, keyed, write_atomic
 from .data import Dataset, data_hash, load_dataset, load_image, load_mask
 from .exhibits import STAND_INS, Exhibit, Row
@@ -120,7 +120,8 @@ def measure_row(maps, scores, t:Truth, key)->tuple:
 def run_record(row:Row, det:Detector, encoder:Encoder, ds:Dataset, data:str)->dict:
     "Describe a run; `run` is its key."
     method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', text=sentences_of(det.method.text)))
-    what = dict(method='foreground' if row.method is None else row.method.name, control=row.control, dataset=ds.name, data=data, encoder=encoder.backbone,
+    name, control = row.runs_as
+    what = dict(method=name, control=control, dataset=ds.name, data=data, encoder=encoder.backbone,
                 weights='-' if row.method is None else encoder.weights, source='-' if row.method is None else encoder.source, size=encoder.preprocess.size,
                 dtype=str(encoder.dtype).split('.')[-1], protocol=repr(Protocol()), seed=0, code=code_hash(), resolved=method)
     return dict(run=digest(*(f'{k}={v}' for k, v in what.items() if k not in ('method', 'source'))), **{**what, 'resolved': digest(method)})
@@ -182,6 +183,7 @@ def gather_rows(exhibits)->list:
     for e in exhibits:
         for r in e.rows: seen.setdefault((repr(r.method), r.control), r)
     return list(seen.values())
+
 def possible(row:Row, encoder:Encoder, ds:Dataset)->bool:
     "Tell whether a row can be run: depths the encoder has, outlines the set has. What cannot is shown as missing."
     objects = [s for s in ds.samples if ds.kinds[s.category] == 'object']
@@ -189,15 +191,18 @@ def possible(row:Row, encoder:Encoder, ds:Dataset)->bool:
     return max((p.depth or 0) for p in row.method.encode.paths) <= encoder.blocks
 
 # %% ../nbs/23_bench.ipynb #fab5991a
-def compute(exhibits, profile:Profile, root=None, weights=None, backbone=None, batch:int=16, show=True)->tuple:
-    "Run all rows of exhibits on the profile's data; gives (records, {run: {category: result}})."
-    keep_memory()
+def open_profile(profile:Profile, root=None, weights=None, backbone=None)->tuple:
+    "Load a profile's data and encoder, (Dataset, Encoder); what the data set leaves out is named on stderr."
     ds = load_dataset(profile.data['mvtec'], root)
     for f, why in ds.skipped: print(f'left out: {f}: {why}', file=sys.stderr)
-    own = load_encoder(backbone or profile.backbone, weights or profile.weights)
+    return ds, load_encoder(backbone or profile.backbone, weights or profile.weights)
+
+def compute(exhibits, ds:Dataset, own:Encoder, batch:int=16, show=True)->tuple:
+    "Run all rows of exhibits on a data set; gives (records, {run: {category: result}})."
+    keep_memory()
     rows = [r for r in gather_rows(exhibits) if possible(r, own, ds)]
     encoders = {'': own}
-    if any(r.control == 'random weights' for r in rows): encoders['random weights'] = load_encoder(backbone or profile.backbone, 'random:0')
+    if any(r.control == 'random weights' for r in rows): encoders['random weights'] = untrained(own)
     data, records, results = data_hash(ds), [], {}
     bar = tqdm(total=len(ds.categories)*len(encoders), disable=not show, desc='categories')
     for control, encoder in encoders.items():
@@ -266,8 +271,7 @@ def contrast_rows(exhibits, records, results)->list:
 # %% ../nbs/23_bench.ipynb #e224fd85
 def find_run(records, row:Row)->dict:
     "Find the record of an exhibit's row."
-    name = 'foreground' if row.method is None else row.method.name
-    return next((r for r in records if (r['method'], r['control']) == (name, row.control)), None)
+    return next((r for r in records if (r['method'], r['control']) == row.runs_as), None)
 
 # %% ../nbs/23_bench.ipynb #3b1366e8
 def to_csv(head, rows)->str:

@@ -20,15 +20,15 @@ def chosen(names):
 
 def reproduce(a):
     "Compute exhibits and write tables, figures, results and the index page below --out."
-    from zsad.bench import PROFILES, compute, write_results
+    from zsad.bench import PROFILES, compute, open_profile, write_results
     from zsad.explore import write_gallery
-    from zsad.report import write_report
-    shown, profile, out = chosen(a.exhibits), PROFILES[a.profile], Path(a.out)
-    records, results = compute(shown, profile, a.data, a.weights, a.backbone, a.batch)
-    write_results(out/'results', shown, records, results)
-    write_report(shown, out/'results', out)          # the tables stand before anything else is drawn
-    pictures = write_gallery(profile, a.data, out, a.weights, a.backbone)
-    page = write_report(shown, out/'results', out, pictures)
+    from zsad.report import read_results, write_page, write_report
+    shown, out = chosen(a.exhibits), Path(a.out)
+    ds, encoder = open_profile(PROFILES[a.profile], a.data, a.weights, a.backbone)
+    write_results(out/'results', shown, *compute(shown, ds, encoder, a.batch))
+    results = read_results(out/'results')
+    write_report(shown, results, out)                # the tables stand before anything else is drawn
+    page = write_page(shown, results, out, write_gallery(encoder, ds, out))
     for e in shown: print(f"\n{(out/'tables'/f'{e.name}.md').read_text()}")
     print(f'tables, figures and results: {page}')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_fields', 'Preprocess', 'AttentionPath', 'EncodeSpec', 'Tokens', 'check_visual', 'Encoder', 'find_config',
            'find_weights', 'fill', 'build_model', 'fit_positions', 'cpu_flags', 'choose_device', 'choose_dtype',
-           'plain_tokenizer', 'find_tokenizer', 'load_encoder', 'text_tower', 'anomaly_score']
+           'plain_tokenizer', 'find_tokenizer', 'load_encoder', 'untrained', 'text_tower', 'anomaly_score']
 
 # %% ../nbs/10_clip.ipynb #1c969bf6
 import difflib, json
@@ -198,12 +198,12 @@ def find_weights(name, weights)->tuple:
 # %% ../nbs/10_clip.ipynb #270a8893
 def fill(model, path, source):
     "Load weights into a model; a file that cannot be read and one that does not fit are told apart."
-    try: state = load_state_dict(str(path), weights_only=True)
+    try: rows = {k: v.shape for k, v in load_state_dict(str(path), weights_only=True).items()}
     except Exception as e: raise ValueError(f'weights {source!r} cannot be read ({type(e).__name__}: {str(e)[:200]}); need safetensors, or a torch file that loads with weights_only') from e
     for name in ('visual.positional_embedding', 'positional_embedding', 'text.positional_embedding'):
-        want, have = dict(model.named_parameters()).get(name), state.get(name)
-        if want is not None and have is not None and want.shape[1:] == have.shape[1:] and len(want) != len(have):
-            raise ValueError(f'weights {source!r} do not fit the configuration: {name} has {len(have)} rows in the file and {len(want)} by the configuration; write the file\'s image size and context length there and ask for another size with size=')
+        want, have = dict(model.named_parameters()).get(name), rows.get(name)
+        if want is not None and have is not None and want.shape[1:] == have[1:] and len(want) != have[0]:
+            raise ValueError(f'weights {source!r} do not fit the configuration: {name} has {have[0]} rows in the file and {len(want)} by the configuration; write the file\'s image size and context length there and ask for another size with size=')
     try: load_checkpoint(model, str(path), strict=True, weights_only=True)
     except Exception as e: raise ValueError(f'weights {source!r} do not fit the configuration: {str(e)[:600]}') from e
 
@@ -294,6 +294,13 @@ def load_encoder(backbone='mini',    # 'mini', an open_clip name, or a configura
     return Encoder(model.to(device), label, cfg, prep, find_tokenizer(name, cfg['text_cfg']), source, dtype, device)
 
 # %% ../nbs/10_clip.ipynb #ccb8957a
+def untrained(encoder:Encoder, seed:int=0)->Encoder:
+    "Make an encoder's twin with random weights."
+    model = build_model(encoder.config, encoder.backbone, None, f'random:{seed}', encoder.dtype)
+    fit_positions(model.visual, encoder.preprocess.size, encoder.preprocess.positions)
+    return replace(encoder, model=model.to(encoder.device), source=f'random:{seed}')
+
+# %% ../nbs/10_clip.ipynb #61cd7099
 def text_tower(model, ids:Tensor)->Tensor:
     "Run the text tower on token ids [K,T], cut behind the longest end token: [K,C], not normalised."
     t = getattr(model, 'text', model)
@@ -307,7 +314,7 @@ def text_tower(model, ids:Tensor)->Tensor:
     h = norm(t.transformer(h, attn_mask=t.attn_mask[:n, :n].to(cast)))[torch.arange(len(ids), device=ids.device), end].float()
     return F.linear(h, p.weight.float(), None if p.bias is None else p.bias.float()) if isinstance(p, nn.Linear) else h @ p.float()
 
-# %% ../nbs/10_clip.ipynb #984a65f7
+# %% ../nbs/10_clip.ipynb #c2d0e7c0
 @patch
 @torch.inference_mode()
 def embed_text(self:Encoder,
@@ -321,7 +328,7 @@ def embed_text(self:Encoder,
     out = torch.cat([text_tower(self.model, ids[o]).float() for o in order.split(chunk)])
     return out[order.argsort()]
 
-# %% ../nbs/10_clip.ipynb #29f6989e
+# %% ../nbs/10_clip.ipynb #0ec01c97
 def anomaly_score(p:Tensor,         # [...,C] unit tokens
                   text:Tensor,      # [2,C] unit rows, or [B,2,C]: normal, anomalous
                   tau:float=1.      # softmax temperature (1: AnoCLIP as printed; 0.07: WinCLIP)

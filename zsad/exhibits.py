@@ -22,6 +22,11 @@ class Row:
     control: str = ''            # '', 'random weights' or 'foreground mask'
     note: str = ''
 
+    @property
+    def runs_as(self)->tuple:
+        "Name the run of this row in results files: (method, control)."
+        return ('foreground' if self.method is None else self.method.name), self.control
+
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure."

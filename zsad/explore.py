@@ -9,9 +9,9 @@ __all__ = ['maps_of', 'gallery', 'one_of_each', 'write_gallery', 'depth_picture'
 from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
-from .bench import Profile, encode_images, merge_specs
-from .clip import Encoder, load_encoder
-from .data import load_dataset, load_image, load_mask
+from .bench import encode_images, merge_specs
+from .clip import Encoder
+from .data import Dataset, load_image, load_mask
 from .exhibits import ATTENTION
 from .method import METHODS, build, one_path
 from .viz import map_range, outline, overlay, picture_grid
@@ -29,11 +29,11 @@ def maps_of(rows, encoder:Encoder, images, category:str, kind=None, texts=None)-
 # %% ../nbs/27_explore.ipynb #c982cfbe
 def gallery(encoder:Encoder, ds, samples, rows=(ATTENTION[0], ATTENTION[3]), context:int=6):
     "Show image, mask and the maps of `rows`, one sample a line; the scale of a map comes from it and `context` normal images of its category."
-    size, lines = encoder.preprocess.size, []
+    size, lines, texts = encoder.preprocess.size, [], {}
     for s in samples:
         normal = [n for n in ds.of(s.category) if not n.label][:context]
         images = [encoder.preprocess.square(load_image(n.path)) for n in (s, *normal)]
-        maps = maps_of(rows, encoder, images, s.category, ds.kinds[s.category])
+        maps = maps_of(rows, encoder, images, s.category, ds.kinds[s.category], texts)
         lines.append([images[0], outline(images[0], load_mask(s.mask, size)), *(overlay(images[0], m[0], map_range(m)) for m in maps.values())])
     titles = ['image', 'mask', *(r.label.replace('with ', '').replace('attention', 'att.') for r in rows)]
     return picture_grid(lines, titles, [f'{s.category}\n{s.defect}' for s in samples], size=1.5)
@@ -47,12 +47,11 @@ def one_of_each(ds)->list:
         if kinds: out.append(kinds[sorted(kinds)[(3*i) % len(kinds)]])
     return out
 
-def write_gallery(profile:Profile, root, out, weights=None, backbone=None)->tuple:
-    "Draw the gallery of a profile's data below `out`/figures; gives (file, title) pairs for the index page."
-    ds, enc = load_dataset(profile.data['mvtec'], root), load_encoder(backbone or profile.backbone, weights or profile.weights)
+def write_gallery(encoder:Encoder, ds:Dataset, out)->tuple:
+    "Draw the gallery of a data set below `out`/figures; gives (file, title) pairs for the index page."
     shown = one_of_each(ds)
     if not shown: return ()
-    fig = gallery(enc, ds, shown)
+    fig = gallery(encoder, ds, shown)
     (Path(out)/'figures').mkdir(parents=True, exist_ok=True)
     fig.savefig(Path(out)/'figures'/'gallery.png', dpi=100); plt.close(fig)
     return (('gallery.png', 'Image, mask, map on CLIP\'s own path, map on the V-V path'),)
