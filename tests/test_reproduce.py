@@ -56,22 +56,137 @@ def test_depth_zero_is_plain_clip_and_full_depth_is_the_method(bench):
 
 def test_a_second_run_computes_nothing(bench, monkeypatch):
     d, run, cache = bench
-    import zsad.bench
-    before = {p: p.stat().st_mtime_ns for p in cache.rglob('*.json')}
-    monkeypatch.setattr(zsad.bench, 'encode_images', lambda *a, **k: pytest.fail('an image was encoded again'))
-    monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ())
-    assert run(out='again') == 0
+    before = {p: p.stat().st_mtime_ns for p in (*cache.rglob('*.json'), *cache.rglob('*.safetensors')) if p.name != 'stream.json'}       # whose time says when a stream was last of use
+    assert any(p.suffix == '.safetensors' for p in before)
+    monkeypatch.setattr('zsad.store.encode_images', lambda *a, **k: pytest.fail('an image was encoded again'))
+    assert run(out='again') == 0                                          # tables, figures and gallery
     assert (d/'again'/'results'/'metrics.csv').read_text() == (d/'out'/'results'/'metrics.csv').read_text()
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob('*.json')} == before
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_batch_size_changes_nothing_that_is_printed(bench, tmp_path, monkeypatch):
-    d, run, _ = bench
-    monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ())
-    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
-    assert main(['reproduce', 'vv-depth', '--profile', 'paper', '--data', str(d/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o'), '--batch', '1']) == 0
-    a, b = (table('vv-depth', read_results(p)) for p in (d/'out'/'results', tmp_path/'o'/'results'))
-    assert np.allclose(a['pixel AUROC', 'ours'], b['pixel AUROC', 'ours'], atol=0.02)
+def test_another_prompt_set_encodes_no_image(bench, monkeypatch):
+    d, run, cache = bench
+    import zsad.store
+    seen, encode = [], zsad.store.encode_images
+    monkeypatch.setattr('zsad.store.encode_images', lambda encoder, images, *a, **k: (seen.extend(images), encode(encoder, images, *a, **k))[1])
+    with monkeypatch.context() as m:
+        m.setenv('ZSAD_CACHE', str(cache))
+        assert main(['reproduce', 'anoclip-t4', '--profile', 'paper', '--data', str(d/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(d/'t4')]) == 0
+    t = table('anoclip-t4', d/'t4'/'results')
+    assert seen == [] and t.loc[['Base', '+CS Prompt'], ('pixel AUROC', 'ours')].notna().all()
+
+
+def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatch, capsys):
+    "One folder with MVTec-AD and VisA as published fills both halves of Tables 1 and 2; --plan only tells."
+    from test_data import arrange_visa
+    from zsad.data import load_dataset
+    d, _, _ = bench
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ())
+    shutil.copytree(d/'data', tmp_path/'sets'/'mvtec'); arrange_visa(load_dataset('mvtec', d/'data'), tmp_path/'sets'/'VisA_20220922')
+    command = ['reproduce', 'anoclip-t1', 'anoclip-t2', '--profile', 'paper', '--data', str(tmp_path/'sets'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]
+    assert main([*command, '--plan']) == 0 and not (tmp_path/'o').exists()
+    told = capsys.readouterr().out
+    assert 'MVTec-AD: mvtec, 14 images' in told and 'VisA: visa, 14 images' in told and 'to do: 56 images to encode (0 stored)' in told and 'GB free' in told
+    assert main(command) == 0
+    t = readable(table('anoclip-t1', tmp_path/'o'/'results'))
+    for role in ('MVTec-AD', 'VisA'):
+        assert t.loc['AnoCLIP', f'{role}: PRO'][0].isdigit() and t.loc['TransMM', f'{role}: PRO'] == 'not here yet' and t.loc['foreground mask', f'{role}: PRO'] == 'missing'
+    capsys.readouterr()
+    assert main([*command, '--plan']) == 0 and 'to do: 0 images to encode' in capsys.readouterr().out
+
+
+def test_visa_alone_runs_all_exhibits(bench, tmp_path, monkeypatch, capsys):
+    from test_data import arrange_visa
+    from zsad.data import load_dataset
+    d, _, _ = bench
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); arrange_visa(load_dataset('mvtec', d/'data'), tmp_path/'visa')
+    assert main(['reproduce', '--profile', 'paper', '--data', str(tmp_path/'visa'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 0
+    told = capsys.readouterr().out
+    assert 'MVTec-AD: not found' in told and 'not as published' in told and 'mvtec.com' in told
+    t = readable(table('anoclip-t2', tmp_path/'o'/'results'))
+    assert t.loc['AnoCLIP', 'MVTec-AD: image AUROC'] == 'no data' and t.loc['AnoCLIP', 'VisA: image AUROC'][0].isdigit()
+    assert set(table('vv-depth', tmp_path/'o'/'results')['pixel AUROC', 'ours'].isna()) == {True} and (tmp_path/'o'/'figures'/'vv-depth.png').exists()
+
+
+def test_real_images_are_not_taken_for_the_rendered_ones(bench, tmp_path, capsys):
+    d, _, _ = bench
+    assert main(['reproduce', 'anoclip-t3', '--data', str(d/'data'), '--out', str(tmp_path/'o')]) == 2
+    assert 'not a rendered benchmark' in capsys.readouterr().err
+
+
+def test_only_a_whole_run_is_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['reproduce', 'anoclip-t3', '--accept']) == 2 and 'all exhibits' in capsys.readouterr().err
+    assert main(['reproduce', '--accept', '--plan']) == 2 and 'not inside a checkout' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('bad', ['empty', 'text', 'cube', 'columns', 'nowhere'])
+def test_bad_maps_and_scores_are_named(bad, tmp_path, capsys):
+    maps, masks, scores = tmp_path/'maps', tmp_path/'masks', tmp_path/'scores.csv'; maps.mkdir(); masks.mkdir()
+    np.save(maps/'a.npy', np.random.rand(8, 8)); np.save(maps/'b.npy', np.random.rand(8, 8)); scores.write_text('image,score\na.png,1\nb.png,2\n')
+    from PIL import Image
+    Image.fromarray(np.eye(8, dtype='u1')).save(masks/'a_mask.png')
+    command = ['evaluate', '--maps', str(maps), '--masks', str(masks), '--scores', str(scores)]
+    assert main(command) == 0; capsys.readouterr()
+    if bad == 'empty': (maps/'b.npy').write_bytes(b'')
+    if bad == 'text': (maps/'b.npy').write_text('text')
+    if bad == 'cube': np.save(maps/'b.npy', np.zeros((2, 8, 8)))
+    if bad == 'columns': scores.write_text('file,value\na.png,1\n')
+    if bad == 'nowhere': command[-1] = str(tmp_path/'no.csv')
+    assert main(command) == 2
+    assert {'columns': 'scores.csv', 'nowhere': 'no.csv'}.get(bad, 'b.npy') in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(bench, tmp_path, monkeypatch, capsys):
+    (tmp_path/'file').write_text(''); monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'file'/'cache'))
+    assert main(['reproduce', 'anoclip-t3', '--out', str(tmp_path/'o')]) == 2 and str(tmp_path/'file') in capsys.readouterr().err
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_it_starts(bench, tmp_path, monkeypatch, capsys):
+    d, _, _ = bench
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr('zsad.bench.shutil.disk_usage', lambda p: usage._replace(free=1000))
+    assert main(['reproduce', 'anoclip-t3', '--profile', 'paper', '--data', str(d/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 2
+    assert 'ZSAD_CACHE' in capsys.readouterr().err and not list((tmp_path/'c').rglob('*.safetensors'))
+
+
+def test_spoiled_files_are_named_counted_and_change_no_number(bench, tmp_path, monkeypatch, capsys):
+    d, _, cache = bench
+    monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ()); monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
+    shutil.copytree(d/'data', tmp_path/'data'); test, truth = (next((tmp_path/'data'/'pill'/k).glob('[!g]*')) for k in ('test', 'ground_truth'))
+    image, mask = next(test.glob('*.png')), next(truth.glob('*.png'))
+    (test/'text.png').write_text('no image'); (test/'empty.png').write_bytes(b''); (test/'cut.png').write_bytes(image.read_bytes()[:300]); shutil.copy(image, test/'unmasked.png'); shutil.copy(image, test/'blank.png')
+    for n in ('text', 'empty', 'cut'): shutil.copy(mask, truth/f'{n}_mask.png')
+    from PIL import Image
+    Image.new('L', Image.open(mask).size).save(truth/'blank_mask.png')
+    (test/'._junk.png').write_bytes(b'x'); (test/'Thumbs.db').write_bytes(b'x')
+    assert main(['reproduce', 'anoclip-t3', 'vv-depth', '--profile', 'paper', '--data', str(tmp_path/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 0
+    err = capsys.readouterr().err
+    assert all(f'{n}' in err for n in ('text.png', 'empty.png', 'cut.png', 'unmasked', 'blank_mask.png')) and 'junk' not in err
+    assert (tmp_path/'o'/'results'/'metrics.csv').read_bytes() == (d/'out'/'results'/'metrics.csv').read_bytes()
+    assert {r['left_out'] for r in csv.DictReader(open(tmp_path/'o'/'results'/'runs.csv'))} == {'5'} and '5 files left out' in (tmp_path/'o'/'tables'/'anoclip-t3.md').read_text()
+
+
+def test_a_folder_is_checked_and_converted(bench, tmp_path, monkeypatch, capsys):
+    d, _, _ = bench
+    shutil.copytree(d/'data', tmp_path/'data')
+    assert main(['data', 'check', str(tmp_path/'data'), '--name', 'mvtec']) == 0 and 'expected 26 + 141' in capsys.readouterr().out
+    assert main(['data', 'convert', str(tmp_path/'data')]) == 0
+    meta = json.loads((tmp_path/'data'/'meta.json').read_text())
+    assert {c: len(v) for c, v in meta['test'].items()} == dict(pill=7, wood=7)
+    (tmp_path/'data'/'pill'/'test'/'good'/'x.png').write_text('x'); (tmp_path/'data'/'meta.json').unlink()
+    assert main(['data', 'check', str(tmp_path/'data')]) == 1 and 'x.png' in capsys.readouterr().err
+
+
+def test_the_store_is_listed_verified_and_pruned(bench, tmp_path, monkeypatch, capsys):
+    d, _, cache = bench
+    shutil.copytree(cache, tmp_path/'c'); monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
+    assert main(['store', 'list']) == 0 and 'vv depth 3' in capsys.readouterr().out
+    assert main(['store', 'verify']) == 0
+    shard = next((tmp_path/'c'/'tokens').glob('*/*.safetensors')); shard.write_bytes(shard.read_bytes()[:-1] + b'?')
+    assert main(['store', 'verify']) == 1 and shard.name in capsys.readouterr().out
+    assert main(['store', 'prune']) == 0 and shard.exists() and main(['store', 'prune', '--all']) == 0 and not list((tmp_path/'c'/'tokens').iterdir())
 
 
 def test_changed_weights_are_another_run(bench, tmp_path):
@@ -121,4 +236,4 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert main(['reproduce', 'anoclip-t3', '--profile', 'paper', '--data', str(tmp_path)]) == 2
     assert 'no MVTec-shaped folder' in capsys.readouterr().err
     assert main(['reproduce', 'anoclip-t3', '--profile', 'paper']) == 2
-    assert 'pass root=' in capsys.readouterr().err
+    assert '--data' in capsys.readouterr().err

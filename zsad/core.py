@@ -45,7 +45,7 @@ def code_digest(*modules       # names of this package's modules, without zsad.
 def cache_dir(*parts)->Path:
     "Give (and create) the folder `parts` below `ZSAD_CACHE` or the platform's user cache folder."
     root = os.environ.get('ZSAD_CACHE') or platformdirs.user_cache_dir('zsad')
-    p = Path(root).expanduser().joinpath(*map(str, parts))
+    p = Path(root).expanduser().absolute().joinpath(*map(str, parts))
     p.mkdir(parents=True, exist_ok=True)
     return p
 

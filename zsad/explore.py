@@ -9,19 +9,21 @@ __all__ = ['maps_of', 'gallery', 'one_of_each', 'write_gallery', 'depth_picture'
 from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
-from .bench import encode_images, merge_specs
+from .bench import merge_specs
 from .clip import Encoder
+from .core import cache_dir, digest
 from .data import Dataset, load_image, load_mask
 from .exhibits import ATTENTION
 from .method import METHODS, build, one_path
+from .store import encode_images, recall
 from .viz import map_range, outline, overlay, picture_grid
 
 # %% ../nbs/27_explore.ipynb #722fd729
 def maps_of(rows, encoder:Encoder, images, category:str, kind=None, texts=None)->dict:      # label -> [B,H,W]
-    "Compute the maps of exhibit rows on images of one category, encoding once."
+    "Compute the maps of exhibit rows on images of one category, a list of uint8 arrays or {hash: file} for the token store, encoding once."
     out, texts = {}, {} if texts is None else texts
     for interpolation, spec, methods in merge_specs([r.method for r in rows]):
-        tokens = encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
+        tokens = recall(cache_dir('tokens'), encoder, spec, interpolation, images) if isinstance(images, dict) else encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
         for r in rows:
             if r.method in methods: out[r.label] = build(r.method, {category: kind}, encoder, texts).predict(tokens, [category]*len(images)).map.numpy()
     return {r.label: out[r.label] for r in rows}
@@ -32,9 +34,9 @@ def gallery(encoder:Encoder, ds, samples, rows=(ATTENTION[0], ATTENTION[3]), con
     size, lines, texts = encoder.preprocess.size, [], {}
     for s in samples:
         normal = [n for n in ds.of(s.category) if not n.label][:context]
-        images = [encoder.preprocess.square(load_image(n.path)) for n in (s, *normal)]
-        maps = maps_of(rows, encoder, images, s.category, ds.kinds[s.category], texts)
-        lines.append([images[0], outline(images[0], load_mask(s.mask, size)), *(overlay(images[0], m[0], map_range(m)) for m in maps.values())])
+        maps = maps_of(rows, encoder, {digest(load_image(n.path), n=24): n.path for n in (s, *normal)}, s.category, ds.kinds[s.category], texts)
+        image = encoder.preprocess.square(load_image(s.path))
+        lines.append([image, outline(image, load_mask(s.mask, size)), *(overlay(image, m[0], map_range(m)) for m in maps.values())])
     titles = ['image', 'mask', *(r.label.replace('with ', '').replace('attention', 'att.') for r in rows)]
     return picture_grid(lines, titles, [f'{s.category}\n{s.defect}' for s in samples], size=1.5)
 

@@ -78,10 +78,10 @@ def read_tokens(v,            # open_clip VisionTransformer
                )->tuple:      # class token [B,C], {path: [L,B,N,C or D]}, class tokens of the views [B,V,C] or None
     "Encode images along all paths, layers and views of `spec`, one pass per view."
     z, streams = walk(v, v._embeds(x.to(v.conv1.weight.dtype)), spec.paths, spec.layers)
-    cls = leave(v, z[:, 0])
+    cls = leave(v, z)[:, 0]                     # projected with its patches: a product of a few rows alone may round by their number
     views = None
     if spec.views != 'one':
-        others = [leave(v, walk(v, v._embeds(a.to(v.conv1.weight.dtype)), (), ())[0][:, 0]) for a in anovl_views(x)[1:]]
+        others = [leave(v, walk(v, v._embeds(a.to(v.conv1.weight.dtype)), (), ())[0])[:, 0] for a in anovl_views(x)[1:]]
         views = torch.stack([cls, *others], 1)
     patches = {p: torch.stack([leave(v, y[:, 1:], spec.stage) for y in ys]) for p, ys in zip(spec.paths, streams.values())}
     return cls, patches, views
