@@ -39,6 +39,12 @@ def made_up(folder, datasets=('procad',), rows=ALL, contrasts=(), encoder='mini'
     return read_results(folder)
 
 
+@pytest.fixture(autouse=True)
+def one_stand_in(monkeypatch):
+    "Here VisA has no stand-in, as most of the papers' data sets at mini scale."
+    monkeypatch.delitem(STAND_INS, 'visa')
+
+
 @pytest.fixture(scope='module')
 def mini(tmp_path_factory): return made_up(tmp_path_factory.mktemp('mini'))
 

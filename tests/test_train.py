@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from zsad.clip import load_encoder
-from zsad.train import Pairs, Recipe, draw_pair, export_weights, train
+from zsad.train import RECIPES, VALIDATION, Recipe, draw_pair, export_weights, gather_pairs, losses, new_model, train
 
 TINY = Recipe(seed=3, steps=4, batch=3, widen=1, full=0.5, windows=(3, 5), warmup=2, width=32, layers=2, embed=16, text_width=24, text_layers=1, designs=4)
 
@@ -13,7 +13,7 @@ TINY = Recipe(seed=3, steps=4, batch=3, widen=1, full=0.5, windows=(3, 5), warmu
 @pytest.fixture(scope='module')
 def pairs():
     drawn = [draw_pair(n, TINY) for n in range(8)]
-    return Pairs(np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn]), [d[2] for d in drawn], [d[3] for d in drawn])
+    return gather_pairs(drawn)
 
 
 def weights(folder): return torch.load(folder/'checkpoint.pt', weights_only=True)
@@ -51,3 +51,36 @@ def test_pairs_differ_only_in_the_defect(pairs):
         a, b = (i.astype(float) for i in images)
         far = np.kron(labels == 0, np.ones((16, 16))) > 0
         assert abs(a - b)[far].mean() < 20 and labels.max() > 0      # two exposures of one scene: gain, falloff, grain
+
+
+def test_the_next_stage_begins_with_the_weights_of_the_last(pairs, tmp_path):
+    quiet = dict(data=pairs, report=lambda *_: None)
+    path = export_weights(train(TINY, tmp_path/'a', **quiet))
+    enc = load_encoder(str(path.with_suffix('.json')), str(path))
+    assert torch.equal(new_model(TINY, path).visual.proj, enc.model.visual.proj)
+    second = weights(train(TINY, tmp_path/'b', start=path, limit=1, **quiet))
+    assert json.loads(second['recipe'])['start'] and not json.loads(weights(tmp_path/'a')['recipe'])['start']
+    with pytest.raises(ValueError, match='another recipe'): train(TINY, tmp_path/'b', **quiet)
+
+
+def test_accumulated_draws_are_one_step(pairs, tmp_path):
+    quiet = dict(data=pairs, report=lambda *_: None)
+    one, two = (weights(train(replace(TINY, accumulate=n, steps=1), tmp_path/f'{n}', **quiet))['model']['visual.proj'] for n in (1, 2))
+    assert not torch.equal(one, two)
+
+
+def test_normal_patches_of_the_object_weigh_more_than_its_background(pairs):
+    "The patch term reads where the object is: moving weight between its two normal halves changes it, and on textures it does not."
+    from zsad.train import Words, draw_batch, to_device
+    tok, model, scale = Words(), new_model(TINY), torch.tensor([3., 0.])
+    r = replace(TINY, full=1.)
+    x, share, inside, window, texts = to_device(draw_batch(pairs, 0, r, tok.random(), tok), tok, 'cpu')
+    region = lambda i, k: float(losses(model, scale, x, share, i, window, texts, replace(r, inside=k))['region'].detach())
+    half = inside.clone(); half[:, :, :7] = 0; half[:, :, 7:] = 1
+    assert region(half, 0.) != region(half, 1.) and abs(region(half, .5) - (region(half, 0.) + region(half, 1.))/2) < 1e-5
+    full = torch.ones_like(inside); assert region(full, 1.) > region(full, .5)
+
+
+def test_the_validation_family_is_never_trained_on():
+    assert VALIDATION and not {draw_pair(n, TINY).kind for n in range(60)} & set(VALIDATION)
+    assert RECIPES['mini-plain'].region == 0 and RECIPES['mini-plain'].full == 1

@@ -6,8 +6,9 @@
 __all__ = ['CODE', 'PROFILES', 'SCORING', 'merge_specs', 'Truth', 'read_truth', 'measure_row', 'run_record', 'sentences_of',
            'complete', 'machine', 'Model', 'load_model', 'open_model', 'Job', 'read_result', 'predictions', 'run_job',
            'bare', 'run_local', 'run_cluster', 'run_all', 'Profile', 'open_sets', 'gather_rows', 'possible',
-           'plan_jobs', 'collect', 'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'compute', 'defined',
-           'metric_rows', 'contrasts_of', 'contrast_rows', 'find_run', 'to_csv', 'write_results']
+           'plan_jobs', 'collect', 'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence',
+           'sentence_count', 'compute', 'defined', 'metric_rows', 'contrasts_of', 'contrast_rows', 'find_run', 'to_csv',
+           'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, platform, shutil, sys, time
@@ -22,11 +23,11 @@ from tqdm.auto import tqdm
 from .bootstrap import draws, histograms, interval, resample, resample_scores
 from .clip import Encoder, choose_device, choose_dtype, find_config, load_encoder, untrained, vision_weights
 from .core import cache_dir, code_digest, digest, keep_memory, write_atomic
-from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_mask, survey
+from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_mask, set_name, survey
 from .exhibits import STAND_INS, Exhibit, Row, datasets_of
 from .method import Detector, build
 from .metrics import METRICS, Protocol, evaluate, pixel_auroc_within
-from .prompts import prompt_set
+from .prompts import prompt_set, sentences
 from .store import encode_missing, held, recall, streams_of
 
 # %% ../nbs/23_bench.ipynb #c8667495
@@ -225,11 +226,12 @@ PROFILES = dict(mini=Profile('mini', 'mini', None, STAND_INS), paper=Profile('pa
 def open_sets(profile:Profile, root=None, roles=None)->tuple:      # {role: Survey}, {role: why it is not there}
     "Find and read the data sets of a profile, for some roles or all; every file is decoded once, and what cannot be used is left out and named."
     wanted = {r: n for r, n in profile.roles.items() if roles is None or r in roles}
-    origin = lambda n: f'it comes from {SOURCES[n].page} ({SOURCES[n].licence}, about {SOURCES[n].gigabytes} GB)'
+    origin = lambda n: f'it comes from {SOURCES[n].page} ({SOURCES[n].licence}, about {SOURCES[n].gigabytes} GB)' if n in SOURCES else 'it is rendered when no --data is given'
     if profile.name == 'paper' and root is None:
         raise ValueError('the paper profile needs --data, the folder that is or holds the data sets: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
     root = None if root is None else Path(root).expanduser().absolute()
-    found = find_sets(root) if profile.name == 'paper' else {role: root for role in wanted}
+    found = find_sets(root) if profile.name == 'paper' else {r: root for r, n in wanted.items() if root is None or set_name(root) == n}
+    if not found: raise ValueError(f'{root}: not a rendered benchmark (its dataset.json names none of {list(wanted.values())}); real data belong to --profile paper')
     sets = {role: survey(load_dataset(n, found[role])) for role, n in wanted.items() if role in found}
     for f, why in [k for s in sets.values() for k in s.dataset.skipped]: print(f'left out: {f}: {why}', file=sys.stderr)
     if not sets: raise ValueError(f'{root}: holds none of {list(wanted)}: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
@@ -277,6 +279,7 @@ def collect(jobs, answers, keys)->dict:      # {run: {category: result}}
 # %% ../nbs/23_bench.ipynb #b4f70a83
 SCORING = 0.008        # seconds to score one image for one row and to draw its intervals, measured once at 240 pixels on two cores
 
+# %% ../nbs/23_bench.ipynb #e224fd85
 @dataclass(frozen=True)
 class Forecast:
     "What a list of jobs will cost."
@@ -286,24 +289,25 @@ class Forecast:
     bytes: int         # to be written to the token store
     free: int          # bytes free where the cache is
     scored: int        # images times rows to be scored
-    seconds: float     # in one process, estimated from two images; nan if not measured
+    seconds: float     # in one process, estimated from two images and some sentences; nan if not measured
 
 def forecast(jobs, measure:bool=False)->Forecast:
     "Count what jobs still have to do."
     images = stored = results = size = scored = 0; seconds = 0. if measure else float('nan'); pace = {}
+    def paced(key, f, *args): return pace[key] if key in pace else pace.setdefault(key, f(*args))
     for job in jobs:
         todo = [r.method for key, r in job.rows if read_result(job.result(key)) is None]; results += len(todo); scored += len(todo)*len(job.samples)
-        for interpolation, spec, _ in merge_specs([m for m in todo if m]):
+        own = [m for m in todo if m]
+        for interpolation, spec, _ in merge_specs(own):
             encoder = open_model(job.model); spec = spec.resolved(encoder.blocks); streams = streams_of(encoder, spec, interpolation)
             lacks = [[i for i in job.files if i not in h] for h in (held(job.tokens, s) for s in streams)]
             new = len(set().union(*lacks)); images += new; stored += len(job.files) - new
             size += sum(len(l)*bytes_of(encoder, s) for l, s in zip(lacks, streams))
-            key = (job.model, interpolation, spec)
-            if measure and new and key not in pace: pace[key] = seconds_per_image(encoder, spec)
-            if measure and new: seconds += new*pace[key]
+            if measure and new: seconds += new*paced((job.model, interpolation, spec), seconds_per_image, encoder, spec)
+        if measure and own: seconds += sentence_count(own, job)*paced(job.model, seconds_per_sentence, open_model(job.model))
     return Forecast(images, stored, results, size, shutil.disk_usage(jobs[0].cache).free if jobs else 0, scored, seconds + SCORING*scored)
 
-# %% ../nbs/23_bench.ipynb #e224fd85
+# %% ../nbs/23_bench.ipynb #3b1366e8
 def bytes_of(encoder:Encoder, s)->int:
     "Count the bytes one image takes in a stream."
     rows = {'cls': 1, 'views anovl': 22}.get(s.part, encoder.grid[0]*encoder.grid[1])
@@ -315,19 +319,28 @@ def seconds_per_image(encoder:Encoder, spec)->float:
     for _ in range(3): t = time.time(); encoder.tokens(x, spec).cls.cpu(); took.append(time.time() - t)
     return min(took[1:])/2
 
-# %% ../nbs/23_bench.ipynb #3b1366e8
+def seconds_per_sentence(encoder:Encoder)->float:
+    "Time sixteen sentences, after a first one that warms up."
+    encoder.embed_text(['one']); t = time.time(); encoder.embed_text(['a photo of a bottle without defect for visual inspection']*16)
+    return (time.time() - t)/16
+
+def sentence_count(methods, job)->int:
+    "Count the sentences that rows need for a job's category, each set once."
+    return sum(sum(map(len, sentences(text, job.category, job.kind))) for text in {repr(m.text): m.text for m in methods}.values())
+
+# %% ../nbs/23_bench.ipynb #293590b1
 def compute(exhibits, sets:dict, model:Model, batch:int=16, scheduler=None, show=True)->tuple:
     "Run all rows of exhibits on data sets {role: Survey}; gives (records, {run: {category: result}})."
     records, jobs, keys = plan_jobs(exhibits, sets, model, batch)
     return records, collect(jobs, run_all(jobs, scheduler, show), keys)
 
-# %% ../nbs/23_bench.ipynb #0c5c8d5c
+# %% ../nbs/23_bench.ipynb #2f74afa4
 def defined(result, metric)->bool:
     "Tell whether a category's metric is a number."
     v = result['values'][metric]
     return v == v
 
-# %% ../nbs/23_bench.ipynb #2f74afa4
+# %% ../nbs/23_bench.ipynb #7d2f82ca
 def metric_rows(results:dict)->list:
     "Flatten results to rows: run, category, metric, value, lo, hi, n, why (percent; means over categories, objects, textures; NaN stays empty and says why, means count what they average)."
     out = []
@@ -343,7 +356,7 @@ def metric_rows(results:dict)->list:
                 if fine or why: out.append((run, span, metric, *(f'{v:.4f}' if v == v else '' for v in (value, lo, hi)), sum(by[c]['n'] for c in fine), why))
     return out
 
-# %% ../nbs/23_bench.ipynb #90a4225f
+# %% ../nbs/23_bench.ipynb #7accf133
 def contrasts_of(e:Exhibit)->list:
     "List an exhibit's contrasts, those of the paper and the claim's row against each control: (better, worse, metric, over which categories)."
     if not e.contrasts: return []
@@ -365,12 +378,12 @@ def contrast_rows(exhibits, records, results)->list:
             out.append((e.name, dataset, better, worse, metric, over, *(f'{v:.4f}' for v in (value, lo, hi))))
     return out
 
-# %% ../nbs/23_bench.ipynb #7accf133
+# %% ../nbs/23_bench.ipynb #632d5916
 def find_run(records, row:Row, dataset:str)->dict:
     "Find the record of an exhibit's row on a data set."
     return next((r for r in records if not row.state and (r['method'], r['control'], r['dataset']) == (*row.runs_as, dataset)), None)
 
-# %% ../nbs/23_bench.ipynb #632d5916
+# %% ../nbs/23_bench.ipynb #1b9b92a6
 def to_csv(head, rows)->str:
     "Write rows as CSV text with Unix line ends."
     f = io.StringIO(newline=''); w = csv.writer(f, lineterminator='\n'); w.writerow(head); w.writerows(rows)

@@ -261,13 +261,12 @@ def prune_store(a):
 
 # %% ../nbs/25_cli.ipynb #15451fa6
 def train_mini(a):
-    "Train the mini encoder, or go on with a run that was interrupted."
+    "Train a mini encoder, or go on with a run that was interrupted."
     from dataclasses import replace
-    from zsad.train import Recipe, export_weights, train
-    if a.method != 'mini': raise ValueError(f"train {a.method!r}: choose 'mini'")
-    r = replace(Recipe(), seed=a.seed, **({'steps': a.steps} if a.steps else {}))
-    folder = train(r, a.out, device=a.device)
-    print(f'weights: {export_weights(folder)}')
+    from zsad.train import RECIPES, export_weights, train
+    if a.method not in RECIPES: raise ValueError(f'train {a.method!r}: choose from {list(RECIPES)}')
+    r = replace(RECIPES[a.method], seed=a.seed, **{k: v for k, v in (('steps', a.steps), ('batch', a.batch), ('pairs', a.pairs)) if v})
+    print(f'weights: {export_weights(train(r, a.out, device=a.device, start=a.start))}')
 
 # %% ../nbs/25_cli.ipynb #6c69e797
 def doctor(a):
@@ -322,7 +321,8 @@ def parser():
         command(name, run, text)
     data_options(command, o, group('data', 'look at data sets'))
     store_options(command, o, group('store', 'keep the token store'))
-    command('train', train_mini, 'train the mini encoder', o('method'), o('--seed', type=int, default=0), o('--steps', type=int), o('--device', default='cpu'), o('--out'))
+    command('train', train_mini, 'train the mini encoder', o('method'), o('--seed', type=int, default=0), o('--steps', type=int), o('--batch', type=int), o('--pairs', type=int),
+            o('--start', help='weights file of the stage before'), o('--device', default='cpu'), o('--out'))
     return p
 
 # %% ../nbs/25_cli.ipynb #f94b0966

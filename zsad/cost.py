@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from .core import keep_memory, keyed, write_atomic
-from .procad import design, plan, render
+from .procad import KINDS, design, plan, render
 from .metrics import evaluate, resize
 from .clip import AttentionPath, Encoder, EncodeSpec, cpu_flags, load_encoder
 from .prompts import sentences
@@ -139,7 +139,7 @@ def text_rows(encoder:Encoder, texts, least:int=3, seconds:float=40.)->list:
 # %% ../nbs/28_cost.ipynb #1a34e87e
 def category_maps(kind:str='bottle', good:int=20, bad:int=63, size:int=240, grid:int=15)->tuple:   # maps [M,H,W], masks [M,H,W], scores [M], labels [M]
     "Make one category's maps and masks: rendered defects, noisy patch scores."
-    jobs = plan(kind, good, bad, 0)
+    jobs = plan(KINDS[kind], good, bad, 0)
     masks = np.stack([render(design(kind, 'procad'), number, defect, size).mask if defect != 'good' else np.zeros((size, size), bool) for defect, _, number, _ in jobs])
     cover = resize(masks.astype('f4'), grid)
     noise = keyed(0, 'cost', kind).standard_normal(cover.shape, dtype='f4')

@@ -7,7 +7,8 @@ __all__ = ['IMAGES', 'NORMAL', 'MVTEC_TEXTURES', 'MASKS', 'SOURCES', 'DATASETS',
            'load_image', 'to_mask', 'read_mask', 'load_mask', 'image_files', 'folders', 'by_stem', 'scan_kinds',
            'scan_category', 'read_json', 'kinds_of', 'gather', 'scan_mvtec', 'read_rows', 'scan_visa', 'read_meta',
            'write_meta', 'sort_by_masks', 'scan_plain', 'layout_of', 'places', 'settle', 'read_folder', 'Source',
-           'load_dataset', 'check_dataset', 'role_of', 'find_sets', 'Survey', 'look', 'survey', 'data_hash']
+           'render_named', 'set_name', 'load_dataset', 'check_dataset', 'role_of', 'find_sets', 'Survey', 'look',
+           'survey', 'data_hash']
 
 # %% ../nbs/02_data.ipynb #782c1e10
 import csv, json, os
@@ -17,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from .core import digest, on_cores, write_atomic
-from .procad import render_procad
 
 # %% ../nbs/02_data.ipynb #33bcbbbe
 @dataclass(frozen=True)
@@ -297,17 +297,29 @@ SOURCES = dict(mvtec=Source('https://www.mvtec.com/company/research/datasets/mvt
                visa=Source('https://github.com/amazon-science/spot-diff', 'CC BY 4.0', 1.9, {c: (n, 100) for c, n in _visa.items()}, 'VisA: twelve objects'))
 
 # %% ../nbs/02_data.ipynb #473d9913
-DATASETS = dict(procad='the procedural benchmark, rendered from a seed into the cache', mvtec='MVTec-AD as downloaded, or any MVTec-shaped folder',
+DATASETS = {'procad': 'the rendered benchmark: kinds of things that the mini encoder saw in other designs', 'procad-novel': 'rendered: kinds, words and defects that it never saw',
+            'procad-aux': 'rendered: an auxiliary set to train prompts and heads on', 'procad-b': 'rendered: boards, several instances, clutter', 'procad-med': 'rendered: slices, layers, cells'}
+DATASETS |= dict(mvtec='MVTec-AD as downloaded, or any MVTec-shaped folder',
                 visa='VisA as downloaded, or as its preparation script arranges it', folder='any folder: meta.json, MVTec-shaped, one category, or images in folders named by kind')
 
+def render_named(name:str)->Path:
+    "Render a set of the procad family into the cache, unless it is there."
+    from zsad import boards, medical, novel, procad          # painters stand above this floor's readers
+    return {'procad': procad.render_procad, 'procad-aux': procad.render_aux, 'procad-novel': novel.render_novel, 'procad-b': boards.render_boards, 'procad-med': medical.render_medical}[name]()
+
+def set_name(root)->str:
+    "Read what a folder's dataset.json says it is, '' without one."
+    return read_json(Path(root)/'dataset.json').get('name', '') if (Path(root)/'dataset.json').is_file() else ''
+
+# %% ../nbs/02_data.ipynb #1a92deff
 def load_dataset(name:str='procad',   # one of DATASETS
                  root=None            # its folder; None for sets that are rendered
                 )->Dataset:
     "Load a data set by name."
     if name not in DATASETS: raise ValueError(f'name={name!r}: choose from {list(DATASETS)}')
-    if name == 'procad':
-        root = Path(root or render_procad())
-        if root.is_dir() and (not (root/'dataset.json').is_file() or read_json(root/'dataset.json').get('name') != name): raise ValueError(f"{root}: not a rendered benchmark (its dataset.json does not say so); real data belong to --profile paper, or load_dataset('folder', root)")
+    if name.startswith('procad'):
+        root = Path(root or render_named(name))
+        if root.is_dir() and set_name(root) != name: raise ValueError(f"{root}: not the rendered set {name} (its dataset.json does not say so); real data belong to --profile paper, or load_dataset('folder', root)")
         return scan_mvtec(root, name)
     if root is None: raise ValueError(f'{name} is not shipped: pass root=, the folder ' + (f'you downloaded it to ({SOURCES[name].page})' if name in SOURCES else 'that holds your images'))
     return read_folder(root, name)
@@ -323,7 +335,7 @@ def check_dataset(name:str, ds:Dataset)->list:      # (category, normal, anomalo
         rows.append((c, good, bad, masks, remark))
     return rows
 
-# %% ../nbs/02_data.ipynb #70635a3e
+# %% ../nbs/02_data.ipynb #573a9fc3
 def role_of(folder:Path)->str:      # 'mvtec', 'visa' or None
     "Tell which set a folder can stand for."
     if (folder/'split_csv'/'1cls.csv').is_file(): return 'visa'
@@ -342,7 +354,7 @@ def find_sets(root)->dict:          # {'mvtec': folder, 'visa': folder}, what th
     if not out: raise FileNotFoundError(f'{root}: no MVTec-shaped folder; looked here, in its folders and in 1cls for split_csv/1cls.csv (VisA) and for folders that hold test/ (MVTec-AD)')
     return out
 
-# %% ../nbs/02_data.ipynb #5c15670f
+# %% ../nbs/02_data.ipynb #9ace709c
 @dataclass(frozen=True)
 class Survey:
     "A data set of which every file was read."
@@ -367,7 +379,7 @@ def look(s:Sample)->tuple:      # ((digest of image, of mask, of outline), None)
         return tuple(names), None
     except (OSError, ValueError) as e: return None, (file, str(e))
 
-# %% ../nbs/02_data.ipynb #9ace709c
+# %% ../nbs/02_data.ipynb #56585e4b
 def survey(ds:Dataset, workers:int=None)->Survey:
     "Read every file of a data set once on all cores, leave out and name what cannot be used."
     seen = list(zip(ds.samples, on_cores(look, ds.samples, workers, 8)))

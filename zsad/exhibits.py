@@ -39,7 +39,7 @@ class Row:
 
 # %% ../nbs/22_exhibits.ipynb #a9be23bf
 ROLES = dict(mvtec='MVTec-AD', visa='VisA')       # role -> the name people know it by
-STAND_INS = dict(mvtec='procad')                  # role -> data set that plays it at mini scale
+STAND_INS = dict(mvtec='procad', visa='procad-b')     # role -> data set that plays it at mini scale
 
 def datasets_of(role:str)->tuple:
     "Name the data sets whose runs count for a role: itself, then its stand-in if it has one."
