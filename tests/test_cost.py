@@ -50,7 +50,7 @@ def test_the_cut_of_sentences_changes_nothing(encoder):
 
 @pytest.mark.parametrize('kind', ['bottle', 'tile'])
 def test_the_other_side_gives_the_same_values(kind):
-    maps, masks, scores, labels = category_maps(kind, 4, 8, 64, 8)
+    maps, masks, scores, labels = category_maps(kind, 4, 8, 128, 8)
     ours, theirs = evaluate(maps, masks, scores, labels), library_values(maps, masks, scores, labels)
     assert {k for k in ours if k not in ('pro', 'pro_field', 'why')} == set(theirs)
     for k, v in theirs.items(): assert ours[k] == pytest.approx(v, abs=1e-9), k
