@@ -48,7 +48,8 @@ def picture_grid(rows,               # list of lists of [H,W,3] or [H,W] arrays;
             if c < len(row) and row[c] is not None: ax[r, c].imshow(row[c], cmap='gray', interpolation='antialiased')
             if r == 0 and titles and c < len(titles): ax[r, c].set_title(titles[c], fontsize=8)
             if c == 0 and labels: ax[r, c].set_ylabel(labels[r], fontsize=8, rotation=0, ha='right', va='center')
-    fig.subplots_adjust(left=0.12 if labels else 0.01, right=0.99, bottom=0.01, top=0.99 - 0.16*size/(size*nr)*bool(titles), wspace=0.03, hspace=0.03)
+    widest = max((len(l) for t in labels or () for l in t.split('\n')), default=0)              # letters of 8 points are about 0.068 inches wide
+    fig.subplots_adjust(left=(0.068*widest + 0.12)/(size*nc) if labels else 0.01, right=0.99, bottom=0.01, top=0.99 - 0.16*size/(size*nr)*bool(titles), wspace=0.03, hspace=0.03)
     return fig
 
 # %% ../nbs/04_viz.ipynb #eb303809
