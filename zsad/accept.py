@@ -29,6 +29,7 @@ def tidy(nb):
             if 'execution_count' in o: o['execution_count'] = None
             if 'metadata' in o: o['metadata'] = {}
             if 'data' in o: o['data'].pop('application/vnd.jupyter.widget-view+json', None)
+            if 'text/plain' in o.get('data', {}): o['data']['text/plain'] = re.sub(r' at 0x[0-9a-f]+(?=>)', '', o['data']['text/plain'])      # addresses
     return nb
 
 # %% ../nbs/29_accept.ipynb #b4f4a903
