@@ -93,3 +93,14 @@ def test_folder(render_it, kinds, name, tmp_path):
     for k in kinds:
         assert (root/k.name/'train'/'good'/'000.png').exists() and (root/k.name/'ground_truth'/k.defects[0]/'000_mask.png').exists()
         assert (root/k.name/'foreground').exists() != k.texture
+
+
+PIXELS = dict(
+    sensor_board='9676a095abf3', relay_board='517c3b53763e', memory_board='e6e11b8eedf6', radio_board='c8de4275bebd', candles='ca7fa46dba4e', tablets='93c35fffd50b',
+    pasta='05afce722fe3', cashew='d4e76447a807', gum='69400205ba22', dough_pipe='53c8beaf8b53', snack_wheel='50d14e66d0e7', brain_slice='98b8d6e29eb6',
+    liver_slice='2e022c7ec28b', chest='5bc56dafa33e', retina='9c06f157efa1', cell_smear='cbfc82868a39')
+
+@pytest.mark.parametrize('kind,world', ALL, ids=lambda a: getattr(a, 'name', a))
+def test_pixels_are_the_same_everywhere(kind, world):
+    got = digest(*(a for d in ('good', *kind.defects[-2:]) for s in [render(design(kind, world), 1, d)] for a in (s.image, s.mask)))
+    assert got == PIXELS[kind.name], f'{kind.name} is drawn differently here: {got}'

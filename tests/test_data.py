@@ -170,8 +170,8 @@ def test_visa_as_published_is_the_same_set(rendered, tmp_path):
 
 
 def test_meta_round_trip(rendered, mvtec, tmp_path):
-    ours = read_folder(rendered); bare = [Sample(s.path, s.label, s.category, s.id, s.mask, None, s.defect) for s in ours.samples]      # outlines have no place in it
-    read = lambda ds, root: [Sample(root/s.path.relative_to(mvtec), s.label, s.category, s.id, s.mask and root/s.mask.relative_to(mvtec), None, s.defect) for s in ds.samples]
+    bare, here = list(read_folder(rendered).samples), lambda root, p: p and root/p.relative_to(mvtec)
+    read = lambda ds, root: [Sample(here(root, s.path), s.label, s.category, s.id, here(root, s.mask), here(root, s.foreground), s.defect) for s in ds.samples]
     write_meta(read_folder(mvtec), mvtec/'meta.json')
     told = json.loads((mvtec/'meta.json').read_text())
     assert layout_of(mvtec) == 'meta' and not any(r['img_path'].startswith('/') for rows in told['test'].values() for r in rows)
@@ -442,3 +442,12 @@ def test_the_hash_names_what_numbers_depend_on(mvtec):
     assert survey(ds, 2) == survey(ds, 1)
     assert len({data_hash(Dataset('x', ds.samples[:n], ds.kinds)) for n in (6, 7, 8)} | {h}) == 3
     assert data_hash(Dataset('x', ds.samples, dict(pill='texture', wood='texture'))) != h
+
+
+def test_a_converted_set_is_the_same_set(tmp_path):
+    "Outlines travel with the list: what reads the folder through meta.json gets the same samples, kinds and hash."
+    root = render_procad(('pill', 'wood'), good=1, bad=2, train=1, size=128, root=tmp_path/'set', workers=1)
+    before = survey(read_folder(root), 1); write_meta(before.dataset, root/'meta.json'); after = survey(read_folder(root), 1)
+    assert layout_of(root) == 'meta' and after == before and any(s.foreground for s in after.dataset.samples)
+    (root/'pill/foreground/good/000_fg.png').unlink(); left = read_folder(root)
+    assert [why.split('/')[0] for f, why in left.skipped] == ['its outline '] and len(left.samples) == len(before.dataset.samples) - 1

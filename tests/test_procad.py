@@ -116,3 +116,14 @@ def test_no_trick_solves_it(what, limit):
 def test_pixels_are_the_same_everywhere(kind):
     got = digest(*(a for d in ('good', *KINDS[kind].defects[-2:]) for s in [render(design(kind, 'procad'), 1, d)] for a in (s.image, s.mask)))
     assert got == PIXELS[kind], f'{kind} is drawn differently here: {got}'
+
+
+AUX = dict(
+    bottle='1eb3b061ed79', cable='53c2f4dacee3', capsule='f006eb326370', metal_nut='8b288a0f4c94', pill='e7fefb5c8945', screw='7e53bdc564b3', transistor='890126485b16',
+    button='379010a0cace', gear='1e82b9317e48', connector='20cea49e2b60', carpet='d84b9323993c', grid='f789de989920', leather='451dc0bfc800', tile='efbbbc43c1ce',
+    wood='98835aa623cb', fabric='0db71388f23e')
+
+@pytest.mark.parametrize('kind', AUX)
+def test_auxiliary_pixels_are_the_same_everywhere(kind):
+    got = digest(*(a for d in ('good', *KINDS[kind].defects[-2:]) for s in [render(design(kind, 'aux'), 1, d)] for a in (s.image, s.mask)))
+    assert got == AUX[kind], f'{kind} is drawn differently here: {got}'

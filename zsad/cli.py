@@ -109,7 +109,7 @@ def check_accept(a, shown):
 def accept_results(a, shown, out):
     "Make what this run wrote the project's own results."
     from zsad.accept import accept
-    files = [out/'results'/f for f in (['runs.csv', 'metrics.csv', 'contrasts.csv'] if shown else []) + (['cost.csv'] if 'cost' in a.exhibits else [])]
+    files = [out/'results'/f for f in (['runs.csv', 'metrics.csv', 'defects.csv', 'contrasts.csv'] if shown else []) + (['cost.csv'] if 'cost' in a.exhibits else [])]
     print(f'accepted; {len(accept(files))} notebooks executed')
 
 # %% ../nbs/25_cli.ipynb #13670af9

@@ -173,16 +173,17 @@ def scan_mvtec(root, name:str)->Dataset:
 
 # %% ../nbs/02_data.ipynb #b34fdc30
 def read_rows(rows, root:Path, skipped:list)->list:
-    "Turn rows (category, kind, label, image, mask) of a list into samples; what does not exist goes to `skipped`."
+    "Turn rows (category, kind, label, image, mask, perhaps outline) of a list into samples; what does not exist goes to `skipped`."
     place = lambda p: root/p.replace('\\', '/')
-    rows = [(c, k or place(f).parent.name, y, place(f), place(m) if y and m and not place(m).is_dir() else None) for c, k, y, f, m in rows]
-    often, masked, out = Counter((c, k, f.stem) for c, k, _, f, _ in rows), {c for c, _, _, _, m in rows if m}, []
+    rows = [(c, k or place(f).parent.name, y, place(f), place(m) if y and m and not place(m).is_dir() else None, place(o[0]) if o and o[0] else None) for c, k, y, f, m, *o in rows]
+    often, masked, out = Counter((c, k, f.stem) for c, k, _, f, *_ in rows), {c for c, _, _, _, m, _ in rows if m}, []
     whole = lambda f: (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix()       # where names repeat
-    for c, k, y, f, m in rows:
+    for c, k, y, f, m, o in rows:
         if not f.exists(): skipped.append((f, 'is listed but does not exist'))
         elif m and not m.exists(): skipped.append((f, f'its mask {m} does not exist'))
+        elif o and not o.exists(): skipped.append((f, f'its outline {o} does not exist'))
         elif y and not m and c in masked: skipped.append((f, f'no mask is listed for it, while others of {c} have one'))
-        else: out.append(Sample(f, y, c, f'{c}/{k}/{f.stem}' if often[c, k, f.stem] == 1 else f'{c}/{whole(f)}', m, None, k))
+        else: out.append(Sample(f, y, c, f'{c}/{k}/{f.stem}' if often[c, k, f.stem] == 1 else f'{c}/{whole(f)}', m, o, k))
     return out
 
 # %% ../nbs/02_data.ipynb #8f3354b7
@@ -212,14 +213,14 @@ def read_meta(path, name:str='folder')->Dataset:
             lacks = [k for k in keys if not isinstance(r, dict) or k not in r]
             wrong = f'has no {lacks}' if lacks else '' if r['anomaly'] in (0, 1) else f'has anomaly={r["anomaly"]!r}'
             if wrong: raise ValueError(f'{path}: entry {n} of {c!r} {wrong}; each needs {list(keys)}, anomaly 0 or 1')
-            rows.append((r.get('cls_name') or c, r.get('specie_name'), int(r['anomaly']), str(r['img_path']), r['mask_path'] or ''))
+            rows.append((r.get('cls_name') or c, r.get('specie_name'), int(r['anomaly']), str(r['img_path']), r['mask_path'] or '', r.get('outline_path')))
     return gather(name, path.parent, read_rows(rows, path.parent, skipped), skipped)
 
 def write_meta(ds:Dataset, path)->Path:
     "Write a data set's samples as meta.json; paths relative to its folder, absolute outside of it."
     full = lambda p: Path(os.path.abspath(p)); here = full(path).parent
     place = lambda p: '' if p is None else (full(p).relative_to(here) if full(p).is_relative_to(here) else full(p)).as_posix()
-    test = {c: [dict(img_path=place(s.path), mask_path=place(s.mask), cls_name=c, specie_name=s.defect, anomaly=s.label) for s in ds.of(c)] for c in ds.categories}
+    test = {c: [dict(img_path=place(s.path), mask_path=place(s.mask), cls_name=c, specie_name=s.defect, anomaly=s.label, **(dict(outline_path=place(s.foreground)) if s.foreground else {})) for s in ds.of(c)] for c in ds.categories}
     return write_atomic(path, json.dumps(dict(train={c: [] for c in test}, test=test), indent=1))
 
 # %% ../nbs/02_data.ipynb #ba6e48f0

@@ -39,7 +39,7 @@ def draw_pair(n:int, world:str='pretrain', designs:int=1000, seed:int=0)->Pair:
         return Pair(images, share(mask), share(fore > 0.5), kind.name, defect)
     raise RuntimeError(f'pair {n} of kind {kind.name!r}: nine designs in a row hide their defect')
 
-# %% ../nbs/09_pairs.ipynb #bc9a1f3d
+# %% ../nbs/09_pairs.ipynb #02dea5e3
 @dataclass(frozen=True)
 class Pairs:
     "Rendered pairs in memory-mapped files."
@@ -53,7 +53,7 @@ def gather_pairs(drawn)->Pairs:
     "Join a list of Pair."
     return Pairs(*(np.stack([getattr(p, k) for p in drawn]) for k in ('images', 'label', 'inside')), [p.kind for p in drawn], [p.defect for p in drawn])
 
-# %% ../nbs/09_pairs.ipynb #02dea5e3
+# %% ../nbs/09_pairs.ipynb #af203c29
 FILES = dict(images=(2, 240, 240, 3), labels=(15, 15), inside=(15, 15))
 
 def _fill(span, folder, world, designs, seed):
@@ -64,7 +64,7 @@ def _fill(span, folder, world, designs, seed):
         words.append((p.kind, p.defect))
     return words
 
-# %% ../nbs/09_pairs.ipynb #af203c29
+# %% ../nbs/09_pairs.ipynb #da55a255
 def render_pairs(n:int, world:str='pretrain', designs:int=1000, seed:int=0, workers:int=None, report=print)->Pairs:
     "Render `n` pairs once into the cache (all cores) and map them."
     folder = cache_dir('pairs', f'{world}-{n}-{digest(seed, designs, VALIDATION, code_digest("procad"))}')
@@ -77,7 +77,7 @@ def render_pairs(n:int, world:str='pretrain', designs:int=1000, seed:int=0, work
     words = json.loads((folder/'words.json').read_text())
     return Pairs(*(np.load(folder/f'{k}.npy', mmap_mode='r') for k in FILES), *map(list, zip(*words)))
 
-# %% ../nbs/09_pairs.ipynb #2ea0d0f9
+# %% ../nbs/09_pairs.ipynb #12b654b3
 GOOD = ('{}', 'normal {}', 'flawless {}', 'perfect {}', 'unblemished {}', 'undamaged {}', 'intact {}', 'good {}', '{} without flaw', '{} without defect', '{} without damage',
         '{} in perfect condition')
 BAD = ('damaged {}', 'abnormal {}', 'anomalous {}', 'imperfect {}', 'blemished {}', 'defective {}', 'broken {}', 'faulty {}', '{} with flaw', '{} with defect', '{} with damage')
@@ -89,7 +89,7 @@ FRAMES = ('a photo of a {}.', 'a photo of the {}.', 'a cropped photo of the {}.'
           'a jpeg corrupted photo of the {}.', 'a photo of the {} for visual inspection.', 'a photo of a {} for anomaly detection.', 'an industrial photo of a {}', 'a photo of a small {}',
           'a photo of a large {}', 'a manufacturing image of the {}', 'a textural photo of a {}', 'an industrial image of the {}', '{}', 'a {}', 'the {}')
 
-# %% ../nbs/09_pairs.ipynb #12b654b3
+# %% ../nbs/09_pairs.ipynb #ad86d89b
 def captions(kinds, defects, rng, words, novel=0.15)->tuple:
     "Write the step's sentences: per kind one good, one bad and one per defect seen; returns texts, their kinds, their states."
     texts, whose, state = [], [], []

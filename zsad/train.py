@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'AXES', 'TERMS', 'Recipe', 'mini_config', 'cosines', 'first_filters', 'places', 'prepare', 'normalise',
            'Words', 'embed_texts', 'aim', 'embed_window', 'contrast', 'region_loss', 'losses', 'at', 'look',
            'draw_batch', 'to_device', 'orthogonal', 'Muon', 'optimisers', 'new_model', 'save_state', 'resume', 'train',
-           'one_step', 'run_steps', 'note_validation', 'export_weights', 'validate']
+           'one_step', 'run_steps', 'note_validation', 'run_figure', 'export_weights', 'validate']
 
 # %% ../nbs/26_train.ipynb #0cf2536b
 import json, math, os, tempfile, time
@@ -335,9 +335,27 @@ def note_validation(folder, step:int, n:int, device, report)->None:
         now = validate(load_encoder(str(path.with_suffix('.json')), str(path), device=device), n)
     new = not (f := Path(folder)/'validation.csv').exists()
     with open(f, 'a') as out: out.write(('step,' + ','.join(f'"{k}"' for k in now) + '\n')*new + f'{step},' + ','.join(f'{v:.5f}' for v in now.values()) + '\n')
+    run_figure(folder).savefig(Path(folder)/'curves.png', dpi=110)
     report(f'step {step}, validation: ' + '; '.join(f'{k} {v:.3f}' for k, v in now.items()))
 
 # %% ../nbs/26_train.ipynb #a7137353
+def run_figure(folder):
+    "Draw the curves of a run so far: its terms, smoothed, and what the validation says."
+    import pandas as pd
+    from matplotlib.figure import Figure
+    folder = Path(folder); c = pd.read_csv(folder/'curve.csv', names=['step', 'window', *TERMS])
+    fig = Figure(figsize=(12, 2.6), dpi=72); axes = fig.subplots(1, 4, width_ratios=(1, 1, 1, 1.6))
+    for ax, k in zip(axes, TERMS):
+        ax.plot(c.step, c[k].rolling(100, min_periods=1).mean(), color='#31688e'); ax.set_title(k, fontsize=9); ax.set_xlabel('step', fontsize=8)
+    if (f := folder/'validation.csv').exists():
+        v = pd.read_csv(f); shown = [k for k in v if k != 'step' and 'unseen' not in k]
+        for k in shown: axes[3].plot(v.step, v[k], 'o-', ms=3, label=k)
+        axes[3].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5)); axes[3].set_title('validation AUROC', fontsize=9)
+    for ax in axes: ax.grid(alpha=0.3); ax.tick_params(labelsize=7)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/26_train.ipynb #a2dd9c0d
 def export_weights(folder,           # what `train` returned
                    path=None         # safetensors file; default: mini.safetensors beside the checkpoint
                   )->Path:
@@ -350,7 +368,7 @@ def export_weights(folder,           # what `train` returned
     os.chmod(path, 0o644)
     return path
 
-# %% ../nbs/26_train.ipynb #5784f70b
+# %% ../nbs/26_train.ipynb #7b207435
 @torch.inference_mode()
 def validate(encoder:Encoder,        # any encoder of 240 px and 15x15 patches
              n:int=300               # pairs of the validation world
