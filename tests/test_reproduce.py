@@ -30,7 +30,7 @@ def bench(tmp_path_factory):
 
 def test_everything_is_written(bench):
     d, _, _ = bench
-    for f in ('index.html', 'results/runs.csv', 'results/metrics.csv', 'results/contrasts.csv', 'figures/gallery.png', *(f'tables/{e}.{k}' for e in ('anoclip-t3', 'vv-depth') for k in ('csv', 'md', 'tex')),
+    for f in ('index.html', 'results/runs.csv', 'results/metrics.csv', 'results/defects.csv', 'results/contrasts.csv', 'figures/gallery.png', *(f'tables/{e}.{k}' for e in ('anoclip-t3', 'vv-depth') for k in ('csv', 'md', 'tex')),
               *(f'figures/{e}.{k}' for e in ('anoclip-t3', 'vv-depth') for k in ('png', 'svg'))):
         assert (d/'out'/f).stat().st_size > 0, f
     runs = list(csv.DictReader(open(d/'out'/'results'/'runs.csv')))
@@ -43,7 +43,21 @@ def test_what_cannot_be_run_is_missing_not_made_up(bench):
     t = readable(table('anoclip-t3', d/'out'/'results'))
     assert (t.loc['foreground mask'] == 'missing').sum() > 4 and (t.loc['random weights'] != 'missing').all()
     depth = table('vv-depth', d/'out'/'results')
-    assert list(depth.index) == ['0', '1', '2', '3']                      # the depths this encoder has
+    assert list(depth.index) == ['0', '1', '2', '3', 'random weights']    # the depths this encoder has, and the control that can be run
+
+
+def test_kinds_of_defects_have_their_own_numbers(bench):
+    "One kind beside all normal images; where a category has one kind only, that is the category's own number (pixels: binned by rank)."
+    d, _, _ = bench
+    rows = list(csv.DictReader(open(d/'out'/'results'/'defects.csv'))); metrics = list(csv.DictReader(open(d/'out'/'results'/'metrics.csv')))
+    kinds = {c: {p.name for p in (d/'data'/c/'test').iterdir()} - {'good'} for c in ('pill', 'wood')}
+    assert {r['defect'] for r in rows} == kinds['pill'] | kinds['wood'] and {r['metric'] for r in rows} == {'image_auroc', 'pixel_auroc', 'pro'}
+    run = rows[0]['run']; both = {r['defect'] for r in rows if r['run'] == run and r['categories'] == '2'}
+    assert both == kinds['pill'] & kinds['wood'] and sum(int(r['n']) for r in rows if r['run'] == run and r['metric'] == 'image_auroc') == 8
+    # four defective images of four kinds, one each: the mean of their AUROCs is that of the category
+    by = lambda m: sum(float(r['value'])*int(r['categories']) for r in rows if r['run'] == run and r['metric'] == m)/8
+    mean = lambda m: next(float(r['value']) for r in metrics if r['run'] == run and r['category'] == 'mean' and r['metric'] == m)
+    assert abs(by('image_auroc') - mean('image_auroc')) < 1e-3
 
 
 def test_depth_zero_is_plain_clip_and_full_depth_is_the_method(bench):
