@@ -220,12 +220,12 @@ def bars(e:Exhibit, t:pd.DataFrame, res:Results):
 # %% ../nbs/24_report.ipynb #aa0e0f94
 def curve(e:Exhibit, t:pd.DataFrame):
     "Draw every metric of an ablation over the rows, with intervals."
-    fig, ax = plt.subplots(figsize=(5.2, 2.8), dpi=72)
+    fig, ax = plt.subplots(figsize=(7.4, 2.8), dpi=72)
     own = t[~t.index.isin([r.label for r in e.rows if r.control])]; x = [int(l) for l in own.index]
     for m, color in zip([NAMES[m] for m in e.metrics], ('#31688e', '#d1495b', '#55a868')):
         ax.plot(x, own[m].ours, 'o-', color=color, label=m, ms=4); ax.fill_between(x, own[m].lo, own[m].hi, color=color, alpha=0.2, lw=0)
         for label, style in zip(t.index.difference(own.index), (':', '--')): ax.axhline(t[m].ours[label], color=color, ls=style, lw=1, label=f'{m}, {label}')
-    ax.set(xlabel='blocks on the V-V path', ylabel='%', xticks=x); ax.grid(alpha=0.3); ax.legend(fontsize=7, frameon=False)
+    ax.set(xlabel='blocks on the V-V path', ylabel='%', xticks=x); ax.grid(alpha=0.3); ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
     return fig
 
