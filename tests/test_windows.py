@@ -7,6 +7,7 @@ import numpy as np, open_clip, pytest, torch
 import torch.nn.functional as F
 from zsad.clip import anomaly_score, load_encoder
 from zsad.prompts import PROMPTS, compose
+from test_parity import drawn
 from zsad.vv import leave, walk
 from zsad.windows import (association, choose_references, few_shot_map, harmonic, harmonic_scales, read_windows, remember, window_places,
     window_tokens, with_references, zero_shot_map)
@@ -14,16 +15,6 @@ from zsad.windows import (association, choose_references, few_shot_map, harmonic
 VISION = dict(image_size=96, patch_size=16, width=64, layers=3, head_width=16)
 CONFIGS = dict(plain=({}, {}), quick_gelu=({}, dict(quick_gelu=True)), layer_scale=(dict(ls_init_value=.5), {}), no_ln_pre=(dict(no_ln_pre=True), {}), one_layer=(dict(layers=1), {}),
     two_layers=(dict(layers=2), {}), one_head=(dict(head_width=64), {}), eps=(dict(norm_kwargs=dict(eps=1e-2)), {}), patch_dropout=(dict(patch_dropout=.5), {}), narrow_mlp=(dict(mlp_ratio=1.5), {}))
-
-def drawn(shapes, rng):
-    "Weights that no version of torch can change."
-    def one(k, s):
-        n = rng.standard_normal(s)
-        if '.ln_' in k or k.startswith('ln_'): return .2*n + k.endswith('weight')
-        if k.endswith('bias'): return .1*n
-        if k == 'proj': return n*s[0]**-.5
-        return .3*n if 'embedding' in k else n*(3 if 'in_proj' in k else 1)/np.sqrt(np.prod(s[1:]))
-    return {k: torch.tensor(one(k, shapes[k]), dtype=torch.float32) for k in sorted(shapes)}
 
 def make(name='plain', seed=2303, **vision):
     "A small vision tower with drawn weights, and the generator that drew them."
