@@ -55,6 +55,7 @@ def read_truth(samples, size:int)->Truth:
     fg = np.stack([load_mask(s.foreground, size, 'nearest') for s in samples]) if all(s.foreground for s in samples) else None
     return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size) for s in samples]), fg)
 
+# %% ../nbs/23_bench.ipynb #a51424e4
 def measure_row(maps, scores, t:Truth, key)->tuple:
     "Compute all metrics of one category, their resampled values and those by kind of defect: ({metric: value}, {metric: [R]}, {metric: reason}, {kind: {metric: value}})."
     has_masks = any(s.mask for s in t.samples)
@@ -76,10 +77,10 @@ def measure_defects(counts, scores, t:Truth)->dict:
     again = measure_draws(counts, scores, t.labels, np.stack([(t.labels == 0) | (kinds == k) for k in names]).astype(int))
     return {k: dict(n=int((kinds == k).sum()), **{m: float(again[m][i]) for m in keep if m in again}) for i, k in enumerate(names)}
 
-# %% ../nbs/23_bench.ipynb #fc33c857
+# %% ../nbs/23_bench.ipynb #27c6bcb9
 CODE = code_digest('bench', 'bootstrap', 'clip', 'core', 'data', 'method', 'metrics', 'prompts', 'store', 'vv')      # what turns an image into a number, as it was when this process began
 
-# %% ../nbs/23_bench.ipynb #27c6bcb9
+# %% ../nbs/23_bench.ipynb #a7f92711
 def run_record(row:Row, det:Detector, encoder:Encoder, s:Survey)->tuple:      # record, key without data
     "Describe a run; `run` is its key."
     method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', text=sentences_of(det.method.text)))
@@ -104,7 +105,7 @@ def machine(encoder:Encoder)->dict:
     device = torch.cuda.get_device_name(encoder.device) if encoder.device.startswith('cuda') else f'{platform.machine()} CPU'
     return dict(zsad=version('zsad'), torch=torch.__version__, open_clip=version('open_clip_torch'), device=device)
 
-# %% ../nbs/23_bench.ipynb #1e2db173
+# %% ../nbs/23_bench.ipynb #433eed95
 @dataclass(frozen=True)
 class Model:
     "How a process gets an encoder."
@@ -127,7 +128,7 @@ def open_model(m:Model)->Encoder:
     if m.expect and enc.weights != m.expect: raise ValueError(f'{m.backbone}, weights {m.weights}: hash {enc.weights}, but the run began with {m.expect}; give every process the same file')
     return enc
 
-# %% ../nbs/23_bench.ipynb #433eed95
+# %% ../nbs/23_bench.ipynb #f0416561
 @dataclass(frozen=True, eq=False)
 class Job:
     "All rows of one encoder on one category."
@@ -154,7 +155,7 @@ def read_result(file)->dict:
     try: return json.loads(Path(file).read_text())
     except (OSError, ValueError): return None
 
-# %% ../nbs/23_bench.ipynb #f0416561
+# %% ../nbs/23_bench.ipynb #2397856c
 def predictions(job:Job, rows, encoder:Encoder, truth:Truth):
     "Yield (key, maps [M,H,W], scores [M] or None, (seconds of the shared encoding pass, seconds of this row)), encoding once per group."
     for key, r in rows:
@@ -180,7 +181,7 @@ def run_job(job:Job)->dict:      # {key: result}
                                                      n=len(job.samples), kind=job.kind, seconds=seconds, machine=machine(encoder))))
     return {key: read_result(job.result(key)) for key, _ in job.rows}
 
-# %% ../nbs/23_bench.ipynb #7a9c2e08
+# %% ../nbs/23_bench.ipynb #ce33a6c8
 def bare(e)->Exception:
     "Strip an exception of the frames it holds, and with them of their tensors."
     e.__cause__ = e.__context__ = None
@@ -208,7 +209,7 @@ def run_cluster(jobs, scheduler):
     finally:
         if local: local.close()
 
-# %% ../nbs/23_bench.ipynb #ce33a6c8
+# %% ../nbs/23_bench.ipynb #8240c917
 def run_all(jobs, scheduler=None, show=True)->list:      # answers, in the order of the jobs
     "Run jobs; errors are raised when all others are done."
     answers = [None]*len(jobs)
@@ -221,7 +222,7 @@ def run_all(jobs, scheduler=None, show=True)->list:      # answers, in the order
     if failed: raise ValueError(f'{len(failed)} of {len(jobs)} jobs failed; what the others computed is kept:\n' + '\n'.join(failed[:10]))
     return answers
 
-# %% ../nbs/23_bench.ipynb #fab5991a
+# %% ../nbs/23_bench.ipynb #4b259482
 @dataclass(frozen=True)
 class Profile:
     "Where encoder and data come from."
@@ -246,7 +247,7 @@ def open_sets(profile:Profile, root=None, roles=None)->tuple:      # {role: Surv
     if not sets: raise ValueError(f'{root}: holds none of {list(wanted)}: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
     return sets, {r: f'not found in {root}; {origin(n)}' for r, n in wanted.items() if r not in sets}
 
-# %% ../nbs/23_bench.ipynb #85e9356d
+# %% ../nbs/23_bench.ipynb #d1864b5e
 def gather_rows(exhibits, role:str)->list:
     "List the distinct rows that exhibits run on a role."
     seen = {}
@@ -260,7 +261,7 @@ def possible(row:Row, encoder:Encoder, ds)->bool:
     if row.method is None: return bool(objects) and all(s.foreground for s in objects)
     return max((p.depth or 0) for p in row.method.encode.paths) <= encoder.blocks
 
-# %% ../nbs/23_bench.ipynb #d1864b5e
+# %% ../nbs/23_bench.ipynb #d4bbbad9
 def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None)->tuple:      # records, jobs, {(data set, key): run}
     "Expand exhibits on data sets ({role: Survey}) into runs and jobs."
     cache, records, jobs, keys = str(Path(cache or cache_dir()).absolute()), {}, [], {}
@@ -285,10 +286,10 @@ def collect(jobs, answers, keys)->dict:      # {run: {category: result}}
         for key, res in a.items(): out.setdefault(keys[job.dataset, key], {})[job.category] = res
     return out
 
-# %% ../nbs/23_bench.ipynb #b4f70a83
+# %% ../nbs/23_bench.ipynb #e224fd85
 SCORING = 0.008        # seconds to score one image for one row and to draw its intervals, measured once at 240 pixels on two cores
 
-# %% ../nbs/23_bench.ipynb #e224fd85
+# %% ../nbs/23_bench.ipynb #3b1366e8
 @dataclass(frozen=True)
 class Forecast:
     "What a list of jobs will cost."
@@ -316,7 +317,7 @@ def forecast(jobs, measure:bool=False)->Forecast:
         if measure and own: seconds += sentence_count(own, job)*paced(job.model, seconds_per_sentence, open_model(job.model))
     return Forecast(images, stored, results, size, shutil.disk_usage(jobs[0].cache).free if jobs else 0, scored, seconds + SCORING*scored)
 
-# %% ../nbs/23_bench.ipynb #3b1366e8
+# %% ../nbs/23_bench.ipynb #293590b1
 def bytes_of(encoder:Encoder, s)->int:
     "Count the bytes one image takes in a stream."
     rows = {'cls': 1, 'views anovl': 22}.get(s.part, encoder.grid[0]*encoder.grid[1])
@@ -337,19 +338,19 @@ def sentence_count(methods, job)->int:
     "Count the sentences that rows need for a job's category, each set once."
     return sum(sum(map(len, sentences(text, job.category, job.kind))) for text in {repr(m.text): m.text for m in methods}.values())
 
-# %% ../nbs/23_bench.ipynb #293590b1
+# %% ../nbs/23_bench.ipynb #0c5c8d5c
 def compute(exhibits, sets:dict, model:Model, batch:int=16, scheduler=None, show=True)->tuple:
     "Run all rows of exhibits on data sets {role: Survey}; gives (records, {run: {category: result}})."
     records, jobs, keys = plan_jobs(exhibits, sets, model, batch)
     return records, collect(jobs, run_all(jobs, scheduler, show), keys)
 
-# %% ../nbs/23_bench.ipynb #2f74afa4
+# %% ../nbs/23_bench.ipynb #7d2f82ca
 def defined(result, metric)->bool:
     "Tell whether a category's metric is a number."
     v = result['values'][metric]
     return v == v
 
-# %% ../nbs/23_bench.ipynb #7d2f82ca
+# %% ../nbs/23_bench.ipynb #90a4225f
 def metric_rows(results:dict)->list:
     "Flatten results to rows: run, category, metric, value, lo, hi, n, why (percent; means over categories, objects, textures; NaN stays empty and says why, means count what they average)."
     out = []
@@ -365,7 +366,7 @@ def metric_rows(results:dict)->list:
                 if fine or why: out.append((run, span, metric, *(f'{v:.4f}' if v == v else '' for v in (value, lo, hi)), sum(by[c]['n'] for c in fine), why))
     return out
 
-# %% ../nbs/23_bench.ipynb #7accf133
+# %% ../nbs/23_bench.ipynb #632d5916
 def defect_rows(results:dict)->list:
     "Flatten results by kind of defect: run, defect, metric, value (percent, mean over the categories that have it), number of categories, defective images."
     out = []
@@ -377,7 +378,7 @@ def defect_rows(results:dict)->list:
                 if fine: out.append((run, kind, m, f'{100*np.mean([d[m] for d in fine]):.4f}', len(fine), sum(d['n'] for d in fine)))
     return out
 
-# %% ../nbs/23_bench.ipynb #632d5916
+# %% ../nbs/23_bench.ipynb #1b9b92a6
 def contrasts_of(e:Exhibit)->list:
     "List an exhibit's contrasts, those of the paper and the claim's row against each control: (better, worse, metric, over which categories)."
     if not e.contrasts: return []
@@ -399,12 +400,12 @@ def contrast_rows(exhibits, records, results)->list:
             out.append((e.name, dataset, better, worse, metric, over, *(f'{v:.4f}' for v in (value, lo, hi))))
     return out
 
-# %% ../nbs/23_bench.ipynb #1b9b92a6
+# %% ../nbs/23_bench.ipynb #85e30e48
 def find_run(records, row:Row, dataset:str)->dict:
     "Find the record of an exhibit's row on a data set."
     return next((r for r in records if not row.state and (r['method'], r['control'], r['dataset']) == (*row.runs_as, dataset)), None)
 
-# %% ../nbs/23_bench.ipynb #85e30e48
+# %% ../nbs/23_bench.ipynb #3163c54d
 def to_csv(head, rows)->str:
     "Write rows as CSV text with Unix line ends."
     f = io.StringIO(newline=''); w = csv.writer(f, lineterminator='\n'); w.writerow(head); w.writerows(rows)

@@ -30,17 +30,13 @@ class Recipe:
     pairs: int = 24000           # pictures are rendered in pairs: an instance and its defective twin
     designs: int = 1000          # designs per kind, all from the open cells
     steps: int = 3600
-    batch: int = 8               # pairs per full-image step
-    tokens: int = 2000           # tokens per window step: small windows come in large batches
+    batch: int = 8; tokens: int = 2000      # pairs per full-image step, tokens per window step: small windows come in large batches
     full: tuple = (0.05, 0.4)    # share of steps on full images; the others see one window of patches per image
-    smallest: tuple = (2, 3)     # sides of the windows in patches
-    largest: tuple = (4, 9)
+    smallest: tuple = (2, 3); largest: tuple = (4, 9)      # sides of the windows in patches
     aimed: float = 0.5           # share of windows that look at the defect; the others look at the object
     lr: float = 1.5e-3           # AdamW: embeddings, norms, biases, the text tower
     turn: float = 0.015          # Muon: the matrices of the vision tower
-    decay: float = 0.05
-    warmup: int = 60
-    ema: float = 0.998
+    decay: float = 0.05; warmup: int = 60; ema: float = 0.998
     region: float = 2.0          # weight of the patch term on the V-V path
     inside: float = 0.75         # share of that term's normal half that goes to patches of the object, the rest to its background
     value_gain: float = 1.6      # initial scale of the value projections: above 1 a value attends to itself first
@@ -126,7 +122,7 @@ def aim(defect, inside, k:int, share:float, rng)->np.ndarray:
 # %% ../nbs/26_train.ipynb #f11c77c4
 def embed_window(v, x:Tensor, place:Tensor)->Tensor:
     "Embed crops of whole patches [I,3,16a,16b] that stand at `place` [I,a*b] of their pictures: class and patch tokens [I,1+a*b,D], ready for the first block."
-    z = v.conv1(x).flatten(2).mT + v.positional_embedding[1 + place]
+    z = v.conv1(x).flatten(2).mT + F.embedding(place, v.positional_embedding[1:])      # whose gradient is summed in one order, on any number of threads
     return v.ln_pre(torch.cat([(v.class_embedding + v.positional_embedding[0]).expand(len(x), 1, -1), z], 1))
 
 # %% ../nbs/26_train.ipynb #137a5bde
@@ -153,7 +149,7 @@ def losses(model, scale, x, part, own, place, texts, r:Recipe)->dict:
     routes = (AttentionPath('vv', r.layers),) if r.region else ()
     z, local = walk(v, embed_window(v, x, place), routes, (r.layers - 1,))
     leave = lambda y: F.normalize(v.ln_post(y) @ v.proj, dim=-1)
-    cls, apart = leave(z[:, 0]), F.normalize(t[own_bad] - t[own_good], dim=-1)
+    cls, apart = leave(z[:, 0]), F.normalize(F.embedding(own_bad, t) - F.embedding(own_good, t), dim=-1)
     bad = (part > 0.12).any(1); sure = bad | (part == 0).all(1)
     out = dict(contrast=contrast((cls @ t.T)*model.logit_scale.exp(), right(bad)),
                state=F.softplus(scale[1].exp()*(cls*apart).sum(-1)*torch.where(bad, -1., 1.))[sure].mean())
