@@ -2,6 +2,7 @@
 import json
 import numpy as np
 import pytest
+from test_procad import pixels
 from zsad.boards import BOARDS, bent_pin, fold, island, lettering, letters, moved_piece, render_boards, solder_bridge, without_piece
 from zsad.core import digest, keyed
 from zsad.medical import MEDICAL, pulled, render_medical
@@ -102,5 +103,5 @@ PIXELS = dict(
 
 @pytest.mark.parametrize('kind,world', ALL, ids=lambda a: getattr(a, 'name', a))
 def test_pixels_are_the_same_everywhere(kind, world):
-    got = digest(*(a for d in ('good', *kind.defects[-2:]) for s in [render(design(kind, world), 1, d)] for a in (s.image, s.mask)))
+    got = pixels(kind, world)
     assert got == PIXELS[kind.name], f'{kind.name} is drawn differently here: {got}'

@@ -112,9 +112,14 @@ def test_no_trick_solves_it(what, limit):
     assert 45 < ceilings()[what] < limit, ceilings()
 
 
+def pixels(kind, world):
+    "Name the pixels of a kind's first design: a good image and its last two defects, with masks."
+    return digest(*(a for d in ('good', *kind.defects[-2:]) for s in [render(design(kind, world), 1, d)] for a in (s.image, s.mask)))
+
+
 @pytest.mark.parametrize('kind', PROCAD)
 def test_pixels_are_the_same_everywhere(kind):
-    got = digest(*(a for d in ('good', *KINDS[kind].defects[-2:]) for s in [render(design(kind, 'procad'), 1, d)] for a in (s.image, s.mask)))
+    got = pixels(KINDS[kind], 'procad')
     assert got == PIXELS[kind], f'{kind} is drawn differently here: {got}'
 
 
@@ -125,5 +130,5 @@ AUX = dict(
 
 @pytest.mark.parametrize('kind', AUX)
 def test_auxiliary_pixels_are_the_same_everywhere(kind):
-    got = digest(*(a for d in ('good', *KINDS[kind].defects[-2:]) for s in [render(design(kind, 'aux'), 1, d)] for a in (s.image, s.mask)))
+    got = pixels(KINDS[kind], 'aux')
     assert got == AUX[kind], f'{kind} is drawn differently here: {got}'

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'AXES', 'TERMS', 'Recipe', 'mini_config', 'cosines', 'first_filters', 'places', 'prepare', 'normalise',
            'Words', 'embed_texts', 'aim', 'embed_window', 'contrast', 'region_loss', 'losses', 'at', 'look',
            'draw_batch', 'to_device', 'orthogonal', 'Muon', 'optimisers', 'new_model', 'save_state', 'resume', 'train',
-           'one_step', 'run_steps', 'note_validation', 'run_figure', 'export_weights', 'validate']
+           'one_step', 'run_steps', 'note_validation', 'run_figure', 'export_weights', 'answers', 'validate']
 
 # %% ../nbs/26_train.ipynb #0cf2536b
 import json, math, os, tempfile, time
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .core import cache_dir, digest, keep_memory, keyed
 from .procad import KINDS, uni
 from .pairs import VALIDATION, Pairs, captions, render_pairs
-from .clip import AttentionPath, Encoder, Preprocess, anomaly_score, fill, load_encoder, text_tower
+from .clip import AttentionPath, Encoder, EncodeSpec, Preprocess, anomaly_score, fill, load_encoder, text_tower
 from .vv import walk
 
 # %% ../nbs/26_train.ipynb #e5b90154
@@ -366,6 +366,17 @@ def export_weights(folder,           # what `train` returned
 
 # %% ../nbs/26_train.ipynb #7b207435
 @torch.inference_mode()
+def answers(encoder:Encoder, pictures, text, batch:int=16)->tuple:      # [M], {'vv': [M,N], 'qkv': [M,N]}
+    "Score class token and patches of both paths of pictures [M,H,W,3] uint8 against their own sentences `text` [M,2,C], one pass per batch."
+    spec, rows = EncodeSpec((AttentionPath('vv'), AttentionPath('qkv'))), []
+    for x, t in zip((pictures[i:i + batch] for i in range(0, len(pictures), batch)), text.split(batch)):
+        seen = encoder.tokens(encoder.preprocess(x), spec)
+        rows.append([anomaly_score(z, t) for z in (seen.cls[:, None], *(p[-1] for p in seen.patches.values()))])
+    cls, *maps = (torch.cat(a).cpu().numpy() for a in zip(*rows))
+    return cls[:, 0], dict(zip((p.attention for p in spec.paths), maps))
+
+# %% ../nbs/26_train.ipynb #458411fb
+@torch.inference_mode()
 def validate(encoder:Encoder,        # any encoder of 240 px and 15x15 patches
              n:int=300               # pairs of the validation world
             )->dict:                 # AUROC in 0..1, each over kinds that training saw (other designs) and over the family it never saw
@@ -375,18 +386,14 @@ def validate(encoder:Encoder,        # any encoder of 240 px and 15x15 patches
     kinds = np.repeat(pairs.kinds, 2); new, twin = np.isin(pairs.kinds, VALIDATION).repeat(2), np.tile([0, 1], n)
     texts = {k: F.normalize(encoder.embed_text([f'a photo of a flawless {KINDS[k].noun}', f'a photo of a damaged {KINDS[k].noun}']), dim=-1) for k in set(kinds)}
     share = np.stack([0*pairs.labels, pairs.labels], 1).reshape(2*n, -1)/255; own = np.repeat(pairs.inside.reshape(n, -1) > 127, 2, 0)
-    text, pictures, paths, out = torch.stack([texts[k] for k in kinds]), np.ascontiguousarray(pairs.images).reshape(2*n, 240, 240, 3), ('vv', 'qkv'), {}
-    rate = lambda z, i: anomaly_score(z, text[i:i + 16]).cpu().numpy()
-    seen = [(rate(t['vv'].cls[:, None], i), *(rate(t[p].patches[-1], i) for p in paths)) for i in range(0, 2*n, 16)
-            for t in [{p: encoder.encode(encoder.preprocess(pictures[i:i + 16]), p) for p in paths}]]
-    cls, *maps = (np.concatenate(a) for a in zip(*seen))
+    cls, maps = answers(encoder, np.ascontiguousarray(pairs.images).reshape(2*n, 240, 240, 3), torch.stack([texts[k] for k in kinds])); out = {}
     def put(name, y, a, keep):
         for family, who in (('', ~new), (' (unseen kind)', new)):
             k = keep & (who[:, None] if keep.ndim == 2 else who)
             if 0 < y[k].sum() < k.sum(): out[name + family] = float(roc_auc_score(y[k], a[k]))
     bad, known = share > 0.12, (share > 0.12) | (share == 0)
-    for path, a in zip(paths, maps):
+    for path, a in maps.items():
         put(f'patches, {path}', bad, a, known); put(f'patches of objects, {path}', bad, a, known & own & ~own.all(1, keepdims=True))
-    top, every = maps[0].max(1), np.ones(2*n, bool)
-    for name, a in (('images', cls[:, 0]), ('images, highest patch', top), ('images, both', cls[:, 0] + top)): put(name, twin, a, every)
+    top, every = maps['vv'].max(1), np.ones(2*n, bool)
+    for name, a in (('images', cls), ('images, highest patch', top), ('images, both', cls + top)): put(name, twin, a, every)
     return out
