@@ -87,7 +87,7 @@ def test_runs_of_rows_with_a_state_do_not_exist():
 
 
 @pytest.mark.parametrize('wrong,says', [(dict(print_state='seen'), 'seen'), (dict(paper=''), 'own'), (dict(print_state='own'), 'own'), (dict(roles=('mvtec', 'visa2')), 'visa2'),
-                                        (dict(contrasts=(('AnoCLIP', 'WinCLIP', 'pro'),)), 'WinCLIP'), (dict(contrasts=(('AnoCLIP', 'CLIP', 'image_ap'),)), 'image_ap')])
+                                        (dict(contrasts=(('AnoCLIP', 'Nobody', 'pro'),)), 'Nobody'), (dict(contrasts=(('AnoCLIP', 'CLIP', 'image_ap'),)), 'image_ap')])
 def test_exhibits_are_checked_when_built(wrong, says):
     with pytest.raises(ValueError, match=says): replace(EXHIBITS['anoclip-t1'], **wrong)
 
@@ -119,9 +119,12 @@ def test_several_roles_stand_side_by_side(both):
     assert t['MVTec-AD: PRO', 'paper'].dropna().tolist() == [21.9, 40.5, 64.6, 1.6, 70.4, 77.8] and t['VisA: PRO', 'paper'].dropna().tolist() == [10.2, 27.3, 59.8, .8, 65.1, 75.]
 
 
+LATER = ('TransMM', 'WinCLIP', 'AnoCLIP+')
+def waiting(): return replace(EXHIBITS['anoclip-t1'], rows=tuple(Row(r.label, state='not here yet') if r.label in LATER else r for r in EXHIBITS['anoclip-t1'].rows))
+
 def test_states_stand_in_the_cells_of_ours_beside_the_papers_values(both):
-    d = readable(table('anoclip-t1', both))
-    for row in ('TransMM', 'WinCLIP', 'AnoCLIP+'):
+    d = readable(table(waiting(), both))
+    for row in LATER:
         ours = [v for c, v in d.loc[row].items() if not c.startswith('paper')]
         assert len(ours) > 6 and set(ours) == {'not here yet'}
         assert all(re.fullmatch(r'\d+\.\d', v) for c, v in d.loc[row].items() if c.startswith('paper'))
@@ -131,7 +134,7 @@ def test_states_stand_in_the_cells_of_ours_beside_the_papers_values(both):
 
 
 def test_a_role_without_stand_in_says_so(mini):
-    d = readable(table('anoclip-t1', mini)); run = ['MaskCLIP', 'CLIP', 'AnoCLIP', 'random weights', 'foreground mask']
+    d = readable(table(waiting(), mini)); run = ['MaskCLIP', 'CLIP', 'AnoCLIP', 'random weights', 'foreground mask']
     visa = [c for c in d if 'VisA' in c and not c.startswith('paper')]
     assert visa == ['VisA: pixel AUROC', 'VisA: pixel F1max', 'VisA: PRO']                       # no objects, textures of nothing
     assert (d.loc[run, visa] == 'no stand-in').all(axis=None) and (d.loc['AnoCLIP+', visa] == 'not here yet').all()
@@ -163,7 +166,7 @@ def test_a_difference_only_on_the_papers_data_and_encoder(both, mini, tmp_path):
     assert len(deltas(t)) == 6
     for d, role, paper in (('MVTec-AD', 'mvtec', 70.4), ('VisA', 'visa', 65.1)):
         assert t.loc['AnoCLIP', (f'{d}: PRO', 'delta')] == pytest.approx(value(role, 'anoclip', '', 'pro', 'mean') - paper)
-    assert t['VisA: PRO', 'delta'].notna().sum() == 3                                            # not for states, not for controls
+    assert t['VisA: PRO', 'delta'].notna().sum() == 6                                            # not for states, not for controls
     assert readable(t).loc['AnoCLIP', 'ours - paper: VisA: PRO'] == f"{value('visa', 'anoclip', '', 'pro', 'mean') - 65.1:+.1f}"
     for n, (datasets, kind) in enumerate(((('mvtec', 'visa'), dict()), (('mvtec', 'visa'), {**PAPER, 'source': 'random:0'}), (('mvtec', 'visa'), {**PAPER, 'complete': 'no'}), (('procad',), PAPER))):
         (tmp_path/f'{n}').mkdir(); assert deltas(table('anoclip-t1', made_up(tmp_path/f'{n}', datasets, **kind))) == []
@@ -205,7 +208,7 @@ def test_contrasts_without_a_data_set_are_refused(mini):
 
 
 def test_captions_name_each_data_set_once_and_what_is_not_there(both, mini):
-    said = caption('anoclip-t1', both)
+    said = caption(waiting(), both)
     assert said.count('hash-of-mvtec') == said.count('hash-of-visa') == 1 and 'played by' not in said and 'Not here yet: TransMM, WinCLIP, AnoCLIP+.' in said
     assert 'visa' not in caption('anoclip-t3', both) and provenance(both) in page([], both)
     said = caption('anoclip-t1', mini)
@@ -231,7 +234,7 @@ def test_markdown_and_latex_have_the_columns_of_the_table(name, both):
 
 def test_figures_have_a_row_of_panels_for_each_data_set_that_was_run(both, mini, tmp_path):
     texts = lambda fig: {t.get_text() for ax in fig.axes for t in ax.texts} | {t.get_text() for t in fig.texts}
-    a, b, c = figure('anoclip-t1', both), figure('anoclip-t1', mini), figure('anoclip-t4', mini)
+    a, b, c = figure(waiting(), both), figure('anoclip-t1', mini), figure('anoclip-t4', mini)
     assert [len(f.axes) for f in (a, b, c)] == [4, 2, 3]
     assert [ax.get_ylabel() for ax in a.axes] == ['MVTec-AD', '', 'VisA', ''] and b.axes[0].get_ylabel() == 'MVTec-AD\n(procad)' and c.axes[0].get_ylabel() == ''
     assert 'VisA: no stand-in' in texts(b) and not any('no stand-in' in t for t in texts(a) | texts(c))

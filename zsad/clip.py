@@ -10,7 +10,7 @@ __all__ = ['SHIPPED', 'check_fields', 'Preprocess', 'AttentionPath', 'EncodeSpec
 
 # %% ../nbs/10_clip.ipynb #1c969bf6
 import difflib, json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -83,9 +83,11 @@ class EncodeSpec:
     layers: object = (-1,)       # after which blocks, from 0, negative from the end; 'all'; 'quarters'
     stage: str = 'proj'          # 'raw' [..,D], 'ln_post' [..,D], 'proj' [..,C] of unit length
     views: str = 'one'           # 'one', or 'anovl': the class token of 22 augmented views as well
+    windows: tuple = ()          # sides of the k x k patch windows that are encoded on their own
 
     def __post_init__(self):
         check_fields(self, stage=('raw', 'ln_post', 'proj'), views=('one', 'anovl'))
+        if not all(isinstance(k, int) and k > 0 for k in self.windows) or len(set(self.windows)) < len(self.windows): raise ValueError(f'windows={self.windows!r}: different sides in patches, such as (2, 3)')
         given = self.layers in ('all', 'quarters') if isinstance(self.layers, str) else isinstance(self.layers, (tuple, list)) and self.layers and all(isinstance(l, int) for l in self.layers)
         if not given: raise ValueError(f"layers={self.layers!r}: choose 'all', 'quarters' or block numbers such as (5, 11)")
 
@@ -106,6 +108,7 @@ class Tokens:
     patches: object          # {AttentionPath: [L,B,N,C or D]}; the short form of `encode` gives the tensor itself
     grid: tuple              # rows, columns; N = rows*columns
     views: Tensor = None     # [B,V,C] unit class tokens of augmented views, the image itself first
+    windows: dict = field(default_factory=dict)     # {k: [B,M,C]} unit class tokens of windows of k x k patches
 
 # %% ../nbs/10_clip.ipynb #659308e4
 def check_visual(visual, name):
@@ -147,15 +150,17 @@ class Encoder:
 def tokens(self:Encoder, x, spec:EncodeSpec)->Tokens:
     "Encode `x` [B,3,S,S] along all paths of `spec` in one pass."
     from zsad.vv import read_tokens          # the walk itself is the next section, which knows nothing of this one
+    from zsad.windows import read_windows
     S = self.preprocess.size
     if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point(): raise ValueError(f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)')
-    cls, patches, views = read_tokens(self.model.visual, x.to(self.device), spec.resolved(self.blocks))
-    return Tokens(cls, patches, self.grid, views)
+    v, x = self.model.visual, x.to(self.device)
+    cls, patches, views = read_tokens(v, x, spec.resolved(self.blocks))
+    return Tokens(cls, patches, self.grid, views, read_windows(v, x, spec.windows) if spec.windows else {})
 
 @patch
-def encode(self:Encoder, x, attention='vv', depth=None, layers=(-1,), stage='proj')->Tokens:
+def encode(self:Encoder, x, attention='vv', depth=None, layers=(-1,), windows=(), stage='proj')->Tokens:
     "Encode `x` [B,3,S,S] along one attention path; `.patches` is [L,B,N,C]."
-    t = self.tokens(x, EncodeSpec((AttentionPath(attention, depth),), layers, stage))
+    t = self.tokens(x, EncodeSpec((AttentionPath(attention, depth),), layers, stage, windows=windows))
     return replace(t, patches=next(iter(t.patches.values())))
 
 # %% ../nbs/10_clip.ipynb #c0dc4dfb
@@ -163,8 +168,10 @@ def encode_images(encoder:Encoder, images, spec:EncodeSpec, interpolation:str='b
     "Encode a list of uint8 images in batches and join the answers on the CPU."
     prep = replace(encoder.preprocess, interpolation=interpolation)
     parts = [encoder.tokens(prep(images[i:i + batch]), spec) for i in range(0, len(images), batch)]
-    views = None if parts[0].views is None else torch.cat([t.views for t in parts]).cpu()
-    return Tokens(torch.cat([t.cls for t in parts]).cpu(), {p: torch.cat([t.patches[p] for t in parts], 1).cpu() for p in parts[0].patches}, encoder.grid, views)
+    join = lambda of, dim=0: torch.cat([of(t) for t in parts], dim).cpu()
+    first = parts[0]
+    return Tokens(join(lambda t: t.cls), {p: join(lambda t: t.patches[p], 1) for p in first.patches}, encoder.grid,
+                  None if first.views is None else join(lambda t: t.views), {k: join(lambda t: t.windows[k]) for k in first.windows})
 
 # %% ../nbs/10_clip.ipynb #270a8893
 SHIPPED = tuple(sorted(p.name.removesuffix('.json') for p in (files('zsad')/'assets').iterdir() if p.name.startswith('mini') and p.name.endswith('.json')))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGES', 'NORMAL', 'MVTEC_TEXTURES', 'MASKS', 'SOURCES', 'DATASETS', 'Sample', 'Dataset', 'decode', 'to_rgb',
            'load_image', 'to_mask', 'read_mask', 'load_mask', 'image_files', 'folders', 'by_stem', 'scan_kinds',
-           'scan_category', 'read_json', 'kinds_of', 'gather', 'scan_mvtec', 'read_rows', 'scan_visa', 'read_meta',
-           'write_meta', 'sort_by_masks', 'scan_plain', 'layout_of', 'places', 'settle', 'read_folder', 'Source',
-           'render_named', 'set_name', 'load_dataset', 'check_dataset', 'role_of', 'find_sets', 'Survey', 'look',
-           'survey', 'data_hash']
+           'scan_category', 'scan_train', 'read_json', 'kinds_of', 'gather', 'scan_mvtec', 'read_rows', 'scan_visa',
+           'read_meta', 'write_meta', 'sort_by_masks', 'scan_plain', 'layout_of', 'places', 'settle', 'read_folder',
+           'Source', 'render_named', 'set_name', 'load_dataset', 'check_dataset', 'role_of', 'find_sets', 'Survey',
+           'look', 'survey', 'data_hash']
 
 # %% ../nbs/02_data.ipynb #782c1e10
 import csv, json, os
@@ -39,6 +39,7 @@ class Dataset:
     samples: tuple
     kinds: dict              # category -> 'object' or 'texture'
     skipped: tuple = ()      # (file, reason) of what was left out
+    train: tuple = ()        # normal samples of its training part: few-shot references are drawn from them
 
     @property
     def categories(self)->tuple: return tuple(dict.fromkeys(s.category for s in self.samples))
@@ -139,6 +140,10 @@ def scan_category(folder:Path, skipped:list, split:str='test')->list:
     if not out and len(skipped) == before: skipped.append((folder/split, f'no image in the folders of its kinds {[k.name for k in kinds]}'))
     return out
 
+def scan_train(folder:Path)->list:
+    "List the samples of the training part of an MVTec-shaped category, none if it has no such part."
+    return scan_kinds(folder.name, folders(folder/'train'), folder/'ground_truth', folder/'foreground', [])
+
 # %% ../nbs/02_data.ipynb #cfe1709f
 MVTEC_TEXTURES = ('carpet', 'grid', 'leather', 'tile', 'wood')
 
@@ -155,21 +160,22 @@ def kinds_of(root:Path, categories)->dict:
     return {c: told.get(c, 'texture' if c in MVTEC_TEXTURES else 'object') for c in categories}
 
 # %% ../nbs/02_data.ipynb #38145a88
-def gather(name:str, root:Path, samples:list, skipped:list)->Dataset:
+def gather(name:str, root:Path, samples:list, skipped:list, train=())->Dataset:
     "Make a data set of samples: one order, every id once, kinds of the categories."
     own = {}
     for s in sorted(samples, key=lambda s: (s.category, s.defect, s.path.name)):
         if s.id in own: skipped.append((s.path, f'its id {s.id} is taken by {own[s.id].path}; rename one of them'))
         else: own[s.id] = s
     if not own: raise FileNotFoundError(f'{root}: no test image that can be used' + ''.join(f'; {f}: {why}' for f, why in skipped[:3]))
-    return Dataset(name, tuple(own.values()), kinds_of(root, dict.fromkeys(s.category for s in own.values())), tuple(skipped))
+    return Dataset(name, tuple(own.values()), kinds_of(root, dict.fromkeys(s.category for s in own.values())), tuple(skipped),
+                   tuple({s.id: replace(s, id=f'train/{s.id}') for s in sorted(train, key=lambda s: (s.id, s.path), reverse=True) if not s.label}.values())[::-1])
 
 def scan_mvtec(root, name:str)->Dataset:
     "Read an MVTec-shaped folder."
     root, skipped = Path(root), []
     categories = [p for p in folders(root) if (p/'test').is_dir()]
     if not categories: raise FileNotFoundError(f'{root}: no MVTec-shaped folder (no category with a test folder); point to the folder that holds the categories')
-    return gather(name, root, [s for p in categories for s in scan_category(p, skipped)], skipped)
+    return gather(name, root, [s for p in categories for s in scan_category(p, skipped)], skipped, [s for p in categories for s in scan_train(p)])
 
 # %% ../nbs/02_data.ipynb #b34fdc30
 def read_rows(rows, root:Path, skipped:list)->list:
@@ -189,39 +195,41 @@ def read_rows(rows, root:Path, skipped:list)->list:
 # %% ../nbs/02_data.ipynb #8f3354b7
 def scan_visa(root, name:str='visa')->Dataset:
     "Read VisA as published: the test rows of split_csv/1cls.csv."
-    root, skipped, rows = Path(root), [], []
+    root, skipped, rows, train = Path(root), [], [], []
     file, columns, labels = root/'split_csv'/'1cls.csv', ('object', 'split', 'label', 'image', 'mask'), dict(normal=0, anomaly=1)
     try: listed = list(csv.DictReader(file.read_text(encoding='utf-8-sig').splitlines()))
     except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{file}: not a readable table ({e}); download it again') from e
     lacks = [c for c in columns if c not in (listed[0] if listed else ())]
     if lacks: raise ValueError(f'{file}: no column {lacks}; it needs {list(columns)}')
     for n, r in enumerate(listed, 2):
-        if r['split'] != 'test': continue
-        if r['label'] in labels and r['object'] and r['image']: rows.append((r['object'], '', labels[r['label']], r['image'], r['mask']))
+        if r['split'] not in ('test', 'train'): continue
+        if r['label'] in labels and r['object'] and r['image']: (rows if r['split'] == 'test' else train).append((r['object'], '', labels[r['label']], r['image'], r['mask']))
         else: skipped.append((file, f"line {n}: object={r['object']!r}, label={r['label']!r}, image={r['image']!r}; give all three, the label as normal or anomaly"))
-    return gather(name, root, read_rows(rows, root, skipped), skipped)
+    return gather(name, root, read_rows(rows, root, skipped), skipped, read_rows(train, root, []))
 
 # %% ../nbs/02_data.ipynb #47dc38fb
 def read_meta(path, name:str='folder')->Dataset:
     "Read a meta.json, or that of a folder."
-    path, skipped, rows, keys = Path(path), [], [], ('img_path', 'mask_path', 'anomaly')
+    path, skipped, keys = Path(path), [], ('img_path', 'mask_path', 'anomaly')
     path = path/'meta.json' if path.is_dir() else path
-    told = read_json(path); told = told.get('test', told.get('Test')) if isinstance(told, dict) else None
-    if not isinstance(told, dict): raise ValueError(f'{path}: no key "test" that holds the categories; give {{"test": {{category: [...]}}}}')
-    for c, listed in told.items():
-        for n, r in enumerate(listed):
+    told = read_json(path); part = lambda split: told.get(split, told.get(split.title())) if isinstance(told, dict) else None
+    if not isinstance(part('test'), dict): raise ValueError(f'{path}: no key "test" that holds the categories; give {{"test": {{category: [...]}}}}')
+    if not isinstance(part('train') or {}, dict): raise ValueError(f'{path}: "train" does not hold categories; give {{"train": {{category: [...]}}}}, or leave it out')
+    def rows(listed):
+        for c, n, r in ((c, n, r) for c in listed for n, r in enumerate(listed[c])):
             lacks = [k for k in keys if not isinstance(r, dict) or k not in r]
             wrong = f'has no {lacks}' if lacks else '' if r['anomaly'] in (0, 1) else f'has anomaly={r["anomaly"]!r}'
             if wrong: raise ValueError(f'{path}: entry {n} of {c!r} {wrong}; each needs {list(keys)}, anomaly 0 or 1')
-            rows.append((r.get('cls_name') or c, r.get('specie_name'), int(r['anomaly']), str(r['img_path']), r['mask_path'] or '', r.get('outline_path')))
-    return gather(name, path.parent, read_rows(rows, path.parent, skipped), skipped)
+            yield r.get('cls_name') or c, r.get('specie_name'), int(r['anomaly']), str(r['img_path']), r['mask_path'] or '', r.get('outline_path')
+    return gather(name, path.parent, read_rows(rows(part('test')), path.parent, skipped), skipped, read_rows(rows(part('train') or {}), path.parent, []))
 
 def write_meta(ds:Dataset, path)->Path:
     "Write a data set's samples as meta.json; paths relative to its folder, absolute outside of it."
     full = lambda p: Path(os.path.abspath(p)); here = full(path).parent
     place = lambda p: '' if p is None else (full(p).relative_to(here) if full(p).is_relative_to(here) else full(p)).as_posix()
-    test = {c: [dict(img_path=place(s.path), mask_path=place(s.mask), cls_name=c, specie_name=s.defect, anomaly=s.label, **(dict(outline_path=place(s.foreground)) if s.foreground else {})) for s in ds.of(c)] for c in ds.categories}
-    return write_atomic(path, json.dumps(dict(train={c: [] for c in test}, test=test), indent=1))
+    entry = lambda s: dict(img_path=place(s.path), mask_path=place(s.mask), cls_name=s.category, specie_name=s.defect, anomaly=s.label, **(dict(outline_path=place(s.foreground)) if s.foreground else {}))
+    part = lambda samples: {c: [entry(s) for s in samples if s.category == c] for c in ds.categories}
+    return write_atomic(path, json.dumps(dict(train=part(ds.train), test=part(ds.samples)), indent=1))
 
 # %% ../nbs/02_data.ipynb #ba6e48f0
 MASKS = ('masks', 'mask', 'ground_truth', 'label', 'labels')
@@ -278,7 +286,7 @@ def read_folder(root, name:str='folder')->Dataset:
     "Read a folder of any layout."
     root = settle(Path(os.path.abspath(Path(root).expanduser())))
     layout, skipped = layout_of(root), []
-    if layout == 'category': return gather(name, root, scan_category(root, skipped), skipped)
+    if layout == 'category': return gather(name, root, scan_category(root, skipped), skipped, scan_train(root))
     return dict(meta=read_meta, visa=scan_visa, mvtec=scan_mvtec, plain=scan_plain)[layout](root, name)
 
 # %% ../nbs/02_data.ipynb #30c1eb05
@@ -387,7 +395,7 @@ def survey(ds:Dataset, workers:int=None)->Survey:
     fine = [(s, names) for s, (names, _) in seen if names]
     lost = [wrong for _, (_, wrong) in seen if wrong]
     if not fine: raise ValueError(f'{ds.name}: none of {len(seen)} samples can be used: ' + '; '.join(f'{f}: {why}' for f, why in lost[:3]))
-    left = Dataset(ds.name, tuple(s for s, _ in fine), ds.kinds)
+    left = replace(ds, samples=tuple(s for s, _ in fine))
     gone = [(c, 'every sample of this category was left out') for c in ds.categories if c not in left.categories]
     left = replace(left, kinds={c: k for c, k in ds.kinds.items() if c in left.categories}, skipped=(*ds.skipped, *lost, *gone))
     parts = {c: digest(left.kinds[c], *(a for s, names in fine if s.category == c for a in (s.id, s.label, *names))) for c in left.categories}

@@ -43,8 +43,9 @@ def between(a:Tensor,     # [J,P,D] patches of J images, unit length
     close = there.amax(1) > 1 - 1e-4
     there, back = distance(there), distance(back)
     if close.any():
-        s = F.normalize(a[close].double(), dim=-1) @ F.normalize(b.double(), dim=-1).T
-        there[close], back[close] = distance(s.amax(2)).to(there), distance(s.amax(1)).to(back)
+        near, s = a[close], s[close]
+        there[close] = (near - b[s.argmax(2)]).norm(dim=-1)
+        back[close] = (b - near.gather(1, s.argmax(1)[..., None].expand(-1, -1, a.shape[-1]))).norm(dim=-1)
     return there, back
 
 # %% ../nbs/15_musc.ipynb #180fd058

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'PRINT_STATES', 'STYLE', 'Results', 'read_results', 'as_results', 'as_exhibit', 'dataset_of', 'gap', 'run_of',
-           'why_empty', 'known_as', 'cell', 'comparable', 'head', 'row_cells', 'table', 'readable', 'verdict',
-           'findings', 'data_says', 'provenance', 'outline_says', 'roles_say', 'caption', 'figure', 'panel', 'bars',
-           'curve', 'write_exhibit', 'markdown', 'latex', 'page', 'write_page', 'write_report']
+           'why_empty', 'known_as', 'cell', 'spread_of', 'comparable', 'head', 'row_cells', 'table', 'by_category',
+           'readable', 'verdict', 'findings', 'data_says', 'provenance', 'outline_says', 'roles_say', 'caption',
+           'figure', 'panel', 'bars', 'curve', 'write_exhibit', 'markdown', 'latex', 'page', 'write_page',
+           'write_report']
 
 # %% ../nbs/24_report.ipynb #03166039
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from .core import write_atomic
-from .exhibits import EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed
+from .exhibits import CONTROLS, EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported
 
 # %% ../nbs/24_report.ipynb #01567c78
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def run_of(res:Results, row:Row, role:str='mvtec')->str:
     "Find the run of an exhibit's row on the data set that plays a role, '' if it was not run."
     method, control = row.runs_as
     r = res.runs[(res.runs.method == method) & (res.runs.control == control) & (res.runs.dataset == dataset_of(res, role))]
-    return '' if row.state or r.empty else r.iloc[-1].run
+    mean = r[r.seed == 'mean'] if 'seed' in r else r[:0]                                       # of a row that ran with several seeds
+    return '' if row.state or r.empty else (r if mean.empty else mean).iloc[-1].run
 
 def why_empty(res:Results, row:Row, role:str)->str:
     "Say in words why a row was not run on a role, '' if it was."
@@ -76,6 +78,11 @@ def cell(res:Results, run:str, metric:str, span:str='mean')->tuple:      # (valu
     r = m[(m.run == run) & (m.metric == metric) & (m.category == span)]
     return (np.nan,)*3 if r.empty else tuple(float(r.iloc[0][k]) for k in ('value', 'lo', 'hi'))
 
+def spread_of(res:Results, run:str, metric:str)->float:
+    "Look up the standard deviation over seeds in percent, NaN for a single seed."
+    m = res.metrics[(res.metrics.run == run) & (res.metrics.metric == metric) & (res.metrics.category == 'mean')]
+    return float(m.iloc[0].get('spread', np.nan)) if len(m) else np.nan
+
 def comparable(res:Results, run:str, role:str='mvtec')->bool:
     "Tell whether a run used the papers' own data, whole, and their encoder, so that a difference to the printed value means something."
     r = res.runs[res.runs.run == run]
@@ -90,26 +97,35 @@ def row_cells(e:Exhibit, res:Results, row:Row, role:str)->dict:
     "Collect what one row has on one role: {(metric's name, what): percent}."
     run, out, real = run_of(res, row, role), {}, comparable(res, run_of(res, row, role), role)
     for m in e.metrics:
-        (ours, lo, hi), paper = cell(res, run, m), float(printed(e, row.label, role, m) or 'nan')
-        out |= {(head(e, role, m), k): v for k, v in dict(ours=ours, lo=lo, hi=hi, paper=paper, delta=ours - paper if real else np.nan).items()}
+        (ours, lo, hi), spread, paper = cell(res, run, m), spread_of(res, run, m), float(printed(e, row.label, role, m) or 'nan')
+        out |= {(head(e, role, m), k): v for k, v in dict(ours=ours, lo=lo, hi=hi, spread=spread, paper=paper, delta=ours - paper if real else np.nan).items()}
     for m in [m for m in e.metrics if m in ('image_auroc', 'pixel_auroc')]:
         out |= {(head(e, role, m), f'{k}s'): cell(res, run, m, f'mean {k}s')[0] for k in ('object', 'texture')}
     if 'pixel_auroc' in e.metrics: out[head(e, role, 'pixel_auroc'), 'within object'] = cell(res, run, 'pixel_auroc_within')[0]
     return out
 
 def table(exhibit, results)->pd.DataFrame:
-    "Pivot results to an exhibit's table: columns (metric, ours / lo / hi / paper, delta where it means something), values in percent; `attrs['words']` says why cells are empty."
+    "Pivot results to an exhibit's table: columns (metric, ours / lo / hi / paper, spread over seeds where there are several, delta where it means something), values in percent; `attrs['words']` says why cells are empty."
     e, res = as_exhibit(exhibit), as_results(results)
     run = [r for r in e.rows if e.form != 'curve' or any(run_of(res, r, role) for role in e.roles)]     # a curve leaves out depths this encoder does not have
     rows = run or e.rows                                                                                  # but shows that nothing was run
     cells = {r.label: {k: v for role in e.roles for k, v in row_cells(e, res, r, role).items()} for r in rows}
     t = pd.DataFrame.from_dict(cells, orient='index').pipe(lambda d: d.set_axis(pd.MultiIndex.from_tuples(d.columns), axis=1))
-    optional = ('delta', *(('objects', 'textures', 'within object') if len(e.roles) > 1 else ()))
+    optional = ('delta', 'spread', *(('objects', 'textures', 'within object') if len(e.roles) > 1 else ()))
     t = t[[c for c in t if c[1] not in optional or t[c].notna().any()]]
     t.attrs['words'] = {head(e, role, m): {r.label: why_empty(res, r, role) for r in rows} for role in e.roles for m in e.metrics}
     return t
 
 # %% ../nbs/24_report.ipynb #58be1194
+def by_category(exhibit, results, metric:str, role:str=None)->pd.DataFrame:      # categories and their mean x rows, percent
+    "Pivot one metric of an exhibit's rows over the categories of a role; rows that are only reported join where the papers' own categories were run."
+    e, res = as_exhibit(exhibit), as_results(results); role = role or e.roles[0]
+    m = res.metrics[(res.metrics.metric == metric) & ~res.metrics.category.str.startswith('mean ')].drop_duplicates(['run', 'category']).set_index(['run', 'category']).value
+    ours = {r.label: m[run] for r in e.rows if (run := run_of(res, r, role)) in m.index.get_level_values(0)}
+    said = {r.label: pd.Series({x['category']: float(x['value']) for x in reported() if (x['exhibit'], x['row'], x['dataset'], x['metric']) == (e.name, r.label, role, metric)}) for r in e.rows if r.state == 'reported only'} if dataset_of(res, role) == role else {}
+    t = pd.DataFrame({r.label: (ours | said)[r.label] for r in e.rows if r.label in ours | said})
+    return t.reindex([*sorted(c for c in t.index if c != 'mean'), *(c for c in ('mean',) if c in t.index)])
+
 def readable(t:pd.DataFrame)->pd.DataFrame:
     "Format a table for people: 'ours [lo, hi]', one decimal, a word or '' instead of NaN."
     f, out = (lambda v: '' if v != v else f'{v:.1f}'), {}
@@ -117,7 +133,7 @@ def readable(t:pd.DataFrame)->pd.DataFrame:
     for m in dict.fromkeys(t.columns.get_level_values(0)):
         g, words = t[m], t.attrs.get('words', {}).get(m, {})
         say = lambda texts: [words.get(i) or v for i, v in zip(t.index, texts)]
-        out[m] = say(span(r) for r in g.itertuples())
+        out[m] = say(span(r) + (f' ±{r.spread:.1f}' if getattr(r, 'spread', np.nan) == getattr(r, 'spread', np.nan) else '') for r in g.itertuples())
         for extra in ('objects', 'textures', 'within object'):
             if extra in g: out[f'{extra} ({m})'] = say(g[extra].map(f))
         if g.paper.notna().any(): out[f'paper: {m}'] = g.paper.map(f).tolist()
@@ -177,11 +193,12 @@ PRINT_STATES = dict(printed='', own='', lost=" The paper's values are lost in it
 def caption(exhibit, results)->str:
     "Compute an exhibit's caption from results."
     e, res = as_exhibit(exhibit), as_results(results)
-    said = PRINT_STATES[e.print_state] + (f' Claim of the paper: {e.claim}' if e.claim else '')
+    said = PRINT_STATES[e.print_state] + (f" Claim{' of the paper' if e.paper else ''}: {e.claim}" if e.claim else '')
     found = '; '.join(verdict(r) for r in findings(e, res).itertuples())
-    notes = ''.join(f' {r.label}: {r.note}.' for r in e.rows if r.note and not r.control)
-    built = ' The mini encoder was trained with defect masks on its V-V path, so the attention contrast is built in and no evidence for the claim.' if (res.runs.encoder == 'mini').any() and any(m.startswith(('pixel', 'pro')) for m in e.metrics) else ''
-    made = provenance(res, datasets={dataset_of(res, role) for role in e.roles})
+    twin = e.rows[0].control if e.rows[0].method else ''
+    notes = ''.join(f' {r.label}: {r.note}.' for r in e.rows if r.note and r not in CONTROLS)
+    built = ' The mini encoder was trained with defect masks on its V-V path, so the attention contrast is built in and no evidence for the claim.' if (res.runs[res.runs.control == twin].encoder == 'mini').any() and any(m.startswith(('pixel', 'pro')) for m in e.metrics) else ''
+    made = provenance(res, twin, {dataset_of(res, role) for role in e.roles})
     return f"{e.title}. {made}; 95 % intervals by bootstrap over images.{roles_say(e, res)}{said}{found and f' Here: {found}.'}{outline_says(e, res)}{built}{notes}"
 
 # %% ../nbs/24_report.ipynb #8f6c08f3
@@ -209,7 +226,7 @@ def bars(e:Exhibit, t:pd.DataFrame, res:Results):
     fig, axes = plt.subplots(len(roles), len(metrics), figsize=(2.6 + 2.3*len(metrics), len(roles)*(0.3*len(t) + 0.7) + 0.25), sharey=True, squeeze=False, dpi=72)
     for line, role in zip(axes, roles):
         for ax, m in zip(line, metrics):
-            panel(ax, t[head(e, role, m)], words[head(e, role, m)], {r.label: not r.control for r in e.rows}); ax.set_title(NAMES[m], fontsize=9)
+            panel(ax, t[head(e, role, m)], words[head(e, role, m)], {r.label: r.own for r in e.rows}); ax.set_title(NAMES[m], fontsize=9)
         stands_in = '' if dataset_of(res, role) in ('', role) else f'\n({dataset_of(res, role)})'
         if len(e.roles) > 1: line[0].set_ylabel(ROLES[role] + stands_in, fontsize=9)
     empty = [f"{ROLES[role]}: {gap(res, role) or 'missing'}" for role in e.roles if role not in roles]
@@ -221,11 +238,11 @@ def bars(e:Exhibit, t:pd.DataFrame, res:Results):
 def curve(e:Exhibit, t:pd.DataFrame):
     "Draw every metric of an ablation over the rows, with intervals."
     fig, ax = plt.subplots(figsize=(7.4, 2.8), dpi=72)
-    own = t[~t.index.isin([r.label for r in e.rows if r.control])]; x = [int(l) for l in own.index]
+    own = t[~t.index.isin([r.label for r in CONTROLS])]; x = [int(l) for l in own.index]
     for m, color in zip([NAMES[m] for m in e.metrics], ('#31688e', '#d1495b', '#55a868')):
         ax.plot(x, own[m].ours, 'o-', color=color, label=m, ms=4); ax.fill_between(x, own[m].lo, own[m].hi, color=color, alpha=0.2, lw=0)
         for label, style in zip(t.index.difference(own.index), (':', '--')): ax.axhline(t[m].ours[label], color=color, ls=style, lw=1, label=f'{m}, {label}')
-    ax.set(xlabel='blocks on the V-V path', ylabel='%', xticks=x); ax.grid(alpha=0.3); ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    ax.set(xlabel=e.axis, ylabel='%', xticks=x); ax.grid(alpha=0.3); ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
     return fig
 
@@ -235,6 +252,8 @@ def write_exhibit(e:Exhibit, res:Results, out:Path):
     t = table(e, res); d = readable(t)
     for folder in ('tables', 'figures'): (out/folder).mkdir(parents=True, exist_ok=True)
     write_atomic(out/'tables'/f'{e.name}.csv', t.set_axis([' | '.join(c) for c in t.columns], axis=1).to_csv(float_format='%.4f', lineterminator='\n'))
+    wide = pd.concat({f'{ROLES[role]} | {m}': by_category(e, res, m, role) for role in e.roles for m in e.metrics}, axis=1)
+    write_atomic(out/'tables'/f'{e.name}-categories.csv', wide.set_axis([' | '.join(c) for c in wide.columns], axis=1).to_csv(float_format='%.4f', lineterminator='\n'))
     write_atomic(out/'tables'/f'{e.name}.md', markdown(d) + f'\n{caption(e, res)}\n')
     write_atomic(out/'tables'/f'{e.name}.tex', latex(d))
     fig = figure(e, res)

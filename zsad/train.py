@@ -33,6 +33,7 @@ class Recipe:
     batch: int = 8; tokens: int = 2000      # pairs per full-image step, tokens per window step: small windows come in large batches
     full: tuple = (0.05, 0.4)    # share of steps on full images; the others see one window of patches per image
     smallest: tuple = (2, 3); largest: tuple = (4, 9)      # sides of the windows in patches
+    magnify: bool = False        # windows are shown as whole pictures: cut from the pixels and enlarged to the full size
     aimed: float = 0.5           # share of windows that look at the defect; the others look at the object
     lr: float = 1.5e-3           # AdamW: embeddings, norms, biases, the text tower
     turn: float = 0.015          # Muon: the matrices of the vision tower
@@ -48,7 +49,8 @@ class Recipe:
     text_width: int = 96; text_layers: int = 3
 
 # %% ../nbs/26_train.ipynb #84ddb099
-RECIPES = {'mini': Recipe(), 'mini-plain': Recipe(region=0., full=(1., 1.), value_gain=1.)}      # the second: no patch term, no token windows, nothing that favours a path
+RECIPES = {'mini': Recipe(),      # the second: no patch term, no token windows, nothing that favours a path; captions are true of what is shown
+           'mini-plain': Recipe(region=0., value_gain=1., magnify=True, full=(0., 0.3), smallest=(4, 12), largest=(7, 15), batch=12, steps=2400)}
 
 # %% ../nbs/26_train.ipynb #48d47752
 def mini_config(r:Recipe)->dict:
@@ -167,7 +169,7 @@ def look(r:Recipe, done:float, rng)->tuple:
     "Draw the side of a step's windows in patches (15: full pictures) and its number of pairs."
     if uni(rng) < at(r.full, done): return 15, r.batch
     k = int(rng.integers(round(at(r.smallest, done)), round(at(r.largest, done)), endpoint=True))
-    return k, max(r.batch, r.tokens//(2*(k*k + 1)))
+    return k, r.batch if r.magnify else max(r.batch, r.tokens//(2*(k*k + 1)))
 
 # %% ../nbs/26_train.ipynb #545a2544
 def draw_batch(data:Pairs, step:int, r:Recipe, words)->tuple:
@@ -184,6 +186,7 @@ def draw_batch(data:Pairs, step:int, r:Recipe, words)->tuple:
     part, own = (np.take_along_axis(a.reshape(n, -1), place, 1) for a in (part, own))
     was = turned(np.arange(225).reshape(15, 15), 0).ravel()[place]; top, left = (was//15).min(1)*16, (was % 15).min(1)*16
     x = np.stack([data.images[i, :, t:t + 16*k, l:l + 16*k] for i, t, l in zip(rows, top, left)], 1).reshape(2*n, 16*k, 16*k, 3)
+    if r.magnify: place = np.tile(np.arange(225), (n, 1))                                # a whole picture as far as the encoder can tell
     gain = 1 + 0.12*(2*rng.random((n, 3, 1, 1), dtype='f4') - 1)
     kinds, defects = [data.kinds[i] for i in rows]*2, ['good']*n + [data.defects[i] for i in rows]
     return np.ascontiguousarray(turned(x)), np.concatenate([0*part, part]), np.tile(own, (2, 1)), np.tile(place, (2, 1)), np.tile(gain, (2, 1, 1, 1)), kinds, defects, captions(kinds, defects[n:]*2, rng, words, r.novel)
@@ -193,6 +196,7 @@ def to_device(batch, tok, device)->tuple:
     "Turn a drawn batch into tensors and the right-pair function."
     x, part, own, place, gain, kinds, defects, (texts, whose, state) = batch
     x = normalise(torch.from_numpy(x).to(device))
+    if place.shape[1] == 225 and x.shape[-1] < 240: x = F.interpolate(x, 240, mode='bicubic', antialias=True)
     mean, std = (torch.tensor(t, device=device)[:, None, None] for t in (Preprocess().mean, Preprocess().std))
     gain = torch.from_numpy(gain).to(device); x = x*gain + (gain - 1)*mean/std          # the gain acts on light, not on what CLIP makes of it
     where = {(w, s): i for i, (w, s) in enumerate(zip(whose, state))}
@@ -304,7 +308,7 @@ def one_step(r, step, model, scale, opts, base, data, words, tok, device)->tuple
         for g, lr in zip(o.param_groups, lrs): g['lr'] = lr*rate
         o.step()
     scale.grad = None; model.zero_grad(set_to_none=True); model.logit_scale.data.clamp_(max=math.log(60))
-    return int(batch[3].shape[1]**0.5), {k: l[k].item() if k in l else math.nan for k in TERMS}
+    return int(batch[1].shape[1]**0.5), {k: l[k].item() if k in l else math.nan for k in TERMS}
 
 # %% ../nbs/26_train.ipynb #708eac61
 def run_steps(r, folder, first, last, every, report, *, model, scale, opts, base, mean, data, words, tok, device, judge)->Path:

@@ -1,0 +1,736 @@
+"""Rows without training, from the equations to tables: WinCLIP and WinCLIP+, MuSc and MuSc-2, Dual-Image, with their references, seeds, stored windows and training parts.
+
+Judges are loops over single images, windows and patches; nothing is downloaded. The encoder is small and its weights are sharp, see test_parity.
+"""
+import csv, itertools, json, shutil, statistics
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np, open_clip, pytest, torch
+import torch.nn.functional as F
+from PIL import Image
+from test_parity import config, gap, sharp, unit
+from zsad.bench import Model, average_seeds, collect, compute, contrast_rows, find_run, forecast, gather_rows, plan_jobs, possible, reference_of, run_all, shots_of, write_results
+from zsad.cli import main
+from zsad.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
+from zsad.core import digest
+from zsad.data import data_hash, load_dataset, load_image, load_mask, read_folder, read_meta, survey, write_meta
+from zsad.dual import draw_references, dual_score, joint_map, pair_map
+from zsad.exhibits import EXHIBITS, Exhibit, Row, shots
+from zsad.method import METHODS, Reference, build, only, pick
+from zsad.metrics import METRICS, evaluate
+from zsad.musc import musc_map, rscin
+from zsad.procad import render_procad
+from zsad.prompts import encode_prompts
+from zsad.report import read_results, readable, run_of, spread_of, table
+from zsad.store import join, prune, recall, split, streams_in, streams_of, verify
+from zsad.windows import choose_references, read_windows, window_places, zero_shot_map
+
+S, GRID, C = 96, (6, 6), ['pill']
+WITH_REFERENCES, NEW = ('winclip+', 'winclip+@code', 'musc-2', 'dual'), ('winclip', 'winclip+', 'winclip@code', 'winclip+@code', 'musc', 'musc-2', 'dual')
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "Configuration and weights of a small encoder: 6 x 6 patches, four blocks."
+    d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=S, layers=4))
+    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
+    return str(d/'small.json'), str(d/'small.pt')
+
+@pytest.fixture(scope='module')
+def enc(files): return load_encoder(*files, device='cpu', dtype='float32')
+
+def noise(n, seed=0): return torch.randn(n, 3, S, S, generator=torch.Generator().manual_seed(seed))
+
+@pytest.fixture(scope='module')
+def x(): return noise(4)
+
+@pytest.fixture(scope='module')
+def refs(x):
+    "Three references; the first resembles the first image."
+    r = noise(3, 1); r[0] = .8*x[0] + .2*r[0]
+    return r
+
+@pytest.fixture(scope='module')
+def det(enc):
+    "Build detectors for pill and wood, sentences encoded once."
+    texts = {}
+    return lambda method: build(method, ['pill', 'wood'], enc, texts)
+
+def enlarge(a, align_corners=False): return F.interpolate(a.view(len(a), 1, *GRID), size=(S, S), mode='bilinear', align_corners=align_corners)[:, 0]
+
+def both(p, q, tol=1e-5): return gap(p.map, q.map) < tol and gap(p.score, q.score) < tol
+
+@torch.inference_mode()
+def blocks(enc, x): return enc.model.visual.forward_intermediates(x, output_fmt='NLC')['image_intermediates']     # patches behind every block, by open_clip
+
+@torch.inference_mode()
+def class_token(enc, x): return unit(enc.model.encode_image(x))
+
+def probability(t, text, tau): return torch.softmax(t @ text.T/tau, -1)[..., 1]
+
+
+# ---- WinCLIP
+
+@pytest.mark.parametrize('name', ['winclip', 'winclip@code'])
+def test_winclip_is_the_functions_of_windows_called_by_hand(enc, det, x, name):
+    text = encode_prompts(enc, name, 'pill'); score = probability(class_token(enc, x), text, .07)
+    p = det(name)(x, C*4)
+    assert gap(p.score, score) < 1e-5 and gap(p.map, enlarge(zero_shot_map(read_windows(enc.model.visual, x, (2, 3)), score, text, GRID, .07))) < 1e-5
+    assert p.map.std() > .01 and p.score.std() > .01
+
+def test_the_two_spellings_of_winclip_differ(det, x):
+    assert gap(det('winclip')(x, C*4).map, det('winclip@code')(x, C*4).map) > 1e-4
+
+def farness(f, memory):
+    "WinCLIP Eq. (2), one feature after another."
+    return [min((1 - float(a @ b/(a.norm()*b.norm())))/2 for b in memory) for a in f]
+
+def spread_out(values, k):
+    "WinCLIP Eq. (1): what each patch has from the windows that contain it."
+    mine = [[v for v, p in zip(values, window_places(GRID, k).tolist()) if i in p] for i in range(36)]
+    return [len(m)/sum(1/v for v in m) for m in mine]
+
+@torch.inference_mode()
+def eq_2_to_4(enc, image, refs, name):
+    "WinCLIP+ for one image [1,3,S,S], Eq. (2)-(4) written out: score, map on the grid, memory map."
+    v, text = enc.model.visual, encode_prompts(enc, name, 'pill')
+    maps = [spread_out(farness(read_windows(v, image, (k,))[k][0], read_windows(v, refs, (k,))[k].flatten(0, 1)), k) for k in (2, 3)]
+    maps.append(farness(blocks(enc, image)[-1][0], blocks(enc, refs)[-1].flatten(0, 1)))
+    memory = [sum(m)/3 for m in zip(*maps)]
+    cls = float(probability(class_token(enc, image), text, .07))
+    zero = [spread_out(probability(read_windows(v, image, (k,))[k][0], text, .07).tolist(), k) for k in (2, 3)]
+    zero = [3/(1/a + 1/b + 1/cls) for a, b in zip(*zero)]
+    return (cls + max(memory))/2, torch.tensor([a + b for a, b in zip(zero, memory)])[None], torch.tensor(memory)
+
+@pytest.mark.parametrize('name', ['winclip+', 'winclip+@code'])
+def test_winclip_plus_is_its_equations_written_out_per_image(enc, det, x, refs, name):
+    p = det(name)(x[:2], C*2, refs[:1])
+    for i in range(2):
+        score, a, memory = eq_2_to_4(enc, x[i:i + 1], refs[:1], name.replace('+', ''))
+        assert abs(float(p.score[i]) - score) < 1e-5 and gap(p.map[i:i + 1], enlarge(a)) < 1e-5
+        assert memory.max() > .02
+
+@pytest.mark.parametrize('name', ['winclip+', 'winclip+@code'])
+def test_without_reference_it_is_winclip(det, x, refs, name):
+    off, plain = det(name)(x, C*4), det(name.replace('+', ''))(x, C*4)
+    assert torch.equal(off.map, plain.map) and torch.equal(off.score, plain.score)
+    assert gap(det(name)(x, C*4, refs).map, plain.map) > .01
+
+def test_an_image_among_its_references_has_an_empty_memory_map(det, x, refs):
+    plain, one, all_of_them = det('winclip')(x, C*4), det('winclip+')(x[:1], C, x[:1]), det('winclip+')(x, C*4, torch.cat([refs, x]))
+    assert gap(one.map, plain.map[:1]) < 1e-5 and gap(one.score, plain.score[:1]/2) < 1e-5
+    assert gap(all_of_them.map, plain.map) < 1e-5 and gap(all_of_them.score, plain.score/2) < 1e-5
+    assert gap(det('winclip+')(x, C*4, x[:1]).map[1:], plain.map[1:]) > .01                       # of the first image only
+
+@pytest.mark.parametrize('name', ['winclip+', 'winclip+@code'])
+def test_the_order_of_the_shots_does_not_matter_and_their_number_does(det, x, refs, name):
+    want = det(name)(x, C*4, refs)
+    for order in itertools.permutations(range(3)): assert both(det(name)(x, C*4, refs[list(order)]), want)
+    one = det(name)(x, C*4, refs[:1])
+    assert gap(want.map, one.map) > 1e-3 and (want.map <= one.map + 1e-5).all()                  # more memory never raises a distance
+
+
+# ---- Dual-Image
+
+@torch.inference_mode()
+def dual_by_hand(enc, x, refs):
+    "Text map, pair map [B,36] and class score [B]; every image with all references."
+    text, p = encode_prompts(enc, 'anoclip', 'pill'), enc.encode(x).patches[0]
+    return probability(p, text, .07), pair_map(p, enc.encode(refs).patches[0].flatten(0, 1)), probability(class_token(enc, x), text, .07)
+
+def test_dual_without_reference_is_its_sentences_alone(enc, det, x):
+    text, _, cls = dual_by_hand(enc, x, x)
+    p = det('dual')(x, C*4)
+    assert gap(p.map, enlarge(text)) < 1e-5 and gap(p.score, cls) < 1e-5
+    anoclip = det('anoclip')(x, C*4)
+    assert gap(p.map, anoclip.map) > .05 and both(p, det(replace(METHODS['anoclip'], terms=(('text', dict(tau=.07)),), score=('class', dict(tau=.07))))(x, C*4), 1e-7)
+
+def test_dual_joins_its_maps_as_by_hand(enc, det, x, refs):
+    text, vis, cls = dual_by_hand(enc, x, refs[:1]); a = joint_map(text, vis)
+    p = det('dual')(x, C*4, refs[:1])
+    assert gap(p.map, enlarge(a)) < 1e-5 and gap(p.score, dual_score(cls, a)) < 1e-5
+    i, j = 2, 17                                                                                   # one patch, one cosine after another
+    f, r = enc.encode(x).patches[0][i, j], enc.encode(refs[:1]).patches[0][0]
+    assert abs(float(a[i, j]) - (float(text[i, j]) + min(1 - float(f @ b) for b in r))/2) < 1e-5
+
+def test_dual_gives_every_image_its_own_reference(enc, det, x):
+    d, rows = det('dual'), torch.tensor([[1, 3], [0, 2], [3, 0], [1, 2]])
+    tokens = enc.tokens(x, d.method.encode)
+    p = d.predict(tokens, C*4, dict(pill=Reference(tokens, rows)))
+    for i in range(4):
+        alone = d(x[i:i + 1], C, x[rows[i]])
+        assert gap(p.map[i:i + 1], alone.map) < 1e-5 and gap(p.score[i:i + 1], alone.score) < 1e-5
+    assert gap(p.map, d.predict(tokens, C*4, dict(pill=Reference(tokens, rows[:, :1]))).map) > 1e-3
+
+@pytest.mark.parametrize('alpha', [.5, .2])
+def test_a_copy_of_itself_as_reference_leaves_the_share_of_the_sentences(enc, det, x, alpha):
+    ids = [f'pill/{n}' for n in 'dbca']; rows = draw_references(ids, policy='same')
+    assert rows.tolist() == [[0], [1], [2], [3]]
+    d = det(replace(METHODS['dual'], weights=(alpha, 1 - alpha), reference=('pair', dict(policy='same')))); tokens = enc.tokens(x, d.method.encode)
+    p = d.predict(tokens, C*4, dict(pill=Reference(tokens, rows))); text, _, cls = dual_by_hand(enc, x, x)
+    assert gap(p.map, enlarge(alpha*text)) < 1e-5 and gap(p.score, .5*cls + .5*alpha*text.amax(1)) < 1e-5
+
+def test_weights_of_one_and_zero_leave_one_map(enc, det, x, refs):
+    text, vis, cls = dual_by_hand(enc, x, refs)
+    for weights, a in (((1., 0.), text), ((0., 1.), vis)):
+        p = det(replace(METHODS['dual'], weights=weights))(x, C*4, refs)
+        assert gap(p.map, enlarge(a)) < 1e-5 and gap(p.score, (cls + a.amax(1))/2) < 1e-5
+    assert gap(text, vis) > .1
+    one = det(replace(METHODS['dual'], terms=METHODS['dual'].terms[1:], weights=()))(x, C*4, refs)           # the term alone, and no weights: the mean
+    assert gap(one.map, enlarge(vis)) < 1e-5
+
+
+# ---- MuSc
+
+def layers_of(enc, x): return torch.stack(blocks(enc, x))                    # quarters of four blocks: all of them
+
+def test_musc_is_its_functions_called_by_hand(enc, det, x):
+    a = musc_map(layers_of(enc, x), GRID, (1, 3, 5), .3); large = enlarge(a, True)
+    p = det('musc')(x, C*4)
+    assert gap(p.map, large) < 1e-4 and gap(p.score, rscin(large.flatten(1).amax(1), class_token(enc, x))) < 1e-3 and p.map.std() > .01
+
+def test_the_order_of_the_set_does_not_matter(det, x):
+    want, order = det('musc')(x, C*4), [2, 0, 3, 1]
+    p = det('musc')(x[order], C*4)
+    assert gap(p.map, want.map[order]) < 1e-5 and gap(p.score, want.score[order]) < 1e-4 and gap(p.map, want.map) > .01
+
+def test_the_set_is_what_an_image_is_scored_by(det, x):
+    assert gap(det('musc')(x[:3], C*3).map, det('musc')(x, C*4).map[:3]) > 1e-3
+
+def test_one_image_cannot_score_itself(det, x):
+    with pytest.raises(ValueError, match=r'M at least 2.*more images'): det('musc')(x[:1], C)
+    with pytest.raises(ValueError, match=r'M at least 2.*more images'): det('musc')(x[:3], ['pill', 'wood', 'pill'])             # the only one of its category
+
+def test_two_categories_do_not_score_each_other(det):
+    y = noise(5, 3); cats = ['pill', 'wood', 'wood', 'pill', 'wood']
+    for name in ('musc', 'winclip', 'anoclip'):
+        p = det(name)(y, cats)
+        for c in ('pill', 'wood'):
+            at = [i for i, k in enumerate(cats) if k == c]; alone = det(name)(y[at], [c]*len(at))
+            assert gap(p.map[at], alone.map) < 1e-5 and gap(p.score[at], alone.score) < 1e-5, name
+    mixed = det('musc')(y, C*5)
+    assert gap(mixed.map, det('musc')(y, cats).map) > 1e-3
+
+def test_musc_2_without_reference_names_the_fix(det, x):
+    with pytest.raises(ValueError, match=r'musc-2 .*reference=.*\[R,3,S,S\]'): det('musc-2')(x, C*4)
+    assert METHODS['musc'].whole and not METHODS['musc-2'].whole
+
+def test_musc_2_is_musc_map_with_the_reference_as_the_set(enc, det, x, refs):
+    for r in (refs[:1], refs):
+        large = enlarge(musc_map(layers_of(enc, x), GRID, (1, 3, 5), .3, layers_of(enc, r)), True)
+        p = det('musc-2')(x, C*4, r)
+        assert gap(p.map, large) < 1e-4 and gap(p.score, large.flatten(1).amax(1)) < 1e-4
+
+def test_finishing_changes_scores_only(enc, det, x):
+    done, plain = det('musc')(x, C*4), det(replace(METHODS['musc'], finish=()))(x, C*4)
+    assert torch.equal(done.map, plain.map) and gap(plain.score, plain.map.flatten(1).amax(1)) == 0
+    assert gap(done.score, rscin(plain.score, enc.encode(x).cls)) < 1e-6 and gap(done.score, plain.score) > .01
+    other = det(replace(METHODS['musc'], finish=(('rscin', dict(neighbours=(1,))),)))(x, C*4)
+    assert torch.equal(other.map, plain.map) and gap(other.score, (plain.score - plain.score.min())/(plain.score.max() - plain.score.min())) < 1e-5
+
+
+# ---- all rows
+
+@pytest.mark.parametrize('name', WITH_REFERENCES)
+def test_four_with_one_reference_are_four_times_one(det, x, refs, name):
+    p = det(name)(x, C*4, refs[:1])
+    for i in range(4):
+        alone = det(name)(x[i:i + 1], C, refs[:1])
+        assert gap(p.map[i:i + 1], alone.map) < 1e-5 and gap(p.score[i:i + 1], alone.score) < 1e-5
+    assert p.score.std() > 1e-3 and p.map.std() > 1e-3
+
+@pytest.mark.parametrize('name', WITH_REFERENCES)
+def test_references_by_category(det, x, refs, name):
+    "Each category has its own; one without any is judged by text alone, where the row reads text."
+    cats = ['wood', 'pill', 'wood', 'pill']; d = det(name)
+    p = d(x, cats, dict(pill=refs[:1], wood=refs[1:]))
+    for c, r in (('pill', refs[:1]), ('wood', refs[1:])):
+        at = [i for i, k in enumerate(cats) if k == c]; alone = d(x[at], [c]*2, r)
+        assert gap(p.map[at], alone.map) < 1e-5 and gap(p.score[at], alone.score) < 1e-5
+    if name == 'musc-2': return
+    half = d(x, cats, dict(pill=refs[:1]))
+    assert gap(half.map[[1, 3]], p.map[[1, 3]]) < 1e-6 and gap(half.map[[0, 2]], d(x[[0, 2]], ['wood']*2).map) < 1e-5
+
+@pytest.mark.parametrize('name', NEW)
+def test_a_detector_leaves_its_tokens_alone_and_reads_only_its_own(enc, det, x, name):
+    "Tokens that were encoded for several rows give what the row's own give, and stay as they were."
+    d = det(name); many = replace(d.method.encode, paths=tuple(dict.fromkeys((AttentionPath('v', 1), *d.method.encode.paths, AttentionPath('vv', 2)))), windows=(1, 2, 3))
+    tokens = enc.tokens(x, many.resolved(enc.blocks)); before = [t.clone() for t in split(tokens, many.resolved(enc.blocks))]
+    given = dict(pill=Reference(tokens, torch.tensor([[1], [2], [3], [0]]))) if d.method.reference else None
+    p = d.predict(tokens, C*4, given)
+    assert all(torch.equal(a, b) for a, b in zip(before, split(tokens, many.resolved(enc.blocks))))
+    own = enc.tokens(x, d.method.encode)
+    assert all(torch.equal(a, b) for a, b in zip(split(only(tokens, d.method.encode), d.method.encode), split(own, d.method.encode), strict=True))
+    assert both(p, d.predict(own, C*4, given and dict(pill=Reference(own, given['pill'].rows))), 1e-6)
+
+def test_images_are_picked_by_number(enc, x):
+    spec = EncodeSpec((AttentionPath('vv', 4),), 'all', views='anovl', windows=(2,)).resolved(enc.blocks); t = enc.tokens(x, spec)
+    for a, b in zip(split(pick(t, [3, 1, 1]), spec), split(enc.tokens(x[[3, 1, 1]], spec), spec)): assert gap(a, b) < 1e-5
+    assert [len(a) for a in split(pick(t, [2]), spec)] == [1]*7
+
+WRONG = [('dual', dict(terms=(('txt', {}),), weights=()), r"term='txt'.*'text'"), ('dual', dict(terms=(('text', dict(temperature=1)), ('pair', {}))), r"term 'text'.*'temperature'.*'tau'"),
+         ('dual', dict(terms=(('text', {}), ('pair', dict(mean=1)))), r"term 'pair'.*'mean'.*'join'"), ('winclip', dict(terms=(('windows', dict(k=2)),)), r"term 'windows'.*'k'.*'tau'"),
+         ('winclip+', dict(terms=(('windows', {}), ('memory', dict(tau=1)))), r"term 'memory'.*'tau'.*'path', 'layer'"), ('musc', dict(terms=(('mutual', dict(r=3)),)), r"term 'mutual'.*'r'.*'scales', 'share'"),
+         ('winclip+', dict(score=('worst', {})), r"score='worst'.*'memory'"), ('winclip+', dict(score=('memory', dict(beta=1.))), r"score 'memory'.*'beta'.*'tau'"), ('dual', dict(score=('joint', dict(alpha=1.))), r"score 'joint'.*'alpha'.*'beta'"),
+         ('musc', dict(score=('max', dict(tau=1.))), r"score 'max'.*'tau'"), ('winclip+', dict(reference=('shot', {})), r"reference='shot'.*'shots', 'pair'"), ('winclip+', dict(reference=('shots', dict(count=1))), r"reference 'shots'.*'count'.*'k', 'replace'"),
+         ('dual', dict(reference=('pair', dict(k=1))), r"reference 'pair'.*'k'.*'count', 'policy'"), ('dual', dict(reference=('pair', dict(seed=1))), r"reference 'pair'.*'seed'"), ('musc', dict(finish=(('softmax', {}),)), r"finish='softmax'.*'rscin'"),
+         ('musc', dict(finish=(('rscin', dict(k=3)),)), r"finish 'rscin'.*'k'.*'neighbours', 'most'"), ('dual', dict(weights=(1.,)), r"weights=\(1.0,\).*'text', 'pair'"), ('musc', dict(text='win'), r"text='win'.*'winclip'")]
+
+@pytest.mark.parametrize('name,wrong,says', WRONG, ids=lambda v: str(v) if isinstance(v, dict) else '')
+def test_unknown_parts_and_parameters_are_refused_by_name(name, wrong, says):
+    with pytest.raises(ValueError, match=says): replace(METHODS[name], **wrong)
+
+def test_windows_that_do_not_fit_are_refused_when_built(files):
+    small = load_encoder(*files, device='cpu', dtype='float32', size=32)                         # 2 x 2 patches
+    for name in ('winclip', 'winclip+'):
+        with pytest.raises(ValueError, match='k=3.*2 x 2.*larger image size'): build(name, C, small)
+    assert build(replace(METHODS['winclip'], encode=EncodeSpec((), windows=(1, 2))), C, small)(torch.zeros(1, 3, 32, 32), C).map.shape == (1, 32, 32)
+    for wrong in ((2, 2), (0,), (2.,), ('2',)):
+        with pytest.raises(ValueError, match='windows='): EncodeSpec(windows=wrong)
+
+
+# ---- the store
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Five image files by the hash of their pixels."
+    rng, out = np.random.default_rng(0), {}
+    for n in range(5):
+        a = rng.integers(0, 256, (40, 50, 3), 'u1'); Image.fromarray(a).save(tmp_path/f'{n}.png'); out[digest(a, n=24)] = str(tmp_path/f'{n}.png')
+    return out
+
+def spec_of(*attentions, windows=(), **more): return EncodeSpec(tuple(AttentionPath(a) for a in attentions), windows=windows, **more)
+
+def same(a, b, spec, enc):
+    s = spec.resolved(enc.blocks)
+    return all(torch.equal(p, q) for p, q in zip(split(a, s), split(b, s), strict=True))
+
+@pytest.fixture
+def passes(monkeypatch):
+    "Note what is asked of the encoder: (images, attentions, windows, views), and the scales that are computed."
+    import zsad.store, zsad.windows
+    seen, scales, encode, embed = [], [], zsad.store.encode_images, zsad.windows.window_tokens
+    def noted(encoder, images, spec, *more):
+        seen.append((len(images), tuple(p.attention for p in spec.paths), spec.windows, spec.views)); return encode(encoder, images, spec, *more)
+    monkeypatch.setattr('zsad.store.encode_images', noted)
+    monkeypatch.setattr('zsad.windows.window_tokens', lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1])
+    return seen, scales
+
+def test_windows_come_back_bit_by_bit(enc, pictures, tmp_path):
+    for spec in (spec_of(windows=(2, 3)), spec_of('vv', 'qkv', windows=(3, 1), layers='all', stage='raw', views='anovl')):
+        want = encode_images(enc, [load_image(f) for f in pictures.values()], spec.resolved(enc.blocks))
+        for _ in range(2): got = recall(tmp_path/'t', enc, spec, 'bicubic', pictures); assert same(got, want, spec, enc) and list(got.windows) == list(spec.windows) and got.grid == GRID
+        few = dict(list(pictures.items())[3:0:-2])                                              # some of them, in another order
+        assert same(recall(tmp_path/'t', enc, spec, 'bicubic', few), pick(want, [3, 1]), spec, enc)
+    assert same(join(split(want, spec.resolved(4)), spec.resolved(4), GRID), want, spec, enc)
+
+def test_only_what_lacks_is_encoded(enc, pictures, tmp_path, passes):
+    seen, scales = passes; root = tmp_path/'t'
+    def ask(files, *attentions, **more):
+        seen.clear(); scales.clear(); recall(root, enc, spec_of(*attentions, **more), 'bicubic', files, batch=8); return list(seen), list(scales)
+    some = dict(list(pictures.items())[:3])
+    assert ask(some, windows=(2,)) == ([(3, (), (2,), 'one')], [2])
+    assert ask(some, windows=(2,)) == ([], [])                                                    # nothing new, nothing encoded
+    assert ask(some, windows=(2, 3)) == ([(3, (), (3,), 'one')], [3])                             # one more scale
+    assert ask(some, 'vv', windows=(3, 2)) == ([(3, ('vv',), (), 'one')], [])                     # one more path
+    assert ask(some, 'vv', 'qkv', windows=(2, 3)) == ([(3, ('qkv',), (), 'one')], [])
+    assert ask(some, 'vv', windows=(2,)) == ask(some) == ask(some, 'qkv', 'vv') == ([], [])
+    assert ask(pictures, 'vv', windows=(2,)) == ([(2, ('vv',), (2,), 'one')], [2])                # two more images
+    assert ask(pictures, windows=(3,)) == ([(2, (), (3,), 'one')], [3])
+    assert ask(some, windows=(2, 3), stage='raw') == ([], [])                                     # the stage is one of patches
+    assert ask(some, 'qkv', windows=(2, 3), stage='raw') == ([(3, ('qkv',), (), 'one')], [])
+
+def test_views_that_are_held_are_not_encoded_again(enc, pictures, tmp_path, passes):
+    seen, _ = passes
+    recall(tmp_path/'t', enc, spec_of('vv', views='anovl'), 'bicubic', pictures); seen.clear()
+    recall(tmp_path/'t', enc, spec_of('vv', views='anovl', windows=(2,)), 'bicubic', pictures)
+    assert seen == [(5, (), (2,), 'one')]
+
+def test_a_damaged_shard_of_windows_is_encoded_again(enc, pictures, tmp_path, passes, capsys):
+    seen, scales = passes; root, spec = tmp_path/'t', spec_of('vv', windows=(2, 3))
+    want = recall(root, enc, spec, 'bicubic', pictures); seen.clear(); scales.clear()
+    folder = next(f for s, f, *_ in streams_in(root) if s.part == 'windows 3'); shard = next(folder.glob('*.safetensors'))
+    raw = bytearray(shard.read_bytes()); raw[-5] ^= 1; shard.write_bytes(raw)
+    assert [f for f, _ in verify(root)] == [shard]
+    assert same(recall(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')] and scales == [3]
+    assert str(shard) in capsys.readouterr().err and verify(root) == []
+    shard.write_bytes(shard.read_bytes()[:50]); seen.clear()                                       # cut in its header
+    assert same(recall(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')]
+
+def test_pruning_keeps_windows_of_this_code_only(enc, pictures, tmp_path, passes):
+    seen, _ = passes; root, spec = tmp_path/'t', spec_of('vv', windows=(2, 3))
+    recall(root, enc, spec, 'bicubic', pictures); seen.clear()
+    parts = lambda: sorted(s.part for s, *_ in streams_in(root))
+    assert parts() == ['cls', 'vv', 'windows 2', 'windows 3'] and prune(root) == 0 and parts() == ['cls', 'vv', 'windows 2', 'windows 3']
+    recall(root, enc, spec, 'bicubic', pictures); assert seen == []
+    folder = next(f for s, f, *_ in streams_in(root) if s.part == 'windows 2'); told = json.loads((folder/'stream.json').read_text())
+    (folder/'stream.json').write_text(json.dumps({**told, 'code': 'an older one'}))
+    assert prune(root) > 1000 and parts() == ['cls', 'vv', 'windows 3']
+
+def test_windows_have_streams_of_their_own(enc):
+    by = lambda spec: {s.part: s for s in streams_of(enc, spec.resolved(enc.blocks), 'bicubic')}
+    a, b = by(spec_of('vv', windows=(2, 3))), by(spec_of(windows=(2,), stage='raw'))
+    assert set(a) == {'cls', 'windows 2', 'windows 3', 'vv'} and len({s.key for s in a.values()}) == 4
+    assert a['windows 2'].key == b['windows 2'].key and a['cls'].key == b['cls'].key and a['windows 2'].code != a['vv'].code == a['cls'].code
+
+
+# ---- data
+
+@pytest.fixture(scope='module')
+def rendered(tmp_path_factory):
+    return render_procad(('pill', 'wood'), good=3, bad=4, train=4, size=S, root=tmp_path_factory.mktemp('data')/'set', workers=1)
+
+@pytest.fixture
+def copy(rendered, tmp_path): return Path(shutil.copytree(rendered, tmp_path/'set'))
+
+def test_training_samples_are_normal_and_have_names_of_their_own(copy):
+    (copy/'pill'/'train'/'stain').mkdir(); shutil.copy(copy/'pill'/'train'/'good'/'000.png', copy/'pill'/'train'/'stain')
+    ds = read_folder(copy); ids = [s.id for s in ds.train]
+    assert ids == [f'train/{c}/good/{n:03}' for c in ('pill', 'wood') for n in range(4)] and not any(s.label for s in ds.train) and {s.defect for s in ds.train} == {'good'}
+    assert not set(ids) & {s.id for s in ds.samples} and all(s.path == copy/s.category/'train'/'good'/f'{s.id[-3:]}.png' for s in ds.train)
+    assert {s.path for s in ds.samples}.isdisjoint(s.path for s in ds.train) and len(ds.samples) == 14 and ds.skipped == ()
+    one = read_folder(copy/'pill')                                                               # a single category
+    assert [s.id for s in one.train] == ids[:4]
+
+def test_training_samples_of_one_name_do_not_collide(copy):
+    Image.open(copy/'wood'/'train'/'good'/'001.png').convert('RGB').save(copy/'pill'/'train'/'good'/'000.jpg')
+    ids = [s.id for s in read_folder(copy).train]
+    assert len(ids) == len(set(ids)) and 'train/pill/good/000' in ids
+
+def test_a_set_without_training_part_has_none(copy):
+    for c in ('pill', 'wood'): shutil.rmtree(copy/c/'train')
+    assert read_folder(copy).train == () == load_dataset('procad', copy).train and len(read_folder(copy).samples) == 14
+    (copy/'wood'/'train').mkdir(); assert read_folder(copy).train == ()
+    assert read_folder(copy/'pill'/'test').train == ()                                           # folders by kind have no such part
+
+def test_visa_has_the_training_rows_of_its_table(copy, tmp_path):
+    from test_data import arrange_visa, read_table, write_table
+    ds = read_folder(copy); root = tmp_path/'visa'; arrange_visa(ds, root); table = read_table(root)
+    for s in ds.train: shutil.copy(s.path, root/s.category/'Data'/'Images'/'Normal'/f'1{s.path.name}')
+    rows = [(s.category, 'train', 'normal', f'{s.category}/Data/Images/Normal/1{s.path.name}', '') for s in ds.train]
+    write_table(root, [*table, *rows, ('pill', 'train', 'anomaly', 'pill/Data/Images/Anomaly/000.JPG', 'pill/Data/Masks/Anomaly/000.png')])
+    visa = load_dataset('visa', root)
+    assert [s.id for s in visa.train] == [f'train/{c}/Normal/1{n:03}' for c in ('pill', 'wood') for n in range(4)] and not any(s.label for s in visa.train) and len(visa.samples) == 14
+    assert [digest(load_image(s.path)) for s in visa.train] == [digest(load_image(s.path)) for s in ds.train]
+
+def test_a_list_keeps_the_training_part(copy, tmp_path):
+    ds = read_folder(copy)
+    for place in (copy/'meta.json', tmp_path/'elsewhere'/'meta.json'):
+        again = read_meta(write_meta(ds, place))
+        assert again.train == ds.train and len(ds.train) == 8 and [s.id for s in again.samples] == [s.id for s in ds.samples]
+    assert read_folder(copy).train == ds.train                                                   # now by its meta.json
+    told = json.loads((copy/'meta.json').read_text())
+    told['train']['pill'][0]['anomaly'] = 1; (copy/'meta.json').write_text(json.dumps(told))
+    assert [s.id for s in read_meta(copy).train] == [s.id for s in ds.train][1:]
+    for train in ({}, {'pill': []}, None):
+        (copy/'meta.json').write_text(json.dumps({**told, 'train': train})); assert read_meta(copy).train == () and len(read_meta(copy).samples) == 14
+
+def test_a_training_part_that_is_no_table_of_categories_is_named(copy):
+    told = json.loads(write_meta(read_folder(copy), copy/'meta.json').read_text())
+    (copy/'meta.json').write_text(json.dumps({**told, 'train': told['train']['pill']}))
+    with pytest.raises(ValueError, match='meta.json.*train'): read_meta(copy)
+
+def test_the_hash_of_a_set_is_that_of_what_is_measured(copy):
+    before = data_hash(read_folder(copy)); good = copy/'pill'/'train'/'good'
+    shutil.copy(good/'000.png', good/'001.png'); assert data_hash(read_folder(copy)) == before
+    shutil.rmtree(copy/'pill'/'train'); assert data_hash(read_folder(copy)) == before
+    shutil.copy(copy/'pill'/'test'/'good'/'000.png', copy/'pill'/'test'/'good'/'001.png'); assert data_hash(read_folder(copy)) != before
+
+
+# ---- the bench
+
+OWN = tuple(Row(n, METHODS[n]) for n in ('winclip', 'winclip+', 'musc', 'musc-2', 'dual')) + (Row('from good ones', replace(METHODS['dual'], name='dual/normal', reference=('pair', dict(count=2, policy='normal')))),)
+SHOWN = (Exhibit('own', 'Rows without training', '', OWN, ('mvtec',), ('image_auroc', 'pixel_auroc'), contrasts=(('winclip+', 'winclip', 'pixel_auroc'), ('dual', 'musc-2', 'image_auroc')), print_state='own'),)
+DRAWN = ('winclip+', 'musc-2', 'dual', 'dual/normal')
+
+def sets_of(root): return dict(mvtec=survey(load_dataset('procad', root), 1))
+def numbers(results): return {run: {c: json.dumps([r['values'], r['again'], r['defects']]) for c, r in by.items()} for run, by in results.items()}      # as text: NaN is NaN
+
+@pytest.fixture(scope='module')
+def model(files): return Model(*files, dtype='float32')
+
+def some(*rows):
+    "An exhibit of these rows, without the controls that would join them."
+    return (SimpleNamespace(rows=rows, roles=('mvtec',)),)
+
+def go(root, model, cache, seeds=3, scheduler=None, turn=lambda jobs: jobs, shown=SHOWN, batch=16):
+    "Plan and run; jobs may be turned round before."
+    records, jobs, keys = plan_jobs(shown, sets_of(root), model, batch, cache, seeds)
+    jobs = turn(jobs)
+    return average_seeds(records, collect(jobs, run_all(jobs, scheduler, show=False), keys)), jobs
+
+@pytest.fixture(scope='module')
+def run(rendered, model, tmp_path_factory):
+    "Three seeds of everything, undisturbed: records, results, jobs, folder of the results, cache."
+    cache, out = tmp_path_factory.mktemp('cache'), tmp_path_factory.mktemp('out')
+    (records, results), jobs = go(rendered, model, cache)
+    write_results(out, SHOWN, records, results)
+    return records, results, jobs, out, cache
+
+def by_hand(enc, method, ds, category, texts):
+    "One row on one category without store, jobs or shared passes: prediction and metric values."
+    samples = ds.of(category); d = build(method, {category: ds.kinds[category]}, enc, texts); encode = lambda ss: encode_images(enc, [load_image(s.path) for s in ss], d.method.encode, method.interpolation)
+    tokens, own = encode(samples), sorted((s for s in ds.train if s.category == category), key=lambda s: s.id)
+    given = None
+    if method.reference[:1] == ('shots',):
+        names = choose_references([s.id for s in own], seed=method.seed, category=category, **method.reference[1])
+        given = Reference(encode([next(s for s in own if s.id == n) for n in names]), torch.arange(len(names)).repeat(len(samples), 1))
+    if method.reference[:1] == ('pair',):
+        given = Reference(tokens, draw_references([s.id for s in samples], method.seed, labels=[s.label for s in samples], category=category, **method.reference[1]))
+    p = d.predict(tokens, [category]*len(samples), given and {category: given})
+    values = evaluate(p.map.numpy(), np.stack([load_mask(s.mask, S) for s in samples]), p.score.numpy(), np.array([s.label for s in samples]))
+    return p, {k: values[k] for k in METRICS}
+
+def agree(mine, told): return all(abs(v - told[k]) < 1e-6 or v != v and told[k] != told[k] for k, v in mine.items()) and mine['pixel_auroc'] > 0
+
+def test_every_number_is_that_of_the_row_by_hand(run, enc, rendered):
+    records, results, *_ = run; ds, seen, texts = load_dataset('procad', rendered), 0, {}
+    for r in OWN:
+        for seed in range(3 if r.method.draws else 1):
+            m = replace(r.method, seed=seed); rec = next(k for k in records if (k['method'], k['control'], k['seed']) == (m.name, '', seed))
+            for c in ('pill', 'wood'):
+                assert agree(by_hand(enc, m, ds, c, texts)[1], results[rec['run']][c]['values']), (m.name, seed, c); seen += 1
+    assert seen == 2*(2 + 4*3) and len({results[r['run']]['pill']['values']['pixel_auroc'] for r in records}) > 10
+
+def test_rows_that_draw_nothing_run_once_and_others_once_per_seed(run):
+    records, results, jobs, *_ = run
+    ran = Counter(r['method'] for r in records if r['seed'] != 'mean')
+    assert ran == {'winclip': 1, 'musc': 1, 'anoclip': 1, 'foreground': 1} | dict.fromkeys(DRAWN, 3)
+    assert sorted(r['method'] for r in records if r['seed'] == 'mean') == sorted(DRAWN) and len({r['run'] for r in records}) == len(records)
+    for n in DRAWN: assert sorted(str(r['seed']) for r in records if r['method'] == n) == ['0', '1', '2', 'mean']
+    assert len(gather_rows(SHOWN, 'mvtec')) == 8 and len(gather_rows(SHOWN, 'mvtec', 5)) == 4 + 5*4 and gather_rows(SHOWN, 'visa', 5) == []
+
+def test_a_row_keeps_a_seed_of_its_own():
+    "Seeds are counted from the row's."
+    shown = some(Row('x', replace(METHODS['dual'], seed=4)))
+    assert [[r.method.seed for r in gather_rows(shown, 'mvtec', n)] for n in (1, 3)] == [[4], [4, 5, 6]]
+
+def test_seeds_draw_other_references_and_give_other_numbers(run):
+    records, results, jobs, *_ = run
+    for j in (j for j in jobs if j.shots): assert len(j.shots) == 3 and len({s for s in j.shots.values()}) > 1
+    for n in DRAWN: assert len({json.dumps(results[r['run']]['pill']['values']) + json.dumps(results[r['run']]['wood']['values']) for r in records if r['method'] == n and r['seed'] != 'mean'}) == 3
+
+def test_the_mean_is_the_mean_and_the_spread_the_sample_deviation(run):
+    records, results, _, out, _ = run
+    rows = {(r['run'], r['category'], r['metric']): r for r in csv.DictReader((out/'metrics.csv').open(newline=''))}
+    for n in DRAWN:
+        runs = [r['run'] for r in records if r['method'] == n and r['seed'] != 'mean']; mean = next(r['run'] for r in records if r['method'] == n and r['seed'] == 'mean')
+        for c, metric in itertools.product(('pill', 'wood'), ('image_auroc', 'pixel_auroc', 'pixel_ap', 'pro')):
+            each = [results[r][c]['values'][metric] for r in runs]
+            assert results[mean][c]['values'][metric] == pytest.approx(sum(each)/3) and results[mean][c]['each'][metric] == each
+            assert float(rows[mean, c, metric]['value']) == pytest.approx(100*sum(each)/3, abs=1e-4) and float(rows[mean, c, metric]['spread']) == pytest.approx(100*statistics.stdev(each), abs=1e-4)
+            assert results[mean][c]['again'][metric][7] == pytest.approx(sum(results[r][c]['again'][metric][7] for r in runs)/3)
+        over = [sum(results[r][c]['values']['pixel_auroc'] for c in ('pill', 'wood'))/2 for r in runs]      # the mean over categories of every seed
+        assert float(rows[mean, 'mean', 'pixel_auroc']['value']) == pytest.approx(100*sum(over)/3, abs=1e-4) and float(rows[mean, 'mean', 'pixel_auroc']['spread']) == pytest.approx(100*statistics.stdev(over), abs=1e-4)
+        for d, v in results[mean]['pill']['defects'].items(): assert v['n'] == results[runs[0]]['pill']['defects'][d]['n'] and v['image_auroc'] == pytest.approx(sum(results[r]['pill']['defects'][d]['image_auroc'] for r in runs)/3)
+    assert all(r['spread'] == '' for r in rows.values() if not next(k for k in records if k['run'] == r['run'])['seed'] == 'mean')
+    assert sum(r['spread'] != '' for r in rows.values()) > 40
+
+def test_tables_show_the_mean_and_its_spread(run):
+    records, results, _, out, _ = run; res = read_results(out); t = table(SHOWN[0], res); d = readable(t)
+    for r in OWN:
+        own = [k for k in records if k['method'] == r.method.name and not k['control']]; shown = next((k for k in own if k['seed'] == 'mean'), own[0])
+        assert run_of(res, r) == shown['run'] == find_run(records, r, 'procad')['run']
+        assert t.loc[r.label, ('pixel AUROC', 'ours')] == pytest.approx(50*sum(results[shown['run']][c]['values']['pixel_auroc'] for c in ('pill', 'wood')), abs=1e-4)
+        spread = t.loc[r.label, ('pixel AUROC', 'spread')]
+        assert (spread > 0 and f'±{spread:.1f}' in d.loc[r.label, 'pixel AUROC']) if len(own) > 1 else (spread != spread and '±' not in d.loc[r.label, 'pixel AUROC'])
+        assert (spread_of(res, shown['run'], 'image_auroc') >= 0) == (len(own) > 1)
+    assert '±' not in d.loc['foreground mask', 'pixel AUROC']
+
+def test_one_seed_has_neither_mean_nor_spread(run, rendered, model, tmp_path):
+    (records, results), _ = go(rendered, model, run[-1], seeds=1); write_results(tmp_path, SHOWN, records, results)
+    assert {r['seed'] for r in records} == {0} and not any(r['spread'] for r in csv.DictReader((tmp_path/'metrics.csv').open(newline='')))
+    assert 'spread' not in table(SHOWN[0], tmp_path).columns.get_level_values(1) and '±' not in str(readable(table(SHOWN[0], tmp_path)).values)
+
+def test_contrasts_compare_means(run):
+    records, results, _, out, _ = run; said = {(r['better'], r['worse'], r['metric']): float(r['difference']) for r in csv.DictReader((out/'contrasts.csv').open(newline=''))}
+    def value(name, metric, seed):
+        rec = next(r for r in records if r['method'] == name and r['seed'] == seed and not r['control']); return 50*sum(results[rec['run']][c]['values'][metric] for c in ('pill', 'wood'))
+    for better, worse, metric, seed in (('winclip+', 'winclip', 'pixel_auroc', 0), ('dual', 'musc-2', 'image_auroc', 'mean')):
+        assert said[better, worse, metric] == pytest.approx(value(better, metric, 'mean') - value(worse, metric, seed), abs=1e-3)
+    assert abs(said['winclip+', 'winclip', 'pixel_auroc'] - (value('winclip+', 'pixel_auroc', 0) - value('winclip', 'pixel_auroc', 0))) > 1e-2
+    assert contrast_rows(SHOWN, [r for r in records if r['seed'] != 'mean'], results) != contrast_rows(SHOWN, records, results)
+
+def test_a_second_run_computes_nothing(run, rendered, model, passes, monkeypatch):
+    _, results, _, _, cache = run; seen, _ = passes
+    _, jobs, _ = plan_jobs(SHOWN, sets_of(rendered), model, 16, cache, 3)
+    todo = forecast(jobs); assert (todo.images, todo.results, todo.bytes) == (0, 0, 0)
+    monkeypatch.setattr('zsad.bench.predictions', lambda *a: pytest.fail('a row was scored again'))
+    assert numbers(go(rendered, model, cache)[0][1]) == numbers(results) and seen == []
+
+def test_any_order_batch_and_resume_give_the_same_numbers(run, rendered, model, tmp_path):
+    want, shown = numbers(run[1]), some(OWN[1], OWN[5])
+    def turned(jobs): return [replace(j, rows=j.rows[::-1]) for j in jobs]
+    (_, got), jobs = go(rendered, model, tmp_path/'c', turn=turned, batch=3, shown=shown)
+    for j in jobs:                                                                                # half of the results are lost, and the tokens of one stream
+        for key, _ in j.rows[::2]: j.result(key).unlink()
+    shutil.rmtree(next(f for s, f, *_ in streams_in(tmp_path/'c'/'tokens') if s.part == 'windows 3'))
+    (_, resumed), _ = go(rendered, model, tmp_path/'c', shown=shown)
+    assert numbers(got) == numbers(resumed) == {k: want[k] for k in got} and len(got) == 2*4
+
+def test_two_processes_give_the_same_numbers(run, rendered, model, tmp_path):
+    pytest.importorskip('distributed')
+    (_, got), _ = go(rendered, model, tmp_path/'c', scheduler='2', shown=some(OWN[1], OWN[3], OWN[5]))
+    assert numbers(got) == {k: numbers(run[1])[k] for k in got} and len(got) == 3*4
+
+def test_references_depend_on_ids_and_the_seed_alone(run, enc):
+    for job in (j for j in run[2] if j.shots):
+        turned = replace(job, samples=job.samples[::-1], pixels=job.pixels[::-1]); tokens = dict.fromkeys(('a', 'b'), enc.tokens(noise(7), EncodeSpec()))
+        for key, r in ((key, r) for key, r in job.rows if r.method and r.method.reference[:1] == ('pair',)):
+            ids, back = [s.id for s in job.samples], [s.id for s in turned.samples]
+            a, b = reference_of(job, key, r.method, enc, tokens['a']).rows, reference_of(turned, key, r.method, enc, tokens['b']).rows
+            drawn = {i: [ids[k] for k in row] for i, row in zip(ids, a)}
+            assert drawn == {i: [back[k] for k in row] for i, row in zip(back, b)} and all(i not in d for i, d in drawn.items())
+            if r.method.name == 'dual/normal': assert all('/good/' in n for d in drawn.values() for n in d) and {len(d) for d in drawn.values()} == {2}
+
+def test_shots_come_from_the_training_part_those_of_fewer_first(rendered):
+    ds = load_dataset('procad', rendered)
+    four = shots_of(shots(4), ds, 'pill')
+    assert sorted(Path(f).parent for _, f in four) == [rendered/'pill'/'train'/'good']*4 and all(digest(load_image(f), n=24) == h for h, f in four) and len(set(four)) == 4
+    assert [shots_of(shots(k), ds, 'pill') for k in (1, 2)] == [four[:1], four[:2]]
+    assert shots_of(shots(4), replace(ds, train=ds.train[::-1]), 'pill') == four
+
+def test_an_image_that_is_there_twice(copy, model, enc, tmp_path):
+    "Test and training images with copies: encoded once, counted and scored as often as they are there."
+    for part in ('test', 'train'): shutil.copy(copy/'pill'/part/'good'/'000.png', copy/'pill'/part/'good'/'900.png')
+    shutil.copy(copy/'wood'/'train'/'good'/'001.png', copy/'wood'/'test'/'good'/'900.png')
+    shown = some(*OWN[1:4], OWN[5], Row('four', shots(4)), Row('again', replace(METHODS['winclip+@code'], name='again', reference=('shots', dict(k=4, replace=True)))))
+    (records, results), jobs = go(copy, model, tmp_path/'c', 1, shown=shown); ds, texts = load_dataset('procad', copy), {}
+    assert any(len(j.pixels) == 8 and len(j.files) == 7 for j in jobs) and {r['n'] for by in results.values() for r in by.values()} == {8}
+    for r in shown[0].rows:
+        run = next(k['run'] for k in records if k['method'] == r.method.name)
+        for c in ('pill', 'wood'):
+            p, values = by_hand(enc, r.method, ds, c, texts)
+            assert agree(values, results[run][c]['values']), (r.label, c)
+            at = [i for i, s in enumerate(ds.of(c)) if s.path.stem in ('000', '900') and s.defect == 'good']
+            if r.method.reference[:1] == ('shots',) and c == 'pill': assert gap(p.map[at[:1]], p.map[at[1:]]) < 1e-5
+    twice = [j.shots[key] for j in jobs for key, r in j.rows if r.method and r.method.name == 'again']
+    assert any(len(set(s)) < 4 for s in twice)                                                     # with replacement one was drawn twice
+
+def thin(root, train):
+    "Leave so many training images per category."
+    for f in (f for c in ('pill', 'wood') for f in sorted((root/c/'train'/'good').iterdir())[train:]): f.unlink()
+    return root
+
+def test_more_shots_than_training_images_are_missing_not_an_error(copy, model, tmp_path, monkeypatch):
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); e = EXHIBITS['winclip-t2']
+    write_results(tmp_path/'o', (e,), *compute((e,), sets_of(thin(copy, 2)), model, show=False))
+    d = readable(table(e, tmp_path/'o'))
+    assert d.loc['Reprod k=4', 'image AUROC'] == 'missing' and all(d.loc[f'Reprod k={k}', 'image AUROC'][0].isdigit() for k in (0, 1, 2)) and d.loc['Paper k=4', 'image AUROC'] == 'reported only'
+    thin(copy, 0); assert not possible(Row('x', shots(1)), load_encoder(model.backbone, model.weights), load_dataset('procad', copy))
+
+def test_one_category_with_fewer_training_images_is_enough_to_be_missing(copy, enc):
+    (copy/'wood'/'train'/'good'/'003.png').unlink(); ds = load_dataset('procad', copy)
+    assert [possible(Row('x', shots(k)), enc, ds) for k in (0, 1, 3, 4)] == [True, True, True, False]
+
+def test_more_references_than_images_are_missing_not_an_error(copy, model, enc, tmp_path):
+    "Fig. 5a asks for up to 16 other images; here are six. Fig. 5b asks for damaged ones."
+    ask = lambda **how: Row('x', replace(METHODS['dual'], name='dual/x', reference=('pair', how))); ds = load_dataset('procad', copy)
+    assert [possible(ask(count=k), enc, ds) for k in (1, 6, 7, 16)] == [True, True, False, False]
+    assert [possible(ask(count=k, policy='normal'), enc, ds) for k in (2, 3)] == [True, False]        # three good ones, and a good image has two others
+    (records, _), _ = go(copy, model, tmp_path/'c', 1, shown=some(ask(count=16), OWN[4]))
+    assert [r['method'] for r in records] == ['dual']
+
+def test_neighbourhoods_and_windows_that_do_not_fit_the_encoder_are_missing_not_an_error(files, rendered, enc):
+    "MuSc averages over 5 x 5 patches, WinCLIP reads windows of 3 x 3."
+    ds = load_dataset('procad', rendered); fits = lambda name, size: possible(Row('x', METHODS[name]), load_encoder(*files, device='cpu', size=size), ds)
+    assert [fits('winclip', s) for s in (32, 48)] == [False, True] and [fits('winclip+', s) for s in (32, 48)] == [False, True]
+    assert [fits('musc', s) for s in (64, 80)] == [False, True] and [fits('musc-2', s) for s in (64, 80)] == [False, True]
+
+def test_results_of_shots_are_kept_apart_by_their_pixels(rendered, model, tmp_path):
+    "Same test images, other training images, one cache: each set has the numbers that it has alone."
+    shown = some(OWN[1], OWN[4])
+    other = Path(shutil.copytree(rendered, tmp_path/'other'))
+    for c in ('pill', 'wood'):
+        for f in (other/c/'train'/'good').iterdir(): Image.open(f).transpose(Image.Transpose.ROTATE_90).convert('L').save(f)
+    (one, a), jobs = go(rendered, model, tmp_path/'c', 1, shown=shown); (two, b), others = go(other, model, tmp_path/'c', 1, shown=shown); (_, alone), _ = go(other, model, tmp_path/'alone', 1, shown=shown)
+    assert survey(load_dataset('procad', rendered), 1).hash == survey(load_dataset('procad', other), 1).hash
+    run = lambda records, name: next(r['run'] for r in records if r['method'] == name and not r['control'])
+    assert numbers(b)[run(two, 'winclip+')] == numbers(alone)[run(two, 'winclip+')] != numbers(a)[run(one, 'winclip+')] and numbers(a)[run(one, 'dual')] == numbers(b)[run(two, 'dual')]
+    for j, k in zip(jobs, others):
+        for key, r in j.rows: assert (j.result(key) == k.result(key)) == (r.method is None or r.method.name != 'winclip+')
+
+def test_a_training_image_that_changes_is_another_shot(copy, model, tmp_path):
+    "In one process too."
+    shown = some(OWN[1])
+    before = numbers(go(copy, model, tmp_path/'c', 1, shown=shown)[0][1])
+    for f in copy.glob('*/train/good/*.png'): Image.open(f).transpose(Image.Transpose.ROTATE_90).convert('L').save(f)
+    after = numbers(go(copy, model, tmp_path/'c', 1, shown=shown)[0][1])
+    assert after != before
+
+def test_a_training_image_that_cannot_be_read_costs_no_other_row(copy, model, tmp_path):
+    for f in (copy/'pill'/'train'/'good').iterdir(): f.write_bytes(b'no image')
+    (records, _), _ = go(copy, model, tmp_path/'c', 1, shown=some(*OWN[:3]))
+    assert [r['method'] for r in records] == ['winclip', 'musc']
+
+
+# ---- the command line
+
+@pytest.fixture
+def zsad(files, rendered, tmp_path, monkeypatch, capsys):
+    "Run `zsad score` with the small encoder: (exit code, scores, maps, lines on stderr)."
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); monkeypatch.setattr('zsad.clip.choose_device', lambda d='auto': 'cpu')
+    def f(*args):
+        out = tmp_path/'out'; shutil.rmtree(out, ignore_errors=True); capsys.readouterr()
+        code = main(['score', *map(str, args), '--category', 'pill', '--out', str(out), '--backbone', files[0], '--weights', files[1]])
+        rows = list(csv.DictReader((out/'scores.csv').open(newline=''))) if (out/'scores.csv').exists() else []
+        return code, [float(r['score']) for r in rows], [np.load(p) for p in sorted((out/'maps').glob('*.npy'))] if rows else [], capsys.readouterr().err.splitlines()
+    return f
+
+@pytest.fixture
+def images(rendered): return sorted((rendered/'pill'/'test').glob('*/*.png'), key=lambda f: f.stem)[:3]
+
+def pixels_of(enc, files): return enc.preprocess([load_image(f) for f in files])
+
+@pytest.mark.parametrize('name', ['winclip+', 'dual', 'musc-2'])
+def test_references_are_given_on_the_command_line(zsad, enc, det, rendered, images, name):
+    shown = sorted((rendered/'pill'/'train'/'good').glob('*.png'))[:2]
+    code, scores, maps, err = zsad(name, images[0], '--reference', *shown)
+    want = det(name)(pixels_of(enc, images[:1]), C, pixels_of(enc, shown))
+    assert code == 0 and err == [] and abs(scores[0] - float(want.score[0])) < 2e-6 and gap(torch.tensor(maps[0]), want.map[0]) < 1e-5
+    assert abs(zsad(name, images[0], '--reference', shown[0])[1][0] - scores[0]) > 1e-5
+
+def test_images_of_musc_are_scored_together_and_others_alone(zsad, enc, det, images, tmp_path):
+    folder = tmp_path/'images'; folder.mkdir(); own = [Path(shutil.copy(f, folder/f'{n}.png')) for n, f in enumerate(images)]
+    code, scores, maps, err = zsad('musc', *own); want = det('musc')(pixels_of(enc, own), C*3)
+    assert code == 0 and err == [] and np.abs(np.array(scores) - want.score.numpy()).max() < 2e-6 and gap(torch.tensor(np.stack(maps)), want.map) < 1e-5
+    (folder/'bad.png').write_text('no image')
+    code, again, _, err = zsad('musc', own[0], folder/'bad.png', *own[1:])                         # one that cannot be read does not count
+    assert code == 1 and again == scores and len(err) == 1 and 'bad.png' in err[0]
+    code, scores, _, err = zsad('musc', own[0])
+    assert code == 2 and scores == [] and len(err) == 1 and 'more images' in err[0]
+
+def test_rows_with_references_say_what_they_do_without(zsad, images):
+    code, scores, maps, err = zsad('winclip+', images[0]); plain = zsad('winclip', images[0])
+    assert code == 0 and len(err) == 1 and 'text alone' in err[0] and scores == plain[1] and np.array_equal(maps[0], plain[2][0]) and plain[3] == []
+
+def test_a_row_without_text_asks_for_its_reference_by_the_option(zsad, images):
+    code, scores, _, err = zsad('musc-2', images[0])
+    assert code == 2 and scores == [] and len(err) == 1 and '--reference' in err[0] and 'text alone' not in err[0]
+
+@pytest.mark.parametrize('what', ['text', 'nowhere'])
+def test_a_reference_that_cannot_be_read_is_one_line_that_names_it(zsad, images, rendered, tmp_path, what):
+    bad = tmp_path/'spoiled.png'
+    if what == 'text': bad.write_text('no image')
+    code, scores, _, err = zsad('winclip+', images[0], '--reference', next((rendered/'pill'/'train'/'good').glob('*.png')), bad)
+    assert code == 2 and scores == [] and len(err) == 1 and 'spoiled.png' in err[0]
+
+@pytest.mark.parametrize('name', ['anoclip', 'musc', 'winclip'])
+def test_references_that_nothing_is_compared_with_are_refused(zsad, images, name):
+    code, scores, _, err = zsad(name, images[0], images[1], '--reference', images[2])
+    assert code == 2 and scores == [] and len(err) == 1 and '--reference' in err[0] and name in err[0]
+
+def test_seeds_on_the_command_line(files, rendered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
+    command = ['reproduce', 'winclip-t2', '--data', str(rendered), '--backbone', files[0], '--weights', files[1], '--out', str(tmp_path/'o'), '--plan']
+    count = lambda *more: (main([*command, *more]), [l for l in capsys.readouterr().out.splitlines() if l.startswith('to do')][0])
+    # winclip, the outline and the untrained twin once, three rows of shots once per seed; two categories
+    assert '12 results' in count()[1] and '24 results' in count('--seeds', '3')[1] and not (tmp_path/'o').exists()
+
+@pytest.mark.parametrize('n', ['0', '-1'])
+def test_fewer_seeds_than_one_are_refused(files, rendered, tmp_path, monkeypatch, capsys, n):
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
+    assert main(['reproduce', 'winclip-t2', '--data', str(rendered), '--backbone', files[0], '--weights', files[1], '--out', str(tmp_path/'o'), '--plan', '--seeds', n]) == 2
+    assert '--seeds' in capsys.readouterr().err
