@@ -95,7 +95,7 @@ def test_stored_tables_and_captions_are_those_of_the_results():
     from zsad.report import caption, readable, table
     results = ROOT/'nbs'/'results'
     shown = {p.stem: json.dumps(json.loads(p.read_text()), ensure_ascii=False) for p in NOTEBOOKS}
-    for name, exhibit in (('11_vv', 'anoclip-t3'), ('11_vv', 'vv-depth'), ('12_prompts', 'anoclip-t4'), ('30_anoclip', 'anoclip-t3'), ('30_anoclip', 'anoclip-t4'), ('index', 'anoclip-t3')):
+    for name, exhibit in (('11_vv', 'anoclip-t3'), ('11_vv', 'vv-depth'), ('12_prompts', 'anoclip-t4'), ('30_anoclip', 'anoclip-t3'), ('30_anoclip', 'anoclip-t4'), ('index', 'anoclip-t3'), ('11_vv', 'attention-plain'), ('30_anoclip', 'anoclip-t1'), ('30_anoclip', 'attention-plain'), *(('32_training_free', e) for e in ('novel', 'winclip-t2', 'dual-t1', 'dual-f3'))):
         assert json.dumps(caption(exhibit, results), ensure_ascii=False)[1:-1] in shown[name], f'{name}: stored caption of {exhibit} is not that of the results; execute the notebook'
-    for name, exhibit in (('11_vv', 'anoclip-t3'), ('12_prompts', 'anoclip-t4'), ('30_anoclip', 'anoclip-t3'), ('30_anoclip', 'anoclip-t4'), ('30_anoclip', 'baselines')):
+    for name, exhibit in (('11_vv', 'anoclip-t3'), ('12_prompts', 'anoclip-t4'), ('30_anoclip', 'anoclip-t3'), ('30_anoclip', 'anoclip-t4'), ('30_anoclip', 'attention-plain'), *(('32_training_free', e) for e in ('baselines', 'novel', 'winclip-t2', 'dual-t1', 'dual-f3'))):
         for value in readable(table(exhibit, results)).to_numpy().ravel(): assert str(value) in shown[name], f'{name}: {value} of {exhibit} is not in the stored table'
