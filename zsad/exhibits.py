@@ -17,7 +17,7 @@ from .method import METHODS, Method, one_path, without_reference
 
 # %% ../nbs/22_exhibits.ipynb #d545ace9
 STATES = ('not here yet', 'reported only')
-TWINS = ('random weights', 'plain training')        # encoders beside the one that runs: never trained, trained without masks
+TWINS = ('random weights', 'plain training')        # encoders beside the one that runs: never trained, trained without a term on patches
 
 @dataclass(frozen=True)
 class Row:
@@ -160,7 +160,7 @@ DUAL = (
 
 # %% ../nbs/22_exhibits.ipynb #85986841
 OTHERS = (
-    Exhibit('attention-plain', 'Attention modes on an encoder trained without masks', '', PLAIN, ('mvtec',), AL, claim='The contrast of the attention modes does not come from training with masks.',
+    Exhibit('attention-plain', 'Attention modes on an encoder whose patches were never trained', '', PLAIN, ('mvtec',), AL, claim='The contrast of the attention modes does not come from training patches.',
             contrasts=((ATTENTION[3].label, ATTENTION[0].label, 'pixel_auroc'), (ATTENTION[3].label, ATTENTION[0].label, 'pro'), (ATTENTION[3].label, ATTENTION[2].label, 'pro')), print_state='own'),
     Exhibit('winclip-t2', 'WinCLIP with k normal images (WinCLIP reproduction, Table 2)', 'winclip', SHOTS, ('mvtec',), ('image_auroc', 'pixel_auroc', 'pro'), claim='A few normal images improve on none.',
             contrasts=(('Reprod k=1', 'Reprod k=0', 'image_auroc'), ('Reprod k=4', 'Reprod k=1', 'image_auroc'), ('Reprod k=4', 'Reprod k=0', 'image_auroc'), ('Reprod k=4', 'Reprod k=0', 'pixel_auroc'))),
