@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['chosen', 'span', 'cores', 'announce_data', 'announce_work', 'prepare', 'reproduce_cost', 'reproduce',
            'reproduce_runs', 'check_accept', 'accept_results', 'write_rows', 'unique_stem', 'read_images',
-           'predict_files', 'score', 'read_scores', 'read_map', 'evaluate_folder', 'list_exhibits', 'list_methods',
-           'list_datasets', 'check_data', 'convert_data', 'list_store', 'verify_store', 'prune_store', 'train_mini',
-           'doctor', 'data_options', 'store_options', 'parser', 'main']
+           'predict_files', 'check_reference', 'score', 'read_scores', 'read_map', 'evaluate_folder', 'list_exhibits',
+           'list_methods', 'list_datasets', 'check_data', 'convert_data', 'list_store', 'verify_store', 'prune_store',
+           'train_mini', 'doctor', 'data_options', 'store_options', 'parser', 'main']
 
 # %% ../nbs/25_cli.ipynb #edfa0ba3
 import argparse, csv, os, sys
@@ -153,6 +153,15 @@ def predict_files(det, files, category, reference=())->tuple:
     return maps, rows, bad
 
 # %% ../nbs/25_cli.ipynb #7ef947f8
+def check_reference(row, files):
+    "Refuse references that a row does not use, and say what is left of one that lacks them."
+    from zsad.method import without_reference
+    if files and not row.reference: raise ValueError(f'--reference: {row.name} compares with no reference image; leave it out, or choose a row that does, such as winclip+ or dual')
+    if files or not row.reference: return
+    try: without_reference(row)
+    except ValueError as e: raise ValueError(f'{row.name} compares with reference images and reads no text: give them with --reference IMAGE...') from e
+    print(f'{row.name} without --reference: its text alone', file=sys.stderr)
+
 def score(a):
     "Score image files: scores.csv, maps/<stem>.npy and overlays/<stem>.png below --out."
     import numpy as np
@@ -164,10 +173,8 @@ def score(a):
     from zsad.viz import map_range, overlay
     keep_memory()
     row, out = find_method(a.method), Path(a.out)
+    check_reference(row, a.reference)
     enc = load_encoder(a.backbone, a.weights, interpolation=row.interpolation)
-    if row.reference and not a.reference and not row.has('text', 'windows', 'adapted', 'painted'): raise ValueError(f'{row.name} compares with reference images and reads no text: give them with --reference IMAGE...')
-    if row.reference and not a.reference: print(f'{row.name} without --reference: its text alone', file=sys.stderr)
-    if a.reference and not row.reference: raise ValueError(f'--reference: {row.name} compares with no reference image; leave it out, or choose a row that does, such as winclip+ or dual')
     maps, rows, bad = predict_files(build(row, [a.category], enc), a.images, a.category, a.reference)
     for sub in ('maps', 'overlays'): (out/sub).mkdir(parents=True, exist_ok=True)
     write_rows(out/'scores.csv', ('image', 'category', 'score'), rows)

@@ -125,8 +125,8 @@ SEEN = (('text only', replace(without_reference(dual), name='dual/text')), ('ref
 PAIRS = (Row('CLIP', ATTENTION[0].method, note="AnoCLIP's sentences on CLIP's own path; the paper's detection column is CLIP-AC"), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', METHODS['anoclip+'], note='localises as AnoCLIP+ in the paper, and so here'),
          Row('MuSc-2', METHODS['musc-2']), Row('Ours', dual, note='a reconstruction: the constants are lost'), Row('Ours+', METHODS['dual+']), *UNTRAINED[2:])
 TOGETHER = tuple(Row(label, m) for label, m in SEEN) + UNTRAINED[2:]
-MODULES = (Row('base', SEEN[0][1]), Row('TTA', replace(without_reference(METHODS['dual+']), name='dual+/alone', weights=(1.,))), Row('reference', dual), Row('reference + TTA', METHODS['dual+']))
-COUNTS = (Row('0', SEEN[0][1]), *(Row(str(k), replace(dual, name=f'dual/{k}', reference=('pair', dict(count=k)))) for k in (1, 2, 4, 8, 16)))
+MODULES = (Row('base', SEEN[0][1], note='not printed'), Row('TTA', replace(without_reference(METHODS['dual+']), name='dual+/alone', weights=(1.,)), note='not printed'), Row('reference', dual, note='not printed'), Row('reference + TTA', METHODS['dual+']))
+COUNTS = (Row('0', SEEN[0][1]), Row('1', dual), *(Row(str(k), replace(dual, name=f'dual/{k}', reference=('pair', dict(count=k)))) for k in (2, 4, 8, 16)))
 policy = lambda m, p: replace(m, name=f'{m.name}/{p}', reference=('pair', dict(policy=p)))
 POLICIES = tuple(Row(f'{label}, {p}', policy(m, p)) for label, m in SEEN[1:] for p in ('normal', 'random', 'anomalous'))
 

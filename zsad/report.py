@@ -72,16 +72,15 @@ def known_as(dataset:str)->str:
 NAMES = dict(image_auroc='image AUROC', image_f1max='image F1max', image_ap='image AP', pixel_auroc='pixel AUROC', pixel_f1max='pixel F1max', pixel_ap='pixel AP', pro='PRO', pro_field='PRO (field)',
              pixel_auroc_within='pixel AUROC within object')
 
-def cell(res:Results, run:str, metric:str, span:str='mean')->tuple:      # (value, lo, hi), NaN where absent
+def cell(res:Results, run:str, metric:str, span:str='mean', columns=('value', 'lo', 'hi'))->tuple:      # one number per column, NaN where absent
     "Look up one value in percent."
     m = res.metrics
     r = m[(m.run == run) & (m.metric == metric) & (m.category == span)]
-    return (np.nan,)*3 if r.empty else tuple(float(r.iloc[0][k]) for k in ('value', 'lo', 'hi'))
+    return (np.nan,)*len(columns) if r.empty else tuple(float(r.iloc[0].get(k, np.nan)) for k in columns)
 
 def spread_of(res:Results, run:str, metric:str)->float:
     "Look up the standard deviation over seeds in percent, NaN for a single seed."
-    m = res.metrics[(res.metrics.run == run) & (res.metrics.metric == metric) & (res.metrics.category == 'mean')]
-    return float(m.iloc[0].get('spread', np.nan)) if len(m) else np.nan
+    return cell(res, run, metric, columns=('spread',))[0]
 
 def comparable(res:Results, run:str, role:str='mvtec')->bool:
     "Tell whether a run used the papers' own data, whole, and their encoder, so that a difference to the printed value means something."
@@ -129,11 +128,11 @@ def by_category(exhibit, results, metric:str, role:str=None)->pd.DataFrame:     
 def readable(t:pd.DataFrame)->pd.DataFrame:
     "Format a table for people: 'ours [lo, hi]', one decimal, a word or '' instead of NaN."
     f, out = (lambda v: '' if v != v else f'{v:.1f}'), {}
-    span = lambda r: f(r.ours) + (f' [{f(r.lo)}, {f(r.hi)}]' if r.lo == r.lo else '') if r.ours == r.ours else '–'
+    span = lambda r: '–' if r.ours != r.ours else f(r.ours) + (f' [{f(r.lo)}, {f(r.hi)}]' if r.lo == r.lo else '') + (f' ±{f(r.spread)}' if r.spread == r.spread else '')
     for m in dict.fromkeys(t.columns.get_level_values(0)):
         g, words = t[m], t.attrs.get('words', {}).get(m, {})
         say = lambda texts: [words.get(i) or v for i, v in zip(t.index, texts)]
-        out[m] = say(span(r) + (f' ±{r.spread:.1f}' if getattr(r, 'spread', np.nan) == getattr(r, 'spread', np.nan) else '') for r in g.itertuples())
+        out[m] = say(span(r) for r in g.reindex(columns=['ours', 'lo', 'hi', 'spread']).itertuples())
         for extra in ('objects', 'textures', 'within object'):
             if extra in g: out[f'{extra} ({m})'] = say(g[extra].map(f))
         if g.paper.notna().any(): out[f'paper: {m}'] = g.paper.map(f).tolist()
