@@ -162,6 +162,7 @@ def check_reference(row, files):
     except ValueError as e: raise ValueError(f'{row.name} compares with reference images and reads no text: give them with --reference IMAGE...') from e
     print(f'{row.name} without --reference: its text alone', file=sys.stderr)
 
+# %% ../nbs/25_cli.ipynb #d836d101
 def score(a):
     "Score image files: scores.csv, maps/<stem>.npy and overlays/<stem>.png below --out."
     import numpy as np
@@ -185,7 +186,7 @@ def score(a):
     for line in bad: print(f'left out: {line}', file=sys.stderr)
     return 1 if bad else 0
 
-# %% ../nbs/25_cli.ipynb #8b7fe0d7
+# %% ../nbs/25_cli.ipynb #bd6256cb
 def read_scores(path, stems)->list:
     "Read the scores of images by stem from a scores.csv."
     told, rows = {}, csv.DictReader(open(path, newline=''))
@@ -195,7 +196,7 @@ def read_scores(path, stems)->list:
     if lacks: raise ValueError(f'{path}: no score for {lacks[:5]}')
     return [told[s] for s in stems]
 
-# %% ../nbs/25_cli.ipynb #bd6256cb
+# %% ../nbs/25_cli.ipynb #9f652c39
 def read_map(path):
     "Read a map [H,W] of a .npy file; errors name the file."
     import numpy as np
@@ -204,7 +205,7 @@ def read_map(path):
     if a.ndim != 2 or not np.issubdtype(a.dtype, np.number): raise ValueError(f'{path}: need a map [H,W] of numbers, got {a.dtype} {a.shape}')
     return a
 
-# %% ../nbs/25_cli.ipynb #9f652c39
+# %% ../nbs/25_cli.ipynb #184eb23c
 def evaluate_folder(a):
     "Compute all metrics of maps on disk; maps without a mask count as normal."
     import numpy as np
@@ -228,7 +229,7 @@ def evaluate_folder(a):
     for k, v, why in lines: print(f'{k:12s} {v:>9s}  {why}')
     if a.out: write_rows(a.out, ('metric', 'value', 'why'), lines)
 
-# %% ../nbs/25_cli.ipynb #76d59afe
+# %% ../nbs/25_cli.ipynb #77e9ec4f
 def list_exhibits(a):
     "Print what can be reproduced."
     from zsad.exhibits import EXHIBITS
@@ -259,7 +260,7 @@ def convert_data(a):
     from zsad.data import load_dataset, write_meta
     print(write_meta(load_dataset(a.name, a.folder), a.out or Path(a.folder)/'meta.json'))
 
-# %% ../nbs/25_cli.ipynb #77e9ec4f
+# %% ../nbs/25_cli.ipynb #15451fa6
 def list_store(a):
     "Print the streams of the token store, largest first."
     from zsad.core import cache_dir
@@ -285,7 +286,7 @@ def prune_store(a):
     from zsad.store import prune
     print(f"{prune(cache_dir('tokens'), 0 if a.all else a.days)/1e9:.2f} GB freed")
 
-# %% ../nbs/25_cli.ipynb #15451fa6
+# %% ../nbs/25_cli.ipynb #6c69e797
 def train_mini(a):
     "Train a mini encoder, or go on with a run that was interrupted."
     from dataclasses import replace
@@ -294,7 +295,7 @@ def train_mini(a):
     r = replace(RECIPES[a.method], seed=a.seed, **{k: v for k, v in (('steps', a.steps), ('batch', a.batch), ('pairs', a.pairs)) if v})
     print(f'weights: {export_weights(train(r, a.out, device=a.device, start=a.start))}')
 
-# %% ../nbs/25_cli.ipynb #6c69e797
+# %% ../nbs/25_cli.ipynb #6372d5f3
 def doctor(a):
     "Check the installation: versions, device, shipped weights, one image from pixels to score."
     import platform
@@ -312,7 +313,7 @@ def doctor(a):
     print(f'mini weights {enc.weights}; one image scored {float(p.score[0]):.3f}, map {tuple(p.map.shape)}; cache {cache_dir()}')
     print('all well')
 
-# %% ../nbs/25_cli.ipynb #6372d5f3
+# %% ../nbs/25_cli.ipynb #3eda5370
 def data_options(command, o, under):
     "Describe `zsad data`."
     folder = (o('folder'), o('--name', default='folder', choices=('folder', 'mvtec', 'visa'), help='which set it should be'))
@@ -326,7 +327,7 @@ def store_options(command, o, under):
     command('verify', verify_store, 'read every shard', under=under)
     command('prune', prune_store, 'remove what is not needed', o('--days', type=float), o('--all', action='store_true'), under=under)
 
-# %% ../nbs/25_cli.ipynb #3eda5370
+# %% ../nbs/25_cli.ipynb #f94b0966
 def parser():
     "Describe the commands."
     p = argparse.ArgumentParser('zsad', description='Reproducible zero-shot visual anomaly detection with CLIP.')
@@ -351,7 +352,7 @@ def parser():
             o('--start', help='weights file of the stage before'), o('--device', default='cpu'), o('--out'))
     return p
 
-# %% ../nbs/25_cli.ipynb #f94b0966
+# %% ../nbs/25_cli.ipynb #e819a4c0
 def main(argv=None)->int:
     "Run a command; expected errors are one line on stderr and exit code 2."
     a = parser().parse_args(argv)
