@@ -66,6 +66,9 @@ DIGESTS = [   # set, category, sentences per state, sha256 of the joined normal 
     ('winclip', 'bottle', 154, 88,
      '504b3812cfec340a299bdcafa04a065190434e9131efbb89f75575e90f0478eb',
      'd696a027a226c7e5e3b87e5c7822811420f163372bfe792bab23b513452a4421'),
+    ('winclip/task', 'bottle', 154, 88,
+     '504b3812cfec340a299bdcafa04a065190434e9131efbb89f75575e90f0478eb',
+     'd696a027a226c7e5e3b87e5c7822811420f163372bfe792bab23b513452a4421'),
     ('winclip', 'carpet', 154, 88,
      '99e0f620b399380fd83993911e30dac8276eb8990a8bf7f4076c3e6cf8750a63',
      'f384d0971114bad93cc1db170a3dee1641d8899cb9bfb1ac724fc6b1338b401c'),
@@ -108,6 +111,14 @@ def test_every_set_is_checked_and_named_after_itself():
     assert {row[0] for row in DIGESTS} == set(PROMPTS)
     assert all(p.name == name and p.source for name, p in PROMPTS.items())
     assert all(hash(p) == hash(replace(p)) for p in PROMPTS.values())
+
+def test_task_specific_states_are_added_for_their_categories_alone():
+    "22 templates times one state more, behind the others of its template; the normal side is untouched."
+    plain, task = sentences('winclip', 'pcb2'), sentences('winclip/task', 'pcb2')
+    more = [s for s in task[1] if 'bad soldering' in s]
+    assert task[0] == plain[0] and [s for s in task[1] if s not in more] == plain[1] and len(more) == 22 and 'a blurry photo of the pcb2 with bad soldering.' in more
+    own = replace(PROMPTS['base'], name='own', task=[('nut', ['bent {}', 'stripped {}'])])
+    assert [len(s) for s in sentences(own, 'nut')] == [22, 66] and sentences(own, 'bolt') == sentences('base', 'bolt')
 
 def test_kind_decides_only_where_a_set_has_texture_domains():
     for name in PROMPTS:

@@ -282,6 +282,23 @@ WRONG = [('dual', dict(terms=(('txt', {}),), weights=()), r"term='txt'.*'text'")
 def test_unknown_parts_and_parameters_are_refused_by_name(name, wrong, says):
     with pytest.raises(ValueError, match=says): replace(METHODS[name], **wrong)
 
+CANNOT = [('winclip+', dict(reference=('shots', {})), r"'shots'.*'k'"), ('winclip+', dict(terms=(('windows', {}),), weights=(1.,)), r"score 'memory'.*term 'memory'"), ('winclip+', dict(reference=()), r"'memory'.*reference"),
+          ('winclip', dict(encode=EncodeSpec(())), r"'windows'.*EncodeSpec"), ('dual', dict(text=None), r"'text'.*'joint'.*text=None"), ('dual', dict(reference=()), r"'pair'.*reference"),
+          ('anoclip', dict(terms=(('text', dict(path=1)),)), r"'text'.*path 1.*1"), ('dual+', dict(terms=(('painted', {}), ('pair', {}))), r"'pair' before")]
+
+@pytest.mark.parametrize('name,wrong,says', CANNOT, ids=lambda v: str(v) if isinstance(v, dict) else '')
+def test_rows_whose_parts_lack_what_they_read_are_refused_when_made(name, wrong, says):
+    with pytest.raises(ValueError, match=says): replace(METHODS[name], **wrong)
+
+@pytest.mark.parametrize('name', ['anoclip', 'winclip', 'musc'])
+def test_a_reference_that_a_row_does_not_compare_with_is_refused(det, x, refs, name):
+    "MuSc would silently become MuSc-2, the others would pass it over."
+    with pytest.raises(ValueError, match=f'{name}.*reference'): det(name)(x, C*4, refs)
+
+def test_references_of_a_category_nobody_knows_are_refused(det, x, refs):
+    det('dual')(x, C*4, dict(pill=refs))
+    with pytest.raises(ValueError, match='pil.*pill'): det('dual')(x, C*4, dict(pil=refs))
+
 def test_windows_that_do_not_fit_are_refused_when_built(files):
     small = load_encoder(*files, device='cpu', dtype='float32', size=32)                         # 2 x 2 patches
     for name in ('winclip', 'winclip+'):
@@ -453,7 +470,7 @@ def model(files): return Model(*files, dtype='float32')
 
 def some(*rows):
     "An exhibit of these rows, without the controls that would join them."
-    return (SimpleNamespace(rows=rows, roles=('mvtec',)),)
+    return (SimpleNamespace(rows=rows, roles=('mvtec',), form='table', metrics=()),)
 
 def go(root, model, cache, seeds=3, scheduler=None, turn=lambda jobs: jobs, shown=SHOWN, batch=16):
     "Plan and run; jobs may be turned round before."
@@ -505,7 +522,7 @@ def test_rows_that_draw_nothing_run_once_and_others_once_per_seed(run):
 def test_a_row_keeps_a_seed_of_its_own():
     "Seeds are counted from the row's."
     shown = some(Row('x', replace(METHODS['dual'], seed=4)))
-    assert [[r.method.seed for r in gather_rows(shown, 'mvtec', n)] for n in (1, 3)] == [[4], [4, 5, 6]]
+    assert [[r.method.seed for r, _ in gather_rows(shown, 'mvtec', n)] for n in (1, 3)] == [[4], [4, 5, 6]]
 
 def test_seeds_draw_other_references_and_give_other_numbers(run):
     records, results, jobs, *_ = run
@@ -538,6 +555,32 @@ def test_tables_show_the_mean_and_its_spread(run):
         assert (spread > 0 and f'±{spread:.1f}' in d.loc[r.label, 'pixel AUROC']) if len(own) > 1 else (spread != spread and '±' not in d.loc[r.label, 'pixel AUROC'])
         assert (spread_of(res, shown['run'], 'image_auroc') >= 0) == (len(own) > 1)
     assert '±' not in d.loc['foreground mask', 'pixel AUROC']
+
+def test_curves_measure_what_they_show_and_tables_everything(run, rendered, model, tmp_path):
+    curve = SimpleNamespace(rows=OWN[:1] + OWN[4:5], roles=('mvtec',), form='curve', metrics=('pixel_auroc', 'pro'))
+    (records, results), jobs = go(rendered, model, tmp_path, seeds=1, shown=(curve, *some(OWN[4])))
+    full, short = (results[next(r['run'] for r in records if r['method'] == n)]['pill'] for n in ('dual', 'winclip'))
+    before = run[1][next(r['run'] for r in run[0] if r['method'] == 'winclip')]['pill']
+    assert set(short['values']) == set(short['again']) == {'pixel_auroc', 'pro'} and len(full['values']) == 9
+    assert all(short['values'][k] == before['values'][k] and short['again'][k] == before['again'][k] for k in short['values'])
+    assert {r['method']: 'image_ap' in r['protocol'] for r in records} == dict(winclip=False, dual=True)
+    assert [k[2:] for k in short['defects']['crack'] if k != 'n'] == ['xel_auroc', 'o'] if 'crack' in short['defects'] else True
+    write_results(tmp_path/'out', (), records, results)
+    told = {r['metric'] for r in csv.DictReader((tmp_path/'out'/'metrics.csv').open(newline='')) if r['run'] == next(k['run'] for k in records if k['method'] == 'winclip')}
+    assert told == {'pixel_auroc', 'pro'}
+
+def test_a_run_knows_the_pixels_of_its_references(copy, model, tmp_path):
+    plan = lambda: plan_jobs(some(*OWN[:2]), sets_of(copy), model, cache=tmp_path)[0]
+    before = {r['method']: r for r in plan()}
+    for f in (copy/'pill'/'train'/'good').glob('*.png'): Image.fromarray(255 - np.asarray(Image.open(f))).save(f)
+    after = {r['method']: r for r in plan()}
+    assert before['winclip'] == after['winclip'] and before['winclip']['shown'] == ''
+    assert before['winclip+']['run'] != after['winclip+']['run'] and before['winclip+']['shown'] != after['winclip+']['shown'] and before['winclip+']['data'] == after['winclip+']['data']
+
+def test_the_forecast_counts_references(rendered, model, tmp_path):
+    count = lambda *rows: forecast(plan_jobs(some(*rows), sets_of(rendered), model, cache=tmp_path)[1])
+    assert (count(OWN[0]).images, count(OWN[1]).images) == (14, 16)                              # one image for each of two categories more
+    assert count(OWN[1]).bytes*14 == count(replace(OWN[1], method=replace(OWN[1].method, reference=('pair', {})))).bytes*16
 
 def test_one_seed_has_neither_mean_nor_spread(run, rendered, model, tmp_path):
     (records, results), _ = go(rendered, model, run[-1], seeds=1); write_results(tmp_path, SHOWN, records, results)

@@ -38,15 +38,16 @@ from .store import encode_missing, held, recall, streams_of
 from .windows import choose_references
 
 # %% ../nbs/23_bench.ipynb #c8667495
-def merge_specs(methods)->list:
-    "Group methods by what cannot share a pass and join their paths: [(interpolation, EncodeSpec, methods)]."
-    kind = lambda m: (m.interpolation, str(m.encode.layers), m.encode.stage, m.encode.views)
-    out = []
-    for _, group in groupby(sorted(methods, key=kind), kind):
-        group = list(group)
-        every = lambda part: tuple(dict.fromkeys(p for m in group for p in getattr(m.encode, part)))
-        out.append((group[0].interpolation, replace(group[0].encode, paths=every('paths'), windows=every('windows')), group))
-    return out
+def merge_specs(methods, blocks:int)->list:
+    "Group methods by what cannot share a pass of an encoder with `blocks` blocks: [(interpolation, EncodeSpec, methods)]; those of one stage join their paths, or their layers where the paths are the same."
+    asked = [(m, m.encode.resolved(blocks)) for m in methods]
+    def join(groups, same, parts):
+        out = {}
+        for ms, i, e in groups: out.setdefault((i, e.stage, e.views, *(getattr(e, p) for p in same)), []).append((ms, i, e))
+        every = lambda g, part: tuple(dict.fromkeys(p for _, _, e in g for p in getattr(e, part)))
+        return [([m for ms, _, _ in g for m in ms], g[0][1], replace(g[0][2], **{p: every(g, p) for p in parts})) for g in out.values()]
+    groups = join(join([([m], m.interpolation, e) for m, e in asked], ('layers',), ('paths', 'windows')), ('paths',), ('layers', 'windows'))
+    return [(i, replace(e, layers=tuple(sorted(e.layers))), ms) for ms, i, e in groups]
 
 # %% ../nbs/23_bench.ipynb #7ebe9dc6
 @dataclass(frozen=True)
@@ -63,15 +64,17 @@ def read_truth(samples, size:int)->Truth:
     return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size) for s in samples]), fg)
 
 # %% ../nbs/23_bench.ipynb #a51424e4
-def measure_row(maps, scores, t:Truth, key)->tuple:
-    "Compute all metrics of one category, their resampled values and those by kind of defect: ({metric: value}, {metric: [R]}, {metric: reason}, {kind: {metric: value}})."
-    has_masks = any(s.mask for s in t.samples)
-    r = evaluate(maps, t.masks if has_masks else None, scores, t.labels)
+def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
+    "Compute the metrics of one category, their resampled values and those by kind of defect: ({metric: value}, {metric: [R]}, {metric: reason}, {kind: {metric: value}})."
+    has_masks, wanted = any(s.mask for s in t.samples), set(protocol.metrics)
+    r = evaluate(maps, t.masks if has_masks else None, scores, t.labels, protocol)
     why = r.pop('why')
-    r['pixel_auroc_within'] = pixel_auroc_within(maps, t.masks, t.foreground) if t.foreground is not None and has_masks else float('nan')
-    if t.foreground is None: why['pixel_auroc_within'] = 'no outline of an object here'
-    counts, w = histograms(maps, t.masks) if has_masks else None, draws(len(t.labels), key)
-    return r, measure_draws(counts, scores, t.labels, w), why, measure_defects(counts, scores, t)
+    if wanted == set(METRICS):
+        r['pixel_auroc_within'] = pixel_auroc_within(maps, t.masks, t.foreground) if t.foreground is not None and has_masks else float('nan')
+        if t.foreground is None: why['pixel_auroc_within'] = 'no outline of an object here'
+    counts, seen = histograms(maps, t.masks) if has_masks and wanted & set(METRICS[3:]) else None, scores if wanted & set(METRICS[:3]) else None
+    again = {k: v for k, v in measure_draws(counts, seen, t.labels, draws(len(t.labels), key)).items() if k in wanted}
+    return r, again, why, measure_defects(counts, seen, t)
 
 def measure_draws(counts, scores, labels, w)->dict:
     "Compute what maps' `counts` and `scores` allow (either may be None) for every draw in `w` [R,M]: {metric: [R]}."
@@ -94,15 +97,15 @@ def code_of(m)->str:
     return LINE if m is None else digest(LINE, *(PARTS[name] for name, _ in m.terms))
 
 # %% ../nbs/23_bench.ipynb #a7f92711
-def run_record(row:Row, det:Detector, encoder:Encoder, s:Survey)->tuple:      # record, key without data
-    "Describe a run; `run` is its key."
+def run_record(row:Row, det:Detector, encoder:Encoder, s:Survey, shots:dict={}, protocol=Protocol())->tuple:      # record, key without data
+    "Describe a run that is shown few-shot references {category: ((hash, file), ...)}; `run` is its key."
     method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', text=sentences_of(det.method.text)))
     name, control = row.runs_as
-    what = dict(method=name, control=control, dataset=s.dataset.name, data=s.hash, complete=complete(s.dataset), left_out=len(s.dataset.skipped), encoder=encoder.backbone,
+    what = dict(method=name, control=control, dataset=s.dataset.name, data=s.hash, shown=digest(*(i for c, found in shots.items() for i in (c, *(h for h, _ in found)))) if shots else '', complete=complete(s.dataset), left_out=len(s.dataset.skipped), encoder=encoder.backbone,
                 weights='-' if row.method is None else encoder.weights, source='-' if row.method is None else encoder.source, size=encoder.preprocess.size,
-                dtype=str(encoder.dtype).split('.')[-1], protocol=repr(Protocol()), seed=row.method.seed if row.method else 0, code=code_of(row.method), resolved=method)
+                dtype=str(encoder.dtype).split('.')[-1], protocol=repr(protocol), seed=row.method.seed if row.method else 0, code=code_of(row.method), resolved=method)
     key = lambda *known: digest(*(f'{k}={v}' for k, v in what.items() if k not in ('method', 'source', 'encoder', 'complete', 'left_out', *known)))      # names, and what follows from the data
-    return dict(run=key(), **{**what, 'resolved': digest(method)}), key('data')
+    return dict(run=key(), **{**what, 'resolved': digest(method)}), key('data', 'shown')
 
 def sentences_of(text):
     "Give what a row's text means: the prompt set behind a name, or the sentences themselves."
@@ -156,6 +159,7 @@ class Job:
     samples: tuple
     pixels: tuple      # hash of each sample's image
     shots: dict        # key of a row -> ((hash, file), ...) of its few-shot references
+    protocols: dict    # key of a row -> what is measured
     batch: int = 16
     code: str = CODE
 
@@ -179,8 +183,8 @@ def predictions(job:Job, rows, encoder:Encoder, truth:Truth):
     for key, r in rows:
         if r.method is None: yield key, (truth.masks*0. + (1 if truth.foreground is None else truth.foreground)).astype('f4'), None, (0., 0.)
     own, texts = [(key, r.method) for key, r in rows if r.method is not None], {}
-    for interpolation, spec, methods in merge_specs([m for _, m in own]):
-        t = time.time(); encode_missing(job.tokens, encoder, spec.resolved(encoder.blocks), interpolation, job.files, job.batch); encoding = time.time() - t
+    for interpolation, spec, methods in merge_specs([m for _, m in own], encoder.blocks):
+        t = time.time(); encode_missing(job.tokens, encoder, spec, interpolation, job.files, job.batch); encoding = time.time() - t
         for key, m in [(key, m) for key, m in own if m in methods]:
             t = time.time(); det = build(m, {job.category: job.kind}, encoder, texts)
             tokens = all_tokens(job, encoder, m, job.pixels, job.files)
@@ -215,9 +219,6 @@ def reference_of(job:Job, key, m, encoder:Encoder, tokens):
 #| exports
 
 # %% ../nbs/23_bench.ipynb #fab5991a
-#| exports
-
-# %% ../nbs/23_bench.ipynb #4b259482
 def run_job(job:Job)->dict:      # {key: result}
     "Compute what the cache lacks of a job."
     if job.code != CODE: raise ValueError(f'the run began with code {job.code} and this process has {CODE}; give every process the same version of zsad')
@@ -225,12 +226,12 @@ def run_job(job:Job)->dict:      # {key: result}
     if todo:
         encoder = open_model(job.model); truth = read_truth(job.samples, encoder.preprocess.size)
         for key, maps, scores, seconds in predictions(job, todo, encoder, truth):
-            values, again, why, defects = measure_row(maps, scores, truth, (job.dataset, job.category))
+            values, again, why, defects = measure_row(maps, scores, truth, (job.dataset, job.category), job.protocols[key])
             write_atomic(job.result(key), json.dumps(dict(values={k: float(v) for k, v in values.items()}, again={k: list(map(float, v)) for k, v in again.items()}, why=why, defects=defects,
                                                      n=len(job.samples), kind=job.kind, seconds=seconds, machine=machine(encoder))))
     return {key: read_result(job.result(key)) for key, _ in job.rows}
 
-# %% ../nbs/23_bench.ipynb #d1864b5e
+# %% ../nbs/23_bench.ipynb #85e9356d
 def bare(e)->Exception:
     "Strip an exception of the frames it holds, and with them of their tensors."
     e.__cause__ = e.__context__ = None
@@ -250,7 +251,7 @@ def run_processes(jobs, workers:int):
             try: yield futures[f], f.result()
             except Exception as e: yield futures[f], bare(e)
 
-# %% ../nbs/23_bench.ipynb #d4bbbad9
+# %% ../nbs/23_bench.ipynb #d1864b5e
 def run_cluster(jobs, scheduler):
     "Yield (job number, answer or exception) as a Dask cluster finishes them."
     try: from distributed import Client, LocalCluster, as_completed as finished
@@ -267,7 +268,7 @@ def run_cluster(jobs, scheduler):
     finally:
         if local: local.close()
 
-# %% ../nbs/23_bench.ipynb #b4f70a83
+# %% ../nbs/23_bench.ipynb #d4bbbad9
 def run_all(jobs, scheduler=None, show=True, workers:int=1)->list:      # answers, in the order of the jobs
     "Run jobs; errors are raised when all others are done."
     answers = [None]*len(jobs)
@@ -280,7 +281,7 @@ def run_all(jobs, scheduler=None, show=True, workers:int=1)->list:      # answer
     if failed: raise ValueError(f'{len(failed)} of {len(jobs)} jobs failed; what the others computed is kept:\n' + '\n'.join(failed[:10]))
     return answers
 
-# %% ../nbs/23_bench.ipynb #3b1366e8
+# %% ../nbs/23_bench.ipynb #e224fd85
 @dataclass(frozen=True)
 class Profile:
     "Where encoder and data come from."
@@ -305,17 +306,18 @@ def open_sets(profile:Profile, root=None, roles=None)->tuple:      # {role: Surv
     if not sets: raise ValueError(f'{root}: holds none of {list(wanted)}: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
     return sets, {r: f'not found in {root}; {origin(n)}' for r, n in wanted.items() if r not in sets}
 
-# %% ../nbs/23_bench.ipynb #0c5c8d5c
-def gather_rows(exhibits, role:str, seeds:int=1)->list:
-    "List the distinct rows that exhibits run on a role, those that draw something once per seed."
-    seen = {}
-    for r in (r for e in exhibits if role in e.roles for r in e.rows if not r.state):
+# %% ../nbs/23_bench.ipynb #293590b1
+def gather_rows(exhibits, role:str, seeds:int=1)->list:      # (Row, Protocol)
+    "List the distinct rows that exhibits run on a role, those that draw something once per seed; of a row that only curves show, their metrics alone are measured."
+    seen, wanted = {}, {}
+    for e, r in ((e, r) for e in exhibits if role in e.roles for r in e.rows if not r.state):
         for seed in range(seeds if r.method and r.method.draws else 1):
             s = replace(r, method=replace(r.method, seed=r.method.seed + seed)) if r.method else r
-            seen.setdefault((repr(s.method), s.control), s)
-    return list(seen.values())
+            key = repr(s.method), s.control
+            seen.setdefault(key, s); wanted.setdefault(key, set()).update(e.metrics if e.form == 'curve' else METRICS)
+    return [(s, Protocol() if wanted[key] == set(METRICS) else Protocol('curve', metrics=tuple(m for m in METRICS if m in wanted[key]))) for key, s in seen.items()]
 
-# %% ../nbs/23_bench.ipynb #2f74afa4
+# %% ../nbs/23_bench.ipynb #0c5c8d5c
 @lru_cache(None)
 def image_hash(path, changed)->str:
     "Hash an image's pixels, once per process as long as the file does not change."
@@ -330,7 +332,7 @@ def twin_of(row:Row)->str:
     "Name the twin of the encoder that a row runs on, '' for the encoder itself."
     return row.control if row.control in TWINS else ''
 
-# %% ../nbs/23_bench.ipynb #7d2f82ca
+# %% ../nbs/23_bench.ipynb #2f74afa4
 def possible(row:Row, encoder:Encoder, ds)->bool:
     "Tell whether a row can be run: depths, windows and twins the encoder has, outlines and training images the set has. What cannot is shown as missing."
     objects = [s for s in ds.samples if ds.kinds[s.category] == 'object']
@@ -340,7 +342,7 @@ def possible(row:Row, encoder:Encoder, ds)->bool:
     near = max([r for name, params in m.terms if name == 'mutual' for r in params.get('scales', (1, 3, 5))], default=0)
     return enough(m, ds) and max([p.depth or 0 for p in m.encode.paths], default=0) <= encoder.blocks and max(m.encode.windows, default=0) <= side and near <= side
 
-# %% ../nbs/23_bench.ipynb #90a4225f
+# %% ../nbs/23_bench.ipynb #7d2f82ca
 def enough(m, ds)->bool:
     "Tell whether every category has as many images as a row draws references."
     if not m.reference: return True
@@ -355,23 +357,23 @@ def readable_shots(row:Row, ds)->dict:      # {category: ((hash, file), ...)}, N
     try: return {c: shots_of(row.method, ds, c) for c in ds.categories}
     except (OSError, ValueError) as e: print(f'{row.method.name} left out: {e}', file=sys.stderr)
 
-# %% ../nbs/23_bench.ipynb #7accf133
+# %% ../nbs/23_bench.ipynb #90a4225f
 def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None, seeds:int=1)->tuple:      # records, jobs, {(data set, key): run}
     "Expand exhibits on data sets ({role: Survey}) into runs and jobs."
     cache, records, jobs, keys = str(Path(cache or cache_dir()).absolute()), {}, [], {}
     for role, s in sets.items():
-        drawn = [(r, readable_shots(r, s.dataset)) for r in gather_rows(exhibits, role, seeds) if possible(r, open_model(model), s.dataset)]
-        rows = [r for r, shots in drawn if shots is not None]
-        for twin in dict.fromkeys(twin_of(r) for r in rows):
+        drawn = [(r, readable_shots(r, s.dataset), p) for r, p in gather_rows(exhibits, role, seeds) if possible(r, open_model(model), s.dataset)]
+        drawn = [(r, shots, p) for r, shots, p in drawn if shots is not None]
+        for twin in dict.fromkeys(twin_of(r) for r, *_ in drawn):
             encoder = open_model(replace(model, twin=twin))
             m = replace(model, twin=twin, dtype=str(encoder.dtype).removeprefix('torch.'), expect=encoder.weights)
-            mine = [(r, *run_record(r, None if r.method is None else build(r.method, (), encoder), encoder, s)) for r in rows if twin_of(r) == twin]
-            records |= {(rec['run'], rec['method']): rec for _, rec, _ in mine}       # a run may go by two names: all blocks of six are depth 6
-            once = tuple({key: r for r, _, key in mine}.items())
+            mine = [(r, *run_record(r, None if r.method is None else build(r.method, (), encoder), encoder, s, shots, p), shots, p) for r, shots, p in drawn if twin_of(r) == twin]
+            records |= {(rec['run'], rec['method']): rec for _, rec, *_ in mine}      # a run may go by two names: all blocks of six are depth 6
+            once, shown, measured = tuple({key: r for r, _, key, *_ in mine}.items()), {key: shots for _, _, key, shots, _ in mine if shots}, {key: p for _, _, key, _, p in mine}
             for c in s.dataset.categories:
-                samples, shots = s.dataset.of(c), {key: found[c] for key, r in once for other, found in drawn if other is r and found}
-                jobs.append(Job(cache, m, once, s.dataset.name, c, s.parts[c], s.dataset.kinds[c], samples, tuple(s.pixels[x.id] for x in samples), shots, batch))
-            keys |= {(s.dataset.name, key): rec['run'] for _, rec, key in mine}
+                samples = s.dataset.of(c)
+                jobs.append(Job(cache, m, once, s.dataset.name, c, s.parts[c], s.dataset.kinds[c], samples, tuple(s.pixels[x.id] for x in samples), {key: shots[c] for key, shots in shown.items()}, measured, batch))
+            keys |= {(s.dataset.name, key): rec['run'] for _, rec, key, *_ in mine}
     return list(records.values()), jobs, keys
 
 def collect(jobs, answers, keys)->dict:      # {run: {category: result}}
@@ -381,10 +383,10 @@ def collect(jobs, answers, keys)->dict:      # {run: {category: result}}
         for key, res in a.items(): out.setdefault(keys[job.dataset, key], {})[job.category] = res
     return out
 
-# %% ../nbs/23_bench.ipynb #1b9b92a6
-SCORING = 0.008        # seconds to score one image for one row and to draw its intervals, measured once at 240 pixels on two cores
+# %% ../nbs/23_bench.ipynb #632d5916
+SCORING = 0.016        # seconds of one core to score one image for one row and to draw its intervals, measured once over the default exhibits at 240 pixels
 
-# %% ../nbs/23_bench.ipynb #85e30e48
+# %% ../nbs/23_bench.ipynb #1b9b92a6
 @dataclass(frozen=True)
 class Forecast:
     "What a list of jobs will cost."
@@ -401,18 +403,19 @@ def forecast(jobs, measure:bool=False)->Forecast:
     images = stored = results = size = scored = 0; seconds = 0. if measure else float('nan'); pace = {}
     def paced(key, f, *args): return pace[key] if key in pace else pace.setdefault(key, f(*args))
     for job in jobs:
-        todo = [r.method for key, r in job.rows if read_result(job.result(key)) is None]; results += len(todo); scored += len(todo)*len(job.samples)
-        own = [m for m in todo if m]
-        for interpolation, spec, _ in merge_specs(own):
-            encoder = open_model(job.model); spec = spec.resolved(encoder.blocks); streams = streams_of(encoder, spec, interpolation)
-            lacks = [[i for i in job.files if i not in h] for h in (held(job.tokens, s) for s in streams)]
-            new = len(set().union(*lacks)); images += new; stored += len(job.files) - new
+        todo = {key: r.method for key, r in job.rows if read_result(job.result(key)) is None}; results += len(todo); scored += len(todo)*len(job.samples)
+        own = [m for m in todo.values() if m]
+        for interpolation, spec, methods in merge_specs(own, open_model(job.model).blocks) if own else ():
+            encoder = open_model(job.model); streams = streams_of(encoder, spec, interpolation)
+            needed = {*job.files, *(i for key, m in todo.items() if m in methods for i, _ in job.shots.get(key, ()))}
+            lacks = [[i for i in needed if i not in h] for h in (held(job.tokens, s) for s in streams)]
+            new = len(set().union(*lacks)); images += new; stored += len(needed) - new
             size += sum(len(l)*bytes_of(encoder, s) for l, s in zip(lacks, streams))
             if measure and new: seconds += new*paced((job.model, interpolation, spec), seconds_per_image, encoder, spec)
         if measure and own: seconds += sentence_count(own, job)*paced(job.model, seconds_per_sentence, open_model(job.model))
     return Forecast(images, stored, results, size, shutil.disk_usage(jobs[0].cache).free if jobs else 0, scored, seconds + SCORING*scored)
 
-# %% ../nbs/23_bench.ipynb #3163c54d
+# %% ../nbs/23_bench.ipynb #85e30e48
 def bytes_of(encoder:Encoder, s)->int:
     "Count the bytes one image takes in a stream."
     (h, w), (kind, *k) = encoder.grid, s.part.split()
@@ -434,19 +437,19 @@ def sentence_count(methods, job)->int:
     "Count the sentences that rows need for a job's category, each set once."
     return sum(sum(map(len, sentences(text, job.category, job.kind))) for text in {repr(m.text): m.text for m in methods if m.text}.values())
 
-# %% ../nbs/23_bench.ipynb #2958207a
+# %% ../nbs/23_bench.ipynb #3163c54d
 def compute(exhibits, sets:dict, model:Model, batch:int=16, scheduler=None, show=True, seeds:int=1, workers:int=1)->tuple:
     "Run all rows of exhibits on data sets {role: Survey}; gives (records, {run: {category: result}})."
     records, jobs, keys = plan_jobs(exhibits, sets, model, batch, seeds=seeds)
     return average_seeds(records, collect(jobs, run_all(jobs, scheduler, show, workers), keys))
 
-# %% ../nbs/23_bench.ipynb #9e6b38ab
+# %% ../nbs/23_bench.ipynb #6cfcf69c
 def defined(result, metric)->bool:
-    "Tell whether a category's metric is a number."
-    v = result['values'][metric]
+    "Tell whether a category's metric was measured and is a number."
+    v = result['values'].get(metric, math.nan)
     return v == v
 
-# %% ../nbs/23_bench.ipynb #a3c5f29e
+# %% ../nbs/23_bench.ipynb #9e6b38ab
 def mean_of(results:list)->dict:
     "Average the results of one category over seeds; what each seed gave stays under `each`."
     first, mean = results[0], lambda of: {k: float(np.mean([of(r)[k] for r in results])) for k in of(results[0])}
@@ -464,7 +467,7 @@ def average_seeds(records, results)->tuple:
         results[digest(*runs)] = {c: mean_of([results[r][c] for r in runs]) for c in results[runs[0]]}
     return records, results
 
-# %% ../nbs/23_bench.ipynb #47eb4b73
+# %% ../nbs/23_bench.ipynb #a3c5f29e
 def metric_rows(results:dict)->list:
     "Flatten results to rows: run, category, metric, value, lo, hi, spread, n, why (percent; spread is the standard deviation over seeds; means over categories, objects, textures; NaN stays empty and says why, means count what they average)."
     out = []
@@ -481,7 +484,7 @@ def metric_rows(results:dict)->list:
                 if fine or why: out.append((run, span, metric, *(f'{v:.4f}' if v == v else '' for v in (value, lo, hi, spread)), sum(by[c]['n'] for c in fine), why))
     return out
 
-# %% ../nbs/23_bench.ipynb #f7f0981c
+# %% ../nbs/23_bench.ipynb #e0957a92
 def defect_rows(results:dict)->list:
     "Flatten results by kind of defect: run, defect, metric, value (percent, mean over the categories that have it), number of categories, defective images."
     out = []
@@ -493,7 +496,7 @@ def defect_rows(results:dict)->list:
                 if fine: out.append((run, kind, m, f'{100*np.mean([d[m] for d in fine]):.4f}', len(fine), sum(d['n'] for d in fine)))
     return out
 
-# %% ../nbs/23_bench.ipynb #afafd075
+# %% ../nbs/23_bench.ipynb #f7f0981c
 def contrasts_of(e:Exhibit)->list:
     "List an exhibit's contrasts, those of the paper and the claim's row against each control: (better, worse, metric, over which categories)."
     if not e.contrasts: return []
@@ -515,13 +518,13 @@ def contrast_rows(exhibits, records, results)->list:
             out.append((e.name, dataset, better, worse, metric, over, *(f'{v:.4f}' for v in (value, lo, hi))))
     return out
 
-# %% ../nbs/23_bench.ipynb #40b428f7
+# %% ../nbs/23_bench.ipynb #afafd075
 def find_run(records, row:Row, dataset:str)->dict:
     "Find the record of an exhibit's row on a data set; that of the mean where it has several seeds."
     own = [r for r in records if not row.state and (r['method'], r['control'], r['dataset']) == (*row.runs_as, dataset)]
     return next((r for r in own if r['seed'] == 'mean'), own[0] if own else None)
 
-# %% ../nbs/23_bench.ipynb #91ab7a7d
+# %% ../nbs/23_bench.ipynb #40b428f7
 def to_csv(head, rows)->str:
     "Write rows as CSV text with Unix line ends."
     f = io.StringIO(newline=''); w = csv.writer(f, lineterminator='\n'); w.writerow(head); w.writerows(rows)

@@ -63,6 +63,12 @@ def __call__(self:Preprocess, images)->Tensor:
     x = torch.from_numpy(np.stack([self.square(i) for i in images])).float().div_(255)
     return ((x - torch.tensor(self.mean))/torch.tensor(self.std)).permute(0, 3, 1, 2).contiguous()
 
+@patch
+def pixels(self:Preprocess, x:Tensor)->np.ndarray:
+    "Turn `x` [B,3,size,size] back into uint8 RGB images [B,size,size,3]."
+    x = x.cpu().permute(0, 2, 3, 1)*torch.tensor(self.std) + torch.tensor(self.mean)
+    return (x*255).round().clamp(0, 255).byte().numpy()
+
 # %% ../nbs/10_clip.ipynb #7cb4e658
 @dataclass(frozen=True)
 class AttentionPath:
@@ -94,6 +100,7 @@ class EncodeSpec:
     def resolved(self, n:int)->'EncodeSpec':
         "Replace fractions and negative numbers by block numbers of an encoder with `n` blocks."
         quarters, every = tuple((i + 1)*n//4 - 1 for i in range(4)), tuple(range(n))
+        if self.layers == 'quarters' and n < 4: raise ValueError(f"layers='quarters' needs an encoder of at least 4 blocks; this one has {n}: name them, such as layers=({n - 1},)")
         layers = {'all': every, 'quarters': quarters}[self.layers] if isinstance(self.layers, str) else tuple(self.layers)
         if any(not -n <= l < n for l in layers): raise ValueError(f'layers={layers}: this encoder has blocks 0 to {n - 1}')
         paths = [p if p.attention == 'qkv' else replace(p, depth=(n if p.attention == 'vv' else 1) if p.depth is None else p.depth) for p in self.paths]
@@ -155,6 +162,7 @@ def tokens(self:Encoder, x, spec:EncodeSpec)->Tokens:
     if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point(): raise ValueError(f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)')
     v, x = self.model.visual, x.to(self.device)
     cls, patches, views = read_tokens(v, x, spec.resolved(self.blocks))
+    if not cls.isfinite().all(): raise ValueError(f"{self.backbone} gives tokens that are not finite in {self.dtype}; load it with dtype='float32', or check weights and images")
     return Tokens(cls, patches, self.grid, views, read_windows(v, x, spec.windows) if spec.windows else {})
 
 @patch

@@ -167,8 +167,9 @@ def gather(name:str, root:Path, samples:list, skipped:list, train=())->Dataset:
         if s.id in own: skipped.append((s.path, f'its id {s.id} is taken by {own[s.id].path}; rename one of them'))
         else: own[s.id] = s
     if not own: raise FileNotFoundError(f'{root}: no test image that can be used' + ''.join(f'; {f}: {why}' for f, why in skipped[:3]))
-    return Dataset(name, tuple(own.values()), kinds_of(root, dict.fromkeys(s.category for s in own.values())), tuple(skipped),
-                   tuple({s.id: replace(s, id=f'train/{s.id}') for s in sorted(train, key=lambda s: (s.id, s.path), reverse=True) if not s.label}.values())[::-1])
+    good = {}
+    for s in sorted((s for s in train if not s.label), key=lambda s: (s.id, s.path)): good.setdefault(s.id, replace(s, id=f'train/{s.id}'))
+    return Dataset(name, tuple(own.values()), kinds_of(root, dict.fromkeys(s.category for s in own.values())), tuple(skipped), tuple(good.values()))
 
 def scan_mvtec(root, name:str)->Dataset:
     "Read an MVTec-shaped folder."

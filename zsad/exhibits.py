@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['STATES', 'TWINS', 'ROLES', 'STAND_INS', 'CONTROLS', 'ano', 'ATTENTION', 'PLAIN', 'LOCALISING', 'FULL', 'PROBE',
-           'ADAPTING', 'DETECTING', 'PROMPTING', 'DEPTHS', 'BASELINES', 'UNTRAINED', 'SHOTS', 'dual', 'SEEN', 'PAIRS',
-           'TOGETHER', 'MODULES', 'COUNTS', 'policy', 'POLICIES', 'AL', 'AD', 'ANOCLIP', 'DUAL', 'OTHERS', 'EXHIBITS',
-           'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots', 'reported', 'printed']
+           'STEPS', 'ADAPTING', 'DETECTING', 'PROMPTING', 'DEPTHS', 'BASELINES', 'UNTRAINED', 'STATES_OF_BOARDS',
+           'SHOTS', 'dual', 'SEEN', 'PAIRS', 'SETTINGS', 'TOGETHER', 'MODULES', 'COUNTS', 'steps', 'DUAL_STEPS',
+           'policy', 'POLICIES', 'MAP', 'BOTH', 'WORDS', 'CODED', 'SILENT_TEXT', 'SILENT_WINDOWS', 'HALF',
+           'SILENT_ADAPTING', 'SILENT_SETS', 'SILENT_PAIRS', 'SILENT', 'AL', 'AD', 'ANOCLIP', 'DUAL', 'OTHERS',
+           'EXHIBITS', 'PLUS', 'CABLE', 'BOARDS', 'PICTURES', 'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots',
+           'switch', 'Picture', 'reported', 'printed']
 
 # %% ../nbs/22_exhibits.ipynb #4a0f97db
 import csv
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
-from .method import METHODS, Method, one_path, without_reference
+from inspect import signature
+from .method import METHODS, SCORES, TERMS, Method, find_method, one_path, without_reference
+from .prompts import PROMPTS
 
 # %% ../nbs/22_exhibits.ipynb #d545ace9
 STATES = ('not here yet', 'reported only')
@@ -102,6 +107,7 @@ LOCALISING = (Row('TransMM', METHODS['transmm']), Row('MaskCLIP', METHODS['maskc
               Row('CLIP', ATTENTION[0].method, note="AnoCLIP's sentences on CLIP's own path"), Row('AnoCLIP', ano), Row('AnoCLIP+', METHODS['anoclip+']))
 FULL = (*(Row(n, state='reported only') for n in ('US', 'PSVDD', 'PaDiM', 'CutPaste', 'FCDD', 'MKD', 'DRAEM', 'UniAD')), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP+', METHODS['anoclip+']))
 PROBE = replace(METHODS['anoclip+'], name='anoclip+/probe', terms=(('adapted', dict(adapter='linear')),))
+STEPS = tuple(Row(str(s), {0: ano, 5: METHODS['anoclip+']}.get(s) or replace(METHODS['anoclip+'], name=f'anoclip+/{s}', terms=(('adapted', dict(steps=s)),)), note='' if s else 'AnoCLIP itself') for s in range(11))
 ADAPTING = (Row('Linear Probe', PROBE, note="a linear layer with a random start, half and half with the token, as in the authors' code for VisA"), Row('Ours', METHODS['anoclip+']))
 DETECTING = (Row('CLIP', METHODS['clip-ac'], note='normal and anomalous in every template (CLIP-AC)'), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', ano))
 
@@ -116,6 +122,7 @@ def shots(k:int)->Method:
     "Give WinCLIP+ with `k` normal images, WinCLIP with none."
     return replace(METHODS['winclip+'], name=f'winclip+/{k}', reference=('shots', dict(k=k))) if k else METHODS['winclip']
 
+STATES_OF_BOARDS = (Row('without', METHODS['winclip']), Row('with bad soldering', replace(METHODS['winclip'], name='winclip/task', text='winclip/task'), note='the word joins the sentences of boards alone'))
 SHOTS = (Row('Paper k=0', state='reported only'), Row('Reprod k=0', shots(0)), Row('Paper k=1', state='reported only'), Row('Reprod k=1', shots(1)),
          Row('Reprod k=2', shots(2), note='not printed'), Row('Paper k=4', state='reported only'), Row('Reprod k=4', shots(4)))
 
@@ -124,13 +131,60 @@ dual = METHODS['dual']
 SEEN = (('text only', replace(without_reference(dual), name='dual/text')), ('reference only', replace(dual, name='dual/pair', terms=dual.terms[1:], weights=(1.,), score=('joint', dict(beta=0.)))), ('joint', dual))
 PAIRS = (Row('CLIP', ATTENTION[0].method, note="AnoCLIP's sentences on CLIP's own path; the paper's detection column is CLIP-AC"), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', METHODS['anoclip+'], note='localises as AnoCLIP+ in the paper, and so here'),
          Row('MuSc-2', METHODS['musc-2']), Row('Ours', dual, note='a reconstruction: the constants are lost'), Row('Ours+', METHODS['dual+']), *UNTRAINED[2:])
+SETTINGS = (Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP+', METHODS['anoclip+']), Row('MuSc-2', METHODS['musc-2']), Row('Ours', dual), Row('Ours+', METHODS['dual+']),
+            Row('MuSc', METHODS['musc'], note='reads the whole unlabelled set, and scores one set at a time'), Row('UniAD', state='reported only'))
 TOGETHER = tuple(Row(label, m) for label, m in SEEN) + UNTRAINED[2:]
 MODULES = (Row('base', SEEN[0][1], note='not printed'), Row('TTA', replace(without_reference(METHODS['dual+']), name='dual+/alone', weights=(1.,)), note='not printed'), Row('reference', dual, note='not printed'), Row('reference + TTA', METHODS['dual+']))
 COUNTS = (Row('0', SEEN[0][1]), Row('1', dual), *(Row(str(k), replace(dual, name=f'dual/{k}', reference=('pair', dict(count=k)))) for k in (2, 4, 8, 16)))
+steps = lambda s: replace(METHODS['dual+'], name=f'dual+/{s}', terms=(*dual.terms[1:], ('painted', dict(steps=s))))
+DUAL_STEPS = tuple(Row(str(s), {0: dual, 2: METHODS['dual+']}.get(s) or steps(s), note='' if s else 'Ours, without adaptation') for s in range(7))
 policy = lambda m, p: replace(m, name=f'{m.name}/{p}', reference=('pair', dict(policy=p)))
 POLICIES = tuple(Row(f'{label}, {p}', policy(m, p)) for label, m in SEEN[1:] for p in ('normal', 'random', 'anomalous'))
 
-# %% ../nbs/22_exhibits.ipynb #be74c26f
+# %% ../nbs/22_exhibits.ipynb #c83e387b
+def switch(base, name:str, metrics:tuple, **changes)->tuple:      # base, the other row, metrics it can change
+    "Give a row, or the one of a name, a twin under another name with fields changed, and parameters of those of its terms and of its score that know them."
+    base, known = find_method(base), lambda parts, part, had: {**had, **{k: v for k, v in changes.items() if k in signature(parts[part]).parameters}}
+    m = replace(base, terms=tuple((part, known(TERMS, part, had)) for part, had in base.terms), score=(base.score[0], known(SCORES, *base.score)))
+    return base, replace(m, name=f'{base.name}/{name}', **{k: v for k, v in changes.items() if k in Method.__dataclass_fields__}), metrics
+
+# %% ../nbs/22_exhibits.ipynb #8f5a7107
+MAP, BOTH = ('pixel_auroc', 'pro'), ('image_auroc', 'pixel_auroc', 'pro')
+WORDS, CODED = PROMPTS['anoclip'], PROMPTS['anoclip@code']
+SILENT_TEXT = (
+    switch('maskclip', 'no-mlp', MAP, encode=one_path('v', 1)),
+    (METHODS['transmm'], METHODS['transmm@code'], MAP), switch('transmm', 'difference', MAP, target='difference'),
+    *(switch('anoclip', f'tau{tau}', BOTH, tau=tau) for tau in (.07, .01)),
+    switch('anoclip', 'corners', MAP, align_corners=True), switch('anoclip', 'mean3', MAP, smooth='mean3'),
+    switch('anoclip', 'views', BOTH[:1], encode=one_path('vv', views='anovl'), score=('views', {})),
+    switch('anoclip', 'unit', BOTH, text=replace(WORDS, average='unit')), switch('anoclip', 'three-domains', BOTH, text=replace(WORDS, domains=CODED.domains, texture_domains=CODED.texture_domains)),
+    (ano, METHODS['anoclip@code'], BOTH))
+
+# %% ../nbs/22_exhibits.ipynb #85986841
+SILENT_WINDOWS = (
+    *(switch('winclip', f'tau{tau}', BOTH, tau=tau) for tau in (1., .01)), switch('winclip', 'max', BOTH[:1], score=('max', {})),
+    switch('winclip', '21', BOTH, text=replace(PROMPTS['winclip'], templates=PROMPTS['winclip@code'].templates)),
+    *(switch('winclip+', stage, BOTH, encode=one_path('qkv', stage=stage, windows=(2, 3))) for stage in ('ln_post', 'proj')),
+    switch('winclip+', 'class', BOTH[:1], score=('class', dict(tau=.07))), switch('winclip+', 'seed1', BOTH, seed=1), switch(shots(4), 'replace', BOTH, reference=('shots', dict(k=4, replace=True))))
+HALF = switch('anoclip+', 'half', MAP, adapter='code')
+SILENT_ADAPTING = (
+    switch('anoclip+', 'softmax', MAP, adapter='softmax'), HALF, switch(HALF[1], 'length', MAP, encode=one_path('vv', stage='ln_post')),
+    *(switch('anoclip+', pseudo, MAP, pseudo=pseudo) for pseudo in ('entropy', 'frozen')), *(switch('anoclip+', f'sigma{sigma}', MAP, sigma=sigma) for sigma in (.055, .005)),
+    switch('anoclip+', 'once', MAP, draws='once'), switch('anoclip+', 'in-order', MAP, in_order=True), switch('anoclip+', 'steps20', MAP, steps=20), switch('anoclip+', 'seed1', MAP, seed=1),
+    (METHODS['anoclip+'], METHODS['anoclip+@code'], BOTH))
+
+# %% ../nbs/22_exhibits.ipynb #1d41f0d6
+SILENT_SETS = (
+    switch('musc', 'share1', BOTH, share=1), switch('musc', 'no-rscin', BOTH[:1], finish=()), switch('musc', 'rscin-189', BOTH[:1], finish=(('rscin', dict(neighbours=(1, 8, 9))),)),
+    switch('musc-2', 'last', BOTH, encode=one_path('qkv', stage='raw')), switch('musc-2', '1x1', BOTH, scales=(1,)))
+SILENT_PAIRS = (
+    *(switch('dual', f'alpha{a}', BOTH, weights=(a, b)) for a, b in ((.3, .7), (.7, .3))), *(switch('dual', f'beta{beta:.0f}', BOTH[:1], beta=beta) for beta in (0., 1.)),
+    *(switch('dual', f'tau{tau}', BOTH, tau=tau) for tau in (1., .01)), switch('dual', 'seed1', BOTH, seed=1),
+    switch(SEEN[1][1], 'raw', BOTH, encode=one_path('vv', stage='raw')), *(switch(r.method, 'mean', BOTH, join='mean') for r in COUNTS if r.label == '4'),
+    switch('dual+', 'cosine', BOTH, similarity='cosine'), switch('dual+', 'lam0', BOTH, lam=0.), switch('dual+', 'steps6', BOTH, steps=6), switch('dual+', 'area0', BOTH, area=0.))
+SILENT = (*SILENT_TEXT, *SILENT_WINDOWS, *SILENT_ADAPTING, *SILENT_SETS, *SILENT_PAIRS)
+
+# %% ../nbs/22_exhibits.ipynb #95267bc9
 AL, AD = ('pixel_auroc', 'pixel_f1max', 'pro'), ('image_auroc', 'image_f1max', 'image_ap')
 ANOCLIP = (
     Exhibit('anoclip-t1', 'Zero-shot localisation (AnoCLIP, Table 1)', 'anoclip', LOCALISING, ('mvtec', 'visa'), AL, claim='Without training, patch tokens of V-V attention localise better than those of CLIP and of MaskCLIP.',
@@ -143,12 +197,16 @@ ANOCLIP = (
             contrasts=(('+DA Prompt', '+CS Prompt', 'image_auroc'), ('+DA Prompt', '+CS Prompt', 'pixel_auroc'), ('+CS Prompt', 'Base', 'image_auroc'), ('+CS Prompt', 'Base', 'pixel_auroc'))),
     Exhibit('anoclip-t5', 'Beside methods trained on all normal images (AnoCLIP, Table 5)', 'anoclip', FULL, ('mvtec',), ('image_auroc', 'pixel_auroc'), claim='Without any image of the category, detection and localisation come near those of methods trained on all of them.',
             contrasts=(('AnoCLIP+', 'WinCLIP', 'pixel_auroc'), ('AnoCLIP+', 'WinCLIP', 'image_auroc'))),
-    Exhibit('anoclip-t6', 'What adapts at test time (AnoCLIP, Table 6)', 'anoclip', ADAPTING, ('mvtec',), AL, claim='An adapter that starts from the sentences beats a linear probe that starts at random.', contrasts=(('Ours', 'Linear Probe', 'pixel_auroc'), ('Ours', 'Linear Probe', 'pro')), asked=True),)
+    Exhibit('anoclip-t6', 'What adapts at test time (AnoCLIP, Table 6)', 'anoclip', ADAPTING, ('mvtec',), AL, claim='An adapter that starts from the sentences beats a linear probe that starts at random.', contrasts=(('Ours', 'Linear Probe', 'pixel_auroc'), ('Ours', 'Linear Probe', 'pro')), asked=True),
+    Exhibit('anoclip-f5', 'Steps of adaptation (AnoCLIP, Fig. 5)', 'anoclip', STEPS, ('mvtec', 'visa'), AL, 'curve', 'Five steps improve on none; more converge, with a slight decrease.',
+            (('5', '0', 'pixel_auroc'), ('5', '0', 'pixel_f1max'), ('5', '0', 'pro'), ('5', '10', 'pixel_auroc'), ('5', '10', 'pro')), 'drawing', 'steps of adaptation', True),)
 
-# %% ../nbs/22_exhibits.ipynb #948a674d
+# %% ../nbs/22_exhibits.ipynb #68ac2bb6
 DUAL = (
     Exhibit('dual-t1', 'Two images instead of one (Dual-Image Enhanced CLIP, Table 1)', 'dual', PAIRS, ('mvtec', 'visa'), AL + AD, claim='A random unlabelled reference image beside the sentences improves localisation and detection, and beats a reference image alone.',
             contrasts=(('Ours', 'AnoCLIP', 'pixel_auroc'), ('Ours', 'AnoCLIP', 'pro'), ('Ours', 'AnoCLIP', 'image_auroc'), ('Ours', 'MuSc-2', 'pixel_auroc'), ('Ours', 'MuSc-2', 'image_auroc'), ('Ours', 'dual, random weights', 'pixel_auroc'))),
+    Exhibit('dual-t2', 'One image, two, the whole set (Dual-Image Enhanced CLIP, Table 2)', 'dual', SETTINGS, ('mvtec',), ('image_auroc', 'pixel_auroc'), claim='Two images are ahead of one and behind the whole unlabelled set.',
+            contrasts=(('Ours+', 'WinCLIP', 'image_auroc'), ('Ours+', 'WinCLIP', 'pixel_auroc'), ('MuSc', 'Ours+', 'image_auroc'), ('MuSc', 'Ours+', 'pixel_auroc'), ('MuSc', 'MuSc-2', 'image_auroc'), ('MuSc', 'MuSc-2', 'pixel_auroc')), print_state='lost'),
     Exhibit('dual-f3', 'Sentences, a reference, both (Dual-Image Enhanced CLIP, Fig. 3)', 'dual', TOGETHER, ('mvtec',), AL + AD[:1], claim='Neither sentences nor a reference alone see what both see together.',
             contrasts=(('joint', 'text only', 'pixel_auroc'), ('joint', 'reference only', 'pixel_auroc'), ('joint', 'text only', 'image_auroc'), ('joint', 'reference only', 'image_auroc')), print_state='drawing'),
     Exhibit('dual-t3', 'Reference and adaptation (Dual-Image Enhanced CLIP, Table 3)', 'dual', MODULES, ('mvtec',), AL + AD, claim='Reference and adaptation each improve on sentences alone, and together most.',
@@ -156,14 +214,18 @@ DUAL = (
     Exhibit('dual-f5a', 'Number of reference images (Dual-Image Enhanced CLIP, Fig. 5a)', 'dual', COUNTS, ('mvtec',), ('pixel_auroc', 'image_auroc'), 'curve', 'More references improve both, the first one most.',
             (('1', '0', 'pixel_auroc'), ('16', '1', 'pixel_auroc'), ('1', '0', 'image_auroc'), ('16', '1', 'image_auroc')), 'lost', 'reference images', True),
     Exhibit('dual-f5b', 'Which image is the reference (Dual-Image Enhanced CLIP, Fig. 5b)', 'dual', POLICIES, ('mvtec',), AL + AD[:1], claim='A damaged reference misleads; the sentences make up for it.',
-            contrasts=(('reference only, normal', 'reference only, anomalous', 'pixel_auroc'), ('joint, normal', 'joint, anomalous', 'pixel_auroc'), ('joint, anomalous', 'reference only, anomalous', 'pixel_auroc')), print_state='drawing', asked=True),)
+            contrasts=(('reference only, normal', 'reference only, anomalous', 'pixel_auroc'), ('joint, normal', 'joint, anomalous', 'pixel_auroc'), ('joint, anomalous', 'reference only, anomalous', 'pixel_auroc')), print_state='drawing', asked=True),
+    Exhibit('dual-f6c', 'Steps of adaptation (Dual-Image Enhanced CLIP, Fig. 6c)', 'dual', DUAL_STEPS, ('mvtec',), ('pixel_auroc', 'image_auroc', 'pro'), 'curve', 'Of one to six steps two are best, for pixels, images and regions.',
+            (('2', '0', 'pixel_auroc'), *(('2', k, 'pixel_auroc') for k in '13456'), *(('2', k, m) for m in ('image_auroc', 'pro') for k in '16')), 'lost', 'steps of adaptation', True),)
 
-# %% ../nbs/22_exhibits.ipynb #85986841
+# %% ../nbs/22_exhibits.ipynb #0d3297ff
 OTHERS = (
     Exhibit('attention-plain', 'Attention modes on an encoder whose patches were never trained', '', PLAIN, ('mvtec',), AL, claim='The contrast of the attention modes does not come from training patches.',
             contrasts=((ATTENTION[3].label, ATTENTION[0].label, 'pixel_auroc'), (ATTENTION[3].label, ATTENTION[0].label, 'pro'), (ATTENTION[3].label, ATTENTION[2].label, 'pro')), print_state='own'),
     Exhibit('winclip-t2', 'WinCLIP with k normal images (WinCLIP reproduction, Table 2)', 'winclip', SHOTS, ('mvtec',), ('image_auroc', 'pixel_auroc', 'pro'), claim='A few normal images improve on none.',
             contrasts=(('Reprod k=1', 'Reprod k=0', 'image_auroc'), ('Reprod k=4', 'Reprod k=1', 'image_auroc'), ('Reprod k=4', 'Reprod k=0', 'image_auroc'), ('Reprod k=4', 'Reprod k=0', 'pixel_auroc'))),
+    Exhibit('winclip-states', 'A word for the defects of boards', '', STATES_OF_BOARDS, ('visa',), ('image_auroc', 'pixel_auroc', 'pro'), claim='Knowledge of the task, as a further state, helps where it fits (WinCLIP, its example of bad soldering).',
+            contrasts=(('with bad soldering', 'without', 'image_auroc'), ('with bad soldering', 'without', 'pixel_auroc')), print_state='own'),
     Exhibit('baselines', 'All methods without training, side by side', '', BASELINES, ('mvtec',), AD[:1] + AL, claim='What the papers of these methods say of one another.',
             contrasts=(('winclip', 'clip-ac', 'pixel_auroc'), ('anoclip', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'image_auroc'), ('dual', 'anoclip', 'pixel_auroc'), ('dual', 'anoclip', 'image_auroc'), ('anoclip+', 'anoclip', 'pixel_auroc'), ('anoclip+', 'anoclip', 'pro'), ('dual+', 'dual', 'pixel_auroc'), ('dual+', 'dual', 'pro'),
                        ('dual', 'musc-2', 'image_auroc')), print_state='own'),
@@ -171,10 +233,43 @@ OTHERS = (
             contrasts=(('winclip', 'clip-ac', 'pixel_auroc'), ('anoclip', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'image_auroc'), ('dual', 'anoclip', 'pixel_auroc'), ('dual', 'anoclip', 'image_auroc')), print_state='own'),
     Exhibit('untrained', 'What reference images tell a network that was never trained', '', (*(Row(n, METHODS[n]) for n in ('winclip+', 'musc', 'dual')), *UNTRAINED), ('mvtec',), AD[:1] + AL, claim='Methods that compare images owe what they find to training, not to comparing.',
             contrasts=tuple((r.method.name, r.label, m) for r in UNTRAINED for m in ('pixel_auroc', 'image_auroc')), print_state='own', asked=True),
-    Exhibit('vv-depth', 'How many of the last blocks walk the V-V path', '', DEPTHS, ('mvtec',), ('pixel_auroc', 'pro'), 'curve', print_state='own', axis='blocks on the V-V path'),)
+    Exhibit('vv-depth', 'How many of the last blocks walk the V-V path', '', DEPTHS, ('mvtec',), ('pixel_auroc', 'pro'), 'curve', print_state='own', axis='blocks on the V-V path'),
+    Exhibit('fidelity', 'Where papers are silent', '', tuple(Row(m.name, m) for m in {m.name: m for base, other, _ in SILENT for m in (base, other)}.values()), ('mvtec',), BOTH,
+            contrasts=tuple((m.name, base.name, metric) for base, m, metrics in SILENT for metric in metrics), print_state='own', asked=True),)
 EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS)}
 
-# %% ../nbs/22_exhibits.ipynb #f595ddca
+# %% ../nbs/22_exhibits.ipynb #6fbeb86a
+@dataclass(frozen=True)
+class Picture:
+    "One figure of a paper that shows images, maps or tokens."
+    name: str                    # of the exhibit beside it, if the figure has numbers too
+    title: str
+    paper: str                   # key of the paper
+    rows: tuple                  # what is drawn, each with a method
+    roles: tuple                 # data sets
+    categories: tuple = ()       # looked for by name, the rest of the set after them; (): all in the order of their names
+    count: int = 1               # categories drawn from each data set
+    claim: str = ''              # what the paper shows with it
+
+    def __post_init__(self):
+        for role in self.roles: datasets_of(role)
+        if not self.rows or any(r.method is None or r.control for r in self.rows): raise ValueError(f'{self.name}: rows {[r.label for r in self.rows]}: a picture draws methods; give rows with one, without control')
+        if len({r.label for r in self.rows}) < len(self.rows): raise ValueError(f'{self.name}: two rows have one label; labels are {[r.label for r in self.rows]}')
+        if self.count < 1: raise ValueError(f'{self.name}: count={self.count!r}: draw 1 category or more')
+
+PLUS, CABLE = (Row('AnoCLIP', ano), Row('AnoCLIP+', METHODS['anoclip+'])), ('cable',)
+BOARDS = ('bottle', 'cable', 'transistor', 'wood', 'pcb1', 'pcb4', 'memory_board', 'radio_board')
+PICTURES = {p.name: p for p in (
+    Picture('anoclip-f4', 'Zero-shot localisation (AnoCLIP, Fig. 4)', 'anoclip', PLUS[1:], ('mvtec', 'visa'), count=8, claim='Defects of many kinds on many things are localised.'),
+    Picture('anoclip-f6', 'Patch tokens before and after adaptation (AnoCLIP, Fig. 6)', 'anoclip', PLUS, ('mvtec',), CABLE, claim='Adaptation moves anomalous tokens that were missed to the anomalous side.'),
+    Picture('dual-f3', 'Sentences, a reference, both, in pictures (Dual-Image Enhanced CLIP, Fig. 3)', 'dual', tuple(Row(label, m) for label, m in SEEN), ('mvtec', 'visa'), BOARDS, 3, 'Neither sentences nor a reference alone see what both see together.'),
+    Picture('dual-f4', 'Adaptation to a painted anomaly (Dual-Image Enhanced CLIP, Fig. 4)', 'dual', (Row('Ours+', METHODS['dual+']),), ('mvtec',), BOARDS, 3, 'A linear layer learns from an anomaly painted into the image itself.'),
+    Picture('dual-f5b', 'A normal and an anomalous reference (Dual-Image Enhanced CLIP, Fig. 5b)', 'dual', tuple(r for r in POLICIES if not r.label.endswith('random')), ('mvtec',), BOARDS, 2, 'A damaged reference misleads; the sentences make up for it.'),
+    Picture('dual-f6a', 'Scores of patches before and after adaptation (Dual-Image Enhanced CLIP, Fig. 6a)', 'dual', (Row('Ours+', METHODS['dual+']),), ('mvtec',), CABLE, claim='After adaptation the scores of normal and anomalous patches lie further apart.'),
+    Picture('winclip-f6', 'Windows and their harmonic mean (WinCLIP reproduction, Fig. 6)', 'winclip', (Row('WinCLIP', shots(0)),), ('mvtec',), ('metal_nut', 'cable'), claim='Windows of several sizes find defects of several sizes.'),
+    Picture('winclip-f7', 'No, one and four normal images (WinCLIP reproduction, Fig. 7)', 'winclip', tuple(Row(f'k={k}', shots(k)) for k in (0, 1, 4)), ('mvtec', 'visa'), BOARDS, 3, 'A few normal images make the maps much better.'),)}
+
+# %% ../nbs/22_exhibits.ipynb #c596539c
 @lru_cache
 def reported()->tuple:
     "Read every printed number: dicts with paper, exhibit, row, dataset, category, metric, value, spread, note."

@@ -22,7 +22,7 @@ from .viz import map_range, outline, overlay, picture_grid
 def maps_of(rows, encoder:Encoder, images, category:str, kind=None, texts=None)->dict:      # label -> [B,H,W]
     "Compute the maps of exhibit rows on images of one category, a list of uint8 arrays or {hash: file} for the token store, encoding once."
     out, texts = {}, {} if texts is None else texts
-    for interpolation, spec, methods in merge_specs([r.method for r in rows]):
+    for interpolation, spec, methods in merge_specs([r.method for r in rows], encoder.blocks):
         tokens = recall(cache_dir('tokens'), encoder, spec, interpolation, images) if isinstance(images, dict) else encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
         for r in rows:
             if r.method in methods: out[r.label] = build(r.method, {category: kind}, encoder, texts).predict(tokens, [category]*len(images)).map.numpy()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RULES', 'ORDERS', 'KINDS', 'TEXTURES', 'TEMPLATES', 'BASE', 'WINCLIP_TEMPLATES', 'CLIP', 'CLIP_AC', 'WITHOUT', 'WITH',
-           'CS', 'ANOCLIP', 'ANOCLIP_CODE', 'WINCLIP', 'FAULTY', 'WINCLIP_CODE', 'APRIL_TEMPLATES', 'APRIL_GAN',
-           'PROMPTS', 'PromptSet', 'check_prompts', 'category_words', 'category_kind', 'with_domain', 'compose',
-           'prompt_set', 'sentences', 'average', 'Text', 'encode_text', 'encode_prompts']
+           'CS', 'ANOCLIP', 'ANOCLIP_CODE', 'WINCLIP', 'FAULTY', 'WINCLIP_CODE', 'BOARDS', 'WINCLIP_TASK',
+           'APRIL_TEMPLATES', 'APRIL_GAN', 'PROMPTS', 'PromptSet', 'check_prompts', 'category_words', 'category_kind',
+           'with_domain', 'compose', 'prompt_set', 'sentences', 'average', 'Text', 'encode_text', 'encode_prompts']
 
 # %% ../nbs/12_prompts.ipynb #529ede49
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ class PromptSet:
     order: str = 'templates'         # one of ORDERS
     underscore: str = ' '            # what a `_` in the category becomes; '_' keeps it
     renames: tuple = ()              # pairs (category, the word used instead)
+    task: tuple = ()                 # pairs (category, anomalous states that it alone has): WinCLIP's task-specific states
     source: str = ''                 # where the lists come from
 
     def __post_init__(self): check_prompts(self)
@@ -40,12 +41,13 @@ def check_prompts(
     p, # PromptSet
 ):
     "Make the lists of a PromptSet tuples and refuse what cannot give sentences"
-    for field in ('normal', 'abnormal', 'templates', 'domains', 'texture_domains', 'renames'):
+    for field in ('normal', 'abnormal', 'templates', 'domains', 'texture_domains', 'renames', 'task'):
         if isinstance(getattr(p, field), str): raise ValueError(f'{p.name}: {field} is one string; write a tuple, as in (\'photo\',)')
         object.__setattr__(p, field, tuple(getattr(p, field)))
-    for field in ('normal', 'abnormal', 'templates'):
-        bad = [s for s in getattr(p, field) if s.count('{}') != 1]
-        if bad or not getattr(p, field):
+    for field, own in (*((f, getattr(p, f)) for f in ('normal', 'abnormal', 'templates')), *((f'task of {c!r}', own) for c, own in p.task)):
+        if isinstance(own, str): raise ValueError(f'{p.name}: {field} is one string; write a tuple, as in (\'{{}} with bad soldering\',)')
+        bad = [s for s in own if s.count('{}') != 1]
+        if bad or not own:
             raise ValueError(f"{p.name}: {field} holds {bad[:3] or 'nothing'}; every entry needs exactly one '{{}}', as in 'flawless {{}}'")
     if not p.domains or not all(p.domains + p.texture_domains):
         raise ValueError(f"{p.name}: domains={p.domains}, texture_domains={p.texture_domains}; give at least one phrase and no empty one, as in ('photo',)")
@@ -96,7 +98,7 @@ def compose(
         states = [s.replace('{}', category_words(prompts, category)) for s in states]
         pairs = product(templates, states) if prompts.order == 'templates' else ((t, s) for s, t in product(states, templates))
         return [t.replace('{}', s) for t, s in pairs]
-    return fill(prompts.normal), fill(prompts.abnormal)
+    return fill(prompts.normal), fill((*prompts.abnormal, *dict(prompts.task).get(category, ())))
 
 # %% ../nbs/12_prompts.ipynb #cd0561bc
 TEMPLATES = (
@@ -135,6 +137,9 @@ WINCLIP = PromptSet('winclip', ('{}', *WITHOUT), ('damaged {}', *WITH), WINCLIP_
 FAULTY = tuple(t.replace('jpeg corrupted {domain} of a ', 'jpeg corrupted {domain} of the ') for t in WINCLIP_TEMPLATES if t != 'a cropped {domain} of a {}.')
 WINCLIP_CODE = replace(WINCLIP, name='winclip@code', templates=FAULTY, order='states', underscore='_',
                        source='Accurate-WinCLIP@eef4f8c, reproduce_WinCLIP.py; anomalib 2.7.0, winclip/prompting.py')
+BOARDS = ('pcb1', 'pcb2', 'pcb3', 'pcb4', 'sensor_board', 'relay_board', 'memory_board', 'radio_board')
+WINCLIP_TASK = replace(WINCLIP, name='winclip/task', task=tuple((c, ('{} with bad soldering',)) for c in BOARDS),
+                       source='WinCLIP, CPE with task-specific states: its example, bad soldering, for the boards of VisA and of procad-b')
 
 # %% ../nbs/12_prompts.ipynb #81bb7120
 APRIL_TEMPLATES = (
@@ -151,7 +156,7 @@ APRIL_GAN = PromptSet('april-gan', ('{}', *WITHOUT), ('damaged {}', 'broken {}',
                       average='unit', order='states', underscore='_', source='VAND-APRIL-GAN@f13b8a6, prompt_ensemble.py')
 
 # %% ../nbs/12_prompts.ipynb #82e14cad
-PROMPTS = {p.name: p for p in (CLIP, CLIP_AC, BASE, CS, ANOCLIP, ANOCLIP_CODE, WINCLIP, WINCLIP_CODE, APRIL_GAN)}
+PROMPTS = {p.name: p for p in (CLIP, CLIP_AC, BASE, CS, ANOCLIP, ANOCLIP_CODE, WINCLIP, WINCLIP_CODE, WINCLIP_TASK, APRIL_GAN)}
 
 def prompt_set(
     prompts, # a name of PROMPTS or a PromptSet
