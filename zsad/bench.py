@@ -7,10 +7,10 @@ __all__ = ['LINE', 'PARTS', 'CODE', 'PROFILES', 'SCORING', 'merge_specs', 'Truth
            'measure_defects', 'code_of', 'run_record', 'sentences_of', 'complete', 'machine', 'Model', 'load_model',
            'open_model', 'Job', 'read_result', 'predictions', 'predict_job', 'all_tokens', 'reference_of', 'run_job',
            'bare', 'run_local', 'run_processes', 'run_cluster', 'run_all', 'Profile', 'open_sets', 'gather_rows',
-           'image_hash', 'shots_of', 'twin_of', 'possible', 'enough', 'readable_shots', 'plan_jobs', 'collect',
-           'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count', 'compute',
-           'defined', 'mean_of', 'average_seeds', 'metric_rows', 'defect_rows', 'contrasts_of', 'contrast_rows',
-           'find_run', 'to_csv', 'write_results']
+           'image_hash', 'shots_of', 'twin_of', 'possible', 'usable', 'enough', 'readable_shots', 'plan_jobs',
+           'collect', 'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count',
+           'compute', 'defined', 'mean_of', 'average_seeds', 'metric_rows', 'defect_rows', 'contrasts_of',
+           'contrast_rows', 'find_run', 'to_csv', 'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, math, os, platform, shutil, sys, time
@@ -35,6 +35,7 @@ from .method import Detector, Prediction, Reference, build, pick
 from .metrics import METRICS, Protocol, evaluate, pixel_auroc_within
 from .prompts import prompt_set, sentences
 from .store import encode_missing, held, recall, streams_of
+from .trained import load_trained
 from .windows import choose_references
 
 # %% ../nbs/23_bench.ipynb #c8667495
@@ -89,21 +90,21 @@ def measure_defects(counts, scores, t:Truth)->dict:
 
 # %% ../nbs/23_bench.ipynb #27c6bcb9
 LINE = code_digest('bench', 'bootstrap', 'clip', 'core', 'data', 'method', 'metrics', 'prompts', 'store', 'vv')      # what turns an image into a number, as it was when this process began
-PARTS = {name: code_digest(*used) for name, used in dict(text=(), windows=('windows',), pair=('dual', 'windows'), memory=('windows',), mutual=('musc',), relevance=('relevance',), adapted=('tta',), painted=('dual', 'synth', 'tta', 'windows')).items()}
+PARTS = {name: code_digest(*used) for name, used in dict(text=(), windows=('windows',), pair=('dual', 'windows'), memory=('windows',), mutual=('musc',), relevance=('relevance',), adapted=('tta',), painted=('dual', 'synth', 'tta', 'windows'), trained=('fusion', 'heads', 'knpl', 'trained', 'tta')).items()}
 CODE = digest(LINE, *PARTS.values())
 
 def code_of(m)->str:
-    "Hash the code that a row runs through: the line, and the sections of its terms."
-    return LINE if m is None else digest(LINE, *(PARTS[name] for name, _ in m.terms))
+    "Hash the code that a row runs through: the line, and the sections of its terms and of what was trained."
+    return LINE if m is None else digest(LINE, *(PARTS[name] for name, _ in m.terms), *([PARTS['trained']] if m.artifact else []))
 
 # %% ../nbs/23_bench.ipynb #a7f92711
 def run_record(row:Row, det:Detector, encoder:Encoder, s:Survey, shots:dict={}, protocol=Protocol())->tuple:      # record, key without data
     "Describe a run that is shown few-shot references {category: ((hash, file), ...)}; `run` is its key."
-    method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', text=sentences_of(det.method.text)))
+    method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', artifact=det.trained and 'trained' or '', text=sentences_of(det.method.text)))
     name, control = row.runs_as
     what = dict(method=name, control=control, dataset=s.dataset.name, data=s.hash, shown=digest(*(i for c, found in shots.items() for i in (c, *(h for h, _ in found)))) if shots else '', complete=complete(s.dataset), left_out=len(s.dataset.skipped), encoder=encoder.backbone,
                 weights='-' if row.method is None else encoder.weights, source='-' if row.method is None else encoder.source, size=encoder.preprocess.size,
-                dtype=str(encoder.dtype).split('.')[-1], protocol=repr(protocol), seed=row.method.seed if row.method else 0, code=code_of(row.method), resolved=method)
+                dtype=str(encoder.dtype).split('.')[-1], protocol=repr(protocol), seed=row.method.seed if row.method else 0, artifact=det.trained.hash if det and det.trained else '', code=code_of(row.method), resolved=method)
     key = lambda *known: digest(*(f'{k}={v}' for k, v in what.items() if k not in ('method', 'source', 'encoder', 'complete', 'left_out', *known)))      # names, and what follows from the data
     return dict(run=key(), **{**what, 'resolved': digest(method)}), key('data', 'shown')
 
@@ -339,10 +340,17 @@ def possible(row:Row, encoder:Encoder, ds)->bool:
     if twin_of(row) == 'plain training' and (encoder.source != 'shipped' or f'{encoder.backbone}-plain' not in SHIPPED): return False
     if row.method is None: return bool(objects) and all(s.foreground for s in objects)
     m, side = row.method, min(encoder.grid)
+    if not usable(m, encoder): return False
     near = max([r for name, params in m.terms if name == 'mutual' for r in params.get('scales', (1, 3, 5))], default=0)
     return enough(m, ds) and max([p.depth or 0 for p in m.encode.paths], default=0) <= encoder.blocks and max(m.encode.windows, default=0) <= side and near <= side
 
 # %% ../nbs/23_bench.ipynb #7d2f82ca
+def usable(m, encoder:Encoder)->bool:
+    "Tell whether a row's artifact is there and fits the encoder; one that is not is named."
+    try: return not m.artifact or bool(load_trained(m.artifact, encoder))
+    except (OSError, ValueError) as e: print(f'{m.name} left out: {e}', file=sys.stderr)
+    return False
+
 def enough(m, ds)->bool:
     "Tell whether every category has as many images as a row draws references."
     if not m.reference: return True

@@ -19,10 +19,11 @@ from torch import Tensor
 from .clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score
 from .core import keyed
 from .dual import draw_references, dual_score, joint_map, pair_map
-from .musc import musc_map, rscin
+from .musc import musc_map, rscin, split_subsets
 from .prompts import PROMPTS, encode_text
 from .relevance import relevance
 from .synth import draw_source, patch_mask, synthesize
+from .trained import Trained, load_trained
 from .tta import adapt, adapt_in_order, draw_noise, draw_start, dual_adapt
 from .windows import check_window, choose_references, few_shot_map, remember, zero_shot_map
 
@@ -81,10 +82,15 @@ def memory_term(s:Scene, path:int=0, layer:int=-1)->Tensor:        # [B,N]
         out[at] = few_shot_map({k: f[at] for k, f in s.tokens.windows.items()}, p[at], memory, s.tokens.grid).flatten(1)
     return out
 
-def mutual_term(s:Scene, path:int=0, scales=(1, 3, 5), share:float=0.3)->Tensor:        # [B,N]
+def mutual_term(s:Scene, path:int=0, scales=(1, 3, 5), share:float=0.3,
+                parts:int=1      # subsets that the set is dealt out into; each image is compared within its own
+               )->Tensor:        # [B,N]
     "Compare patches with all other images of the set, or with each image's own references (MuSc; MuSc-2)."
     layers = list(s.tokens.patches.values())[path]
-    if s.reference is None: return musc_map(layers, s.tokens.grid, scales, share)
+    if s.reference is None:
+        if parts == 1: return musc_map(layers, s.tokens.grid, scales, share)
+        at = split_subsets(s.ids, parts, s.seed)
+        return torch.cat([musc_map(layers[:, rows], s.tokens.grid, scales, share) for rows in at])[torch.tensor(sum(at, [])).argsort()]
     others = (l[s.reference.rows] for l in list(s.reference.tokens.patches.values())[path])
     return musc_map(layers, s.tokens.grid, scales, share, others)
 
@@ -182,7 +188,7 @@ READ = dict(text=(('text', 'windows', 'relevance', 'adapted', 'painted'), ('clas
 def check_needs(m):
     "Refuse terms and scores whose input a row does not have."
     used = lambda of: [f'{kind} {n!r}' for kind, names, some in (('term', [n for n, _ in m.terms], of[0]), ('score', [m.score[0]], of[1])) for n in names if n in some]
-    for has, what, fix in ((m.text is not None, 'text', 'text=None: name a prompt set'), (m.encode.windows, 'windows', 'encode without windows: give EncodeSpec(windows=(2, 3))'), (m.reference, 'reference', 'no reference: say where it comes from, as in (\'pair\', {})')):
+    for has, what, fix in ((m.text is not None or m.artifact, 'text', 'text=None: name a prompt set'), (m.encode.windows, 'windows', 'encode without windows: give EncodeSpec(windows=(2, 3))'), (m.reference, 'reference', 'no reference: say where it comes from, as in (\'pair\', {})')):
         if not has and used(READ[what]): raise ValueError(f'{m.name}: {", ".join(used(READ[what]))} and {fix}')
     if m.score[0] == 'memory' and not m.has('memory'): raise ValueError(f"{m.name}: score 'memory' reads the map of the term 'memory', and the terms are {[n for n, _ in m.terms]}")
     names = [n for n, _ in m.terms]
@@ -198,6 +204,7 @@ def check_method(m):
     check_call('score', m.score[0], SCORES, m.score[1])
     if m.reference: check_call('reference', m.reference[0], REFERENCES, m.reference[1])
     for name, params in m.finish: check_call('finish', name, FINISH, params)
+    if not m.terms and not m.artifact: raise ValueError('terms=(): a row without terms needs artifact=, a trained head')
     if m.weights and len(m.weights) != len(m.terms): raise ValueError(f'weights={m.weights}: one for each of the terms {[name for name, _ in m.terms]}')
     if m.smooth not in ('none', 'mean3'): raise ValueError(f"smooth={m.smooth!r}: choose 'none' or 'mean3'")
     if isinstance(m.text, str) and m.text not in PROMPTS: raise ValueError(f'text={m.text!r}: choose from {list(PROMPTS)}')
@@ -219,6 +226,7 @@ class Method:
     score: tuple = ('class', {})           # (name, parameters) of the image score
     finish: tuple = ()                     # (name, parameters) of each step over the scores of the whole set
     seed: int = 0                          # of everything that is drawn
+    artifact: str = ''                     # trained prompts, which replace `text`, or a head, which stands where no terms are: its file, or the name of one that ships
     interpolation: str = 'bicubic'         # filter the images were resized with before they came
     source: str = ''                       # paper or repository the row follows
     version: int = 1                       # counts up when the row's meaning changes
@@ -229,12 +237,12 @@ class Method:
 @patch(as_prop=True)
 def draws(self:Method)->bool:
     "Tell whether the row draws something, so that seeds differ."
-    return bool(self.reference) or self.has('adapted', 'painted')
+    return bool(self.reference) or self.has('adapted', 'painted') or any(params.get('parts', 1) > 1 for _, params in self.terms)
 
 @patch(as_prop=True)
 def pixels(self:Method)->bool:
     "Tell whether the row needs the images beside their tokens."
-    return self.has('relevance', 'painted')
+    return self.has('relevance', 'painted') or not self.terms and not self.encode.paths
 
 @patch(as_prop=True)
 def whole(self:Method)->bool:
@@ -303,6 +311,7 @@ class Detector:
     method: Method          # resolved: block numbers instead of fractions
     encoder: Encoder
     texts: dict             # category -> Text
+    trained: Trained = None # what the row's artifact holds
 
     def __call__(self, x, categories,
                  reference=None,     # preprocessed reference images [R,3,S,S], for all or by category
@@ -349,6 +358,7 @@ def line(self:Detector, category, tokens:Tokens, reference:Reference=None, x=Non
     m, text = self.method if reference else without_reference(self.method), self.text(category)
     words = () if text is None else (t.to(tokens.cls.device) for t in (text.pair, torch.cat(text.each)))
     s = Scene(only(tokens, m.encode), *(words or (None, None)), reference and replace(reference, tokens=only(reference.tokens, m.encode)), ids, m.seed, self.encoder, x)
+    if not m.terms: return Prediction(*(t.cpu() for t in self.trained.predict(s, self.encoder.preprocess.size)))
     maps = []
     for name, params in m.terms: maps.append(TERMS[name](s, **params)); s = replace(s, parts={**s.parts, name: maps[-1]})
     a = sum(w*t for w, t in zip(m.weights or [1/len(maps)]*len(maps), maps))
@@ -374,14 +384,19 @@ def find_method(method)->Method:
 def build(method,              # a Method or the name of one
           categories,          # names, or {name: 'object' | 'texture'}
           encoder:Encoder,
-          text_cache:dict=None # remembered texts, shared by detectors of one encoder
+          text_cache:dict=None,# remembered texts, shared by detectors of one encoder
+          artifact=None        # file or name of what was trained; None: the row's own
          )->Detector:
     "Make a method ready: resolve layers and depths, encode its sentences."
-    method = find_method(method)
+    method = find_method(method) if artifact is None else replace(find_method(method), artifact=str(artifact))
+    trained = load_trained(method.artifact, encoder) if method.artifact else None
+    if trained and not method.terms and not trained.head: raise ValueError(f'{method.name}: artifact {method.artifact!r} holds prompts and no head, and the row has no terms; give it terms, such as ((\'text\', {{}}),)')
     for k in method.encode.windows: check_window(encoder.grid, k)
     kinds = categories if isinstance(categories, dict) else {c: None for c in ([categories] if isinstance(categories, str) else categories)}
     cache = {} if text_cache is None else text_cache
+    own = trained.texts(encoder, kinds) if trained and trained.prompts else {}
     for c, kind in kinds.items():
         key = (repr(method.text), c, kind)
-        if key not in cache: cache[key] = None if method.text is None else encode_text(encoder, method.text, c, kind)
-    return Detector(replace(method, encode=method.encode.resolved(encoder.blocks)), encoder, {c: cache[repr(method.text), c, k] for c, k in kinds.items()})
+        if key not in cache and not own: cache[key] = None if method.text is None else encode_text(encoder, method.text, c, kind)
+    texts = own or {c: cache[repr(method.text), c, k] for c, k in kinds.items()}
+    return Detector(replace(method, encode=method.encode.resolved(encoder.blocks)), encoder, texts, trained)

@@ -1,0 +1,122 @@
+"""Trained artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the key of a run; subsets of an unlabelled set."""
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+import open_clip, pytest, torch
+from test_parity import config, gap, sharp
+from zsad.bench import Model, code_of, compute, plan_jobs
+from zsad.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.data import load_dataset, survey
+from zsad.exhibits import Row
+from zsad.fusion import KAnoCLIP
+from zsad.heads import MVFA, AprilGan
+from zsad.knpl import PROMPT_RECIPES, start_prompts, text_of
+from zsad.method import METHODS, Method, build
+from zsad.musc import musc_map, split_subsets
+from zsad.procad import render_procad
+from zsad.trained import LayerMaps, find_artifact, load_trained, save_trained
+
+S = 96
+VV, QKV = EncodeSpec((AttentionPath('vv'),), 'quarters'), EncodeSpec((AttentionPath('qkv'),), 'quarters', 'raw')
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=S, layers=4))
+    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
+    return str(d/'small.json'), str(d/'small.pt')
+
+@pytest.fixture(scope='module')
+def enc(files): return load_encoder(*files, device='cpu', dtype='float32')
+
+@pytest.fixture(scope='module')
+def x(): return torch.randn(5, 3, S, S, generator=torch.Generator().manual_seed(3))
+
+@pytest.fixture(scope='module')
+def made(enc, tmp_path_factory):
+    "One artifact of each kind, with weights that are not those of the start."
+    d, width = tmp_path_factory.mktemp('trained'), enc.model.visual.conv1.out_channels
+    words = start_prompts(PROMPT_RECIPES['kanoclip'], enc, 1)
+    heads = {'kanoclip': (KAnoCLIP, dict(dim=enc.dim, start='drawn', heads=4)), 'april-gan': (AprilGan, dict(width=width, dim=enc.dim)), 'mvfa': (MVFA, dict(width=width, dim=enc.dim, layers=[0, 1, 2, 3])), 'anomalyclip': (LayerMaps, dict(sigma=2.))}
+    for k, (kind, settings) in heads.items(): save_trained(d/k, enc, words if k in ('kanoclip', 'anomalyclip') else None, kind(**settings), settings, seed=1)
+    save_trained(d/'words', enc, words)
+    return d
+
+def rows(made):
+    "The four methods as rows."
+    at = lambda k: str(made/f'{k}.json')
+    return dict(kanoclip=Method('kanoclip', VV, None, (), artifact=at('kanoclip')), anomalyclip=Method('anomalyclip', VV, None, (), artifact=at('anomalyclip')),
+                **{'april-gan': Method('april-gan', QKV, 'april-gan', (), artifact=at('april-gan'))}, mvfa=Method('mvfa', EncodeSpec(()), 'april-gan', (), artifact=at('mvfa')))
+
+@pytest.mark.parametrize('name', ['kanoclip', 'anomalyclip', 'april-gan', 'mvfa'])
+def test_a_head_row_gives_what_the_head_gives(enc, x, made, name):
+    m = rows(made)[name]; t = load_trained(m.artifact, enc); det = build(m, ['pill', 'wood'], enc)
+    pair = text_of(t.prompts, enc, ['pill'])['pill'].pair if t.prompts else build('anoclip', ['pill'], enc).texts['pill'].pair*0 + det.texts['pill'].pair
+    tokens = enc.tokens(x, m.encode)
+    want = t.head(enc.model.visual, x, pair, S) if name == 'mvfa' else t.head(tokens.cls, next(iter(tokens.patches.values())), pair, enc.grid, S)
+    got = det(x, ['pill']*5)
+    assert gap(got.score, want[0].detach()) < 1e-5 and gap(got.map, want[1].detach()) < 1e-5 and got.map.shape == (5, S, S)
+    one = [det(x[i:i + 1], ['pill']) for i in range(5)]
+    assert gap(torch.cat([p.map for p in one]), got.map) < 1e-5 and gap(torch.cat([p.score for p in one]), got.score) < 1e-5
+    mixed = det(x, ['pill', 'wood', 'pill', 'wood', 'wood'])
+    assert gap(mixed.map[[0, 2]], got.map[[0, 2]]) < 1e-5 and gap(mixed.map[[1, 3, 4]], det(x[[1, 3, 4]], ['wood']*3).map) < 1e-5
+
+def test_prompts_replace_sentences_and_nothing_else(enc, x, made):
+    words, plain = build('anoclip', ['pill'], enc, artifact=made/'words.json'), build('anoclip', ['pill'], enc)
+    by_hand = replace(plain, texts=text_of(load_trained(made/'words', enc).prompts, enc, ['pill']))
+    a, b = words(x, ['pill']*5), by_hand(x, ['pill']*5)
+    assert gap(a.map, b.map.detach()) < 1e-6 and gap(a.score, b.score.detach()) < 1e-6 and gap(a.map, plain(x, ['pill']*5).map) > 1e-4
+    assert plain.trained is None and build('anoclip', ['pill'], enc).method == plain.method                    # the row itself is as it was
+
+def test_an_artifact_keeps_its_bits(enc, made):
+    t = load_trained(made/'kanoclip.json', enc); again = load_trained(made/'kanoclip', enc)
+    assert t.hash == again.hash and all(torch.equal(a, b) for a, b in zip(t.head.state_dict().values(), again.head.state_dict().values()))
+    assert not any(p.requires_grad for p in t.head.parameters()) and not t.head.training and t.about['seed'] == 1
+    assert len({load_trained(f, enc).hash for f in made.glob('*.json')}) == 5
+
+def test_what_does_not_fit_is_refused(enc, files, made, tmp_path):
+    with pytest.raises(ValueError, match='terms=.*artifact='): Method('x', VV, None, ())
+    with pytest.raises(ValueError, match='no head.*no terms'): build(Method('x', VV, None, (), artifact=str(made/'words.json')), ['pill'], enc)
+    with pytest.raises(FileNotFoundError, match="'nowhere'.*zsad train"): build('anoclip', ['pill'], enc, artifact='nowhere')
+    with pytest.raises(ValueError, match='text tower'): load_trained(made/'april-gan', load_encoder(files[0], 'random:5', device='cpu', dtype='float32'))
+    with pytest.raises(ValueError, match='nothing to save.*kanoclip'): save_trained(tmp_path/'a', enc)
+    head = AprilGan(enc.model.visual.conv1.out_channels, enc.dim)
+    save_trained(tmp_path/'b', enc, None, head, dict(width=8, dim=enc.dim))
+    with pytest.raises(ValueError, match="do not fill.*april-gan"): load_trained(tmp_path/'b', enc)
+    assert find_artifact(made/'words') == made/'words'
+
+def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
+    "The bench gives what the detector gives; another artifact is another run, and rows without one are as they were."
+    root = render_procad(('pill', 'wood'), good=2, bad=2, train=1, size=S, root=tmp_path/'procad', workers=1); m = rows(made)
+    sets, model = dict(mvtec=survey(load_dataset('procad', root), 1)), Model(*files, dtype='float32')
+    shown = lambda *ms: (SimpleNamespace(rows=tuple(Row(k.name, k) for k in ms), roles=('mvtec',), form='table', metrics=()),)
+    records, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
+    told = {r['method']: r for r in records}
+    assert {k: bool(r['artifact']) for k, r in told.items()} == dict.fromkeys(m, True) | dict(anoclip=False)
+    assert told['mvfa']['artifact'] == load_trained(m['mvfa'].artifact, enc).hash and code_of(m['mvfa']) != code_of(METHODS['anoclip'])
+    key = lambda row: plan_jobs(shown(row), sets, model, cache=tmp_path)[0][0]
+    other = replace(m['kanoclip'], artifact=m['anomalyclip'].artifact)
+    assert key(other)['run'] != key(m['kanoclip'])['run'] and key(other)['resolved'] == key(m['kanoclip'])['resolved']
+    gone = replace(m['kanoclip'], name='gone', artifact='nowhere')
+    assert {r['method'] for r in plan_jobs(shown(gone, m['mvfa']), sets, model, cache=tmp_path)[0]} == {'mvfa'} and 'gone left out' in capsys.readouterr().err      # named, not fatal
+    s = load_dataset('procad', root).of('pill'); prep = enc.preprocess
+    from zsad.data import load_image, load_mask
+    from zsad.metrics import evaluate
+    import numpy as np
+    p = build(m['mvfa'], {'pill': 'object'}, enc)(prep([load_image(k.path) for k in s]), ['pill']*len(s))
+    want = evaluate(p.map.numpy(), np.stack([load_mask(k.mask, S) for k in s]), p.score.numpy(), np.array([k.label for k in s]))
+    assert results[told['mvfa']['run']]['pill']['values']['pixel_auroc'] == pytest.approx(want['pixel_auroc'], abs=1e-9)
+
+def test_musc_in_subsets_compares_each_image_within_its_own(enc, x):
+    whole = METHODS['musc']; halves = replace(whole, terms=(('mutual', dict(parts=2)),), finish=(), score=('max', {}))
+    assert halves.draws and halves.whole and not whole.draws
+    x = torch.cat([x, torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(4))]); ids = [f'pill/{i}' for i in 'gfedcba']
+    det = build(halves, ['pill'], enc); got = det(x, ['pill']*7, ids=ids)
+    layers = enc.tokens(x, det.method.encode).patches[AttentionPath('qkv')]
+    for part in split_subsets(ids, 2, 0):
+        want = musc_map(layers[:, part], enc.grid).view(-1, 1, *enc.grid)
+        assert gap(got.map[part], torch.nn.functional.interpolate(want, size=(S, S), mode='bilinear', align_corners=True)[:, 0]) < 1e-5
+    once = build(replace(halves, terms=(('mutual', {}),)), ['pill'], enc)(x, ['pill']*7, ids=ids)
+    assert gap(once.map, got.map) > 1e-3 and gap(build(replace(halves, seed=1), ['pill'], enc)(x, ['pill']*7, ids=ids).map, got.map) > 1e-3
+    turned = det(x.flip(0), ['pill']*7, ids=ids[::-1])
+    assert gap(turned.map.flip(0), got.map) < 1e-5
