@@ -68,13 +68,14 @@ def test_labels_are_unique():
 
 
 def test_imports_point_down():
-    number = {re.search(r'#\| default_exp (\w+)', '\n'.join(cells(p))).group(1): int(p.name[:2]) for p in NUMBERED if any('default_exp' in s for s in cells(p))}
+    "Reading order is building order: a module stands on notebooks that come before its own."
+    place = {re.search(r'#\| default_exp (\w+)', '\n'.join(cells(p))).group(1): p.name for p in NUMBERED if any('default_exp' in s for s in cells(p))}
     for p in NUMBERED:
         for s in exported(p):
             for node in ast.parse(s).body:       # module level only: a command loads what it needs when it is called
                 if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('zsad.'):
-                    below = number[node.module.split('.')[1]]
-                    assert below < int(p.name[:2]), f'{p.name} imports {node.module} from floor {below}'
+                    below = place[node.module.split('.')[1]]
+                    assert below < p.name, f'{p.name} imports {node.module} from {below}'
 
 
 def test_public_names_are_documented():

@@ -406,6 +406,7 @@ class Forecast:
     scored: int        # images times rows to be scored
     seconds: float     # in one process, estimated from two images and some sentences; nan if not measured
 
+# %% ../nbs/23_bench.ipynb #85e30e48
 def forecast(jobs, measure:bool=False)->Forecast:
     "Count what jobs still have to do."
     images = stored = results = size = scored = 0; seconds = 0. if measure else float('nan'); pace = {}
@@ -423,7 +424,7 @@ def forecast(jobs, measure:bool=False)->Forecast:
         if measure and own: seconds += sentence_count(own, job)*paced(job.model, seconds_per_sentence, open_model(job.model))
     return Forecast(images, stored, results, size, shutil.disk_usage(jobs[0].cache).free if jobs else 0, scored, seconds + SCORING*scored)
 
-# %% ../nbs/23_bench.ipynb #85e30e48
+# %% ../nbs/23_bench.ipynb #3163c54d
 def bytes_of(encoder:Encoder, s)->int:
     "Count the bytes one image takes in a stream."
     (h, w), (kind, *k) = encoder.grid, s.part.split()
@@ -445,19 +446,19 @@ def sentence_count(methods, job)->int:
     "Count the sentences that rows need for a job's category, each set once."
     return sum(sum(map(len, sentences(text, job.category, job.kind))) for text in {repr(m.text): m.text for m in methods if m.text}.values())
 
-# %% ../nbs/23_bench.ipynb #3163c54d
+# %% ../nbs/23_bench.ipynb #2958207a
 def compute(exhibits, sets:dict, model:Model, batch:int=16, scheduler=None, show=True, seeds:int=1, workers:int=1)->tuple:
     "Run all rows of exhibits on data sets {role: Survey}; gives (records, {run: {category: result}})."
     records, jobs, keys = plan_jobs(exhibits, sets, model, batch, seeds=seeds)
     return average_seeds(records, collect(jobs, run_all(jobs, scheduler, show, workers), keys))
 
-# %% ../nbs/23_bench.ipynb #6cfcf69c
+# %% ../nbs/23_bench.ipynb #9e6b38ab
 def defined(result, metric)->bool:
     "Tell whether a category's metric was measured and is a number."
     v = result['values'].get(metric, math.nan)
     return v == v
 
-# %% ../nbs/23_bench.ipynb #9e6b38ab
+# %% ../nbs/23_bench.ipynb #a3c5f29e
 def mean_of(results:list)->dict:
     "Average the results of one category over seeds; what each seed gave stays under `each`."
     first, mean = results[0], lambda of: {k: float(np.mean([of(r)[k] for r in results])) for k in of(results[0])}
@@ -475,7 +476,7 @@ def average_seeds(records, results)->tuple:
         results[digest(*runs)] = {c: mean_of([results[r][c] for r in runs]) for c in results[runs[0]]}
     return records, results
 
-# %% ../nbs/23_bench.ipynb #a3c5f29e
+# %% ../nbs/23_bench.ipynb #47eb4b73
 def metric_rows(results:dict)->list:
     "Flatten results to rows: run, category, metric, value, lo, hi, spread, n, why (percent; spread is the standard deviation over seeds; means over categories, objects, textures; NaN stays empty and says why, means count what they average)."
     out = []
@@ -492,7 +493,7 @@ def metric_rows(results:dict)->list:
                 if fine or why: out.append((run, span, metric, *(f'{v:.4f}' if v == v else '' for v in (value, lo, hi, spread)), sum(by[c]['n'] for c in fine), why))
     return out
 
-# %% ../nbs/23_bench.ipynb #e0957a92
+# %% ../nbs/23_bench.ipynb #f7f0981c
 def defect_rows(results:dict)->list:
     "Flatten results by kind of defect: run, defect, metric, value (percent, mean over the categories that have it), number of categories, defective images."
     out = []
@@ -504,7 +505,7 @@ def defect_rows(results:dict)->list:
                 if fine: out.append((run, kind, m, f'{100*np.mean([d[m] for d in fine]):.4f}', len(fine), sum(d['n'] for d in fine)))
     return out
 
-# %% ../nbs/23_bench.ipynb #f7f0981c
+# %% ../nbs/23_bench.ipynb #afafd075
 def contrasts_of(e:Exhibit)->list:
     "List an exhibit's contrasts, those of the paper and the claim's row against each control: (better, worse, metric, over which categories)."
     if not e.contrasts: return []
@@ -526,13 +527,13 @@ def contrast_rows(exhibits, records, results)->list:
             out.append((e.name, dataset, better, worse, metric, over, *(f'{v:.4f}' for v in (value, lo, hi))))
     return out
 
-# %% ../nbs/23_bench.ipynb #afafd075
+# %% ../nbs/23_bench.ipynb #40b428f7
 def find_run(records, row:Row, dataset:str)->dict:
     "Find the record of an exhibit's row on a data set; that of the mean where it has several seeds."
     own = [r for r in records if not row.state and (r['method'], r['control'], r['dataset']) == (*row.runs_as, dataset)]
     return next((r for r in own if r['seed'] == 'mean'), own[0] if own else None)
 
-# %% ../nbs/23_bench.ipynb #40b428f7
+# %% ../nbs/23_bench.ipynb #91ab7a7d
 def to_csv(head, rows)->str:
     "Write rows as CSV text with Unix line ends."
     f = io.StringIO(newline=''); w = csv.writer(f, lineterminator='\n'); w.writerow(head); w.writerows(rows)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PATHS', 'HELD', 'MISSED', 'wait', 'take_turns', 'layer_shapes', 'gemm_rates', 'gemm_rate', 'flops_of',
            'row', 'batch_that_fits', 'encoding_rows', 'full_text', 'text_rows', 'category_maps', 'pro_loop',
-           'library_values', 'metric_rows', 'machine', 'measure', 'write_cost', 'read_cost', 'targets', 'cost_caption',
-           'cost_table', 'cost_figure']
+           'library_values', 'metric_rows', 'row_times', 'machine', 'measure', 'write_cost', 'read_cost', 'targets',
+           'cost_caption', 'cost_table', 'cost_figure']
 
 # %% ../nbs/28_cost.ipynb #5cdc3d26
 import math, platform, time
@@ -22,6 +22,8 @@ from .procad import KINDS, design, plan, render
 from .metrics import evaluate, resize
 from .clip import AttentionPath, Encoder, EncodeSpec, cpu_flags, load_encoder
 from .prompts import sentences
+from .method import build
+from .exhibits import EXHIBITS
 
 # %% ../nbs/28_cost.ipynb #3b16b059
 def wait(device):
@@ -185,6 +187,19 @@ def metric_rows(maps, masks, scores, labels, least:int=3, seconds:float=60.)->li
     return rows + [row('metrics', 'largest difference', max(apart.values()), 'fraction', batch=len(maps), note=f'in {max(apart, key=apart.get)}, of {len(apart)} values')]
 
 # %% ../nbs/28_cost.ipynb #206e5a86
+def row_times(encoder:Encoder, batch:int=16, least:int=3, seconds:float=20.)->list:
+    "Time encoding and scoring of the rows of AnoCLIP's Table 7, one image alone and a batch together."
+    S, name, texts = encoder.preprocess.size, str(encoder.dtype).removeprefix('torch.'), {}
+    x = torch.from_numpy(keyed(0, 'cost').standard_normal((batch, 3, S, S), dtype='f4')).to(encoder.device)
+    dets = {m.name: build(m, {'bottle': 'object'}, encoder, texts) for m in (r.method for r in EXHIBITS['anoclip-t7'].rows if not r.control)}
+    def spent(sizes): return take_turns({k: lambda d=d, n=sizes[k]: d(x[:n], ['bottle']*n) for k, d in dets.items()}, least, 7, 2*seconds, encoder.device)
+    out, sizes = [], dict.fromkeys(dets, 1)
+    for how in ('alone', 'together'):
+        took = spent(sizes); out += [row('rows', f'{k}, {how}', 1e3*t/sizes[k], 'ms/image', name, sizes[k]) for k, t in took.items()]
+        sizes = {k: min(batch, max(1, int(seconds/np.median(t)))) for k, t in took.items()}
+    return out
+
+# %% ../nbs/28_cost.ipynb #6dff6824
 def machine(encoder:Encoder)->dict:
     "Name what the times were taken on."
     info, have = Path('/proc/cpuinfo'), cpu_flags()
@@ -206,11 +221,11 @@ def measure(backbone='ViT-B-16-plus-240',       # as in `load_encoder`
     for dtype in dtypes:
         e = load_encoder(backbone, weights, device=device, dtype=dtype)
         rows += encoding_rows(e, min(batch, 2) if quick else batch, least, seconds)
-        if dtype == 'float32': rows += text_rows(e, sum(sentences('winclip', 'bottle'), [])[::40 if quick else 1], least, 2*seconds)
+        if dtype == 'float32': rows += text_rows(e, sum(sentences('winclip', 'bottle'), [])[::40 if quick else 1], least, 2*seconds) + row_times(e, min(batch, 2) if quick else batch, least, seconds)
     rows += metric_rows(*(category_maps('bottle', 2, 4, 48, 6) if quick else category_maps()), least, 3*seconds)
     return [{**r, 'note': '; '.join(n for n in (r['note'], note) if n), **machine(e)} for r in rows]
 
-# %% ../nbs/28_cost.ipynb #01cc1423
+# %% ../nbs/28_cost.ipynb #630904a2
 def write_cost(folder, **settings)->Path:
     "Run `measure(**settings)` and write its rows to cost.csv in `folder`."
     rows = pd.DataFrame(measure(**settings))[list(COLUMNS)]
@@ -223,7 +238,7 @@ def read_cost(rows)->pd.DataFrame:       # rows, a frame of them, or the folder 
     if not path.is_file(): raise FileNotFoundError(f"{path}: no measurement here; make one with zsad.cost.write_cost('{rows}'), on a machine that does nothing else")
     return pd.read_csv(path, keep_default_na=False, na_values={k: [''] for k in ('value', 'limit', 'share', 'lo', 'hi')})
 
-# %% ../nbs/28_cost.ipynb #6dff6824
+# %% ../nbs/28_cost.ipynb #618b3fd0
 def targets(rows)->pd.DataFrame:       # one row per target: name, measured, bound, held, said
     "Hold a measurement against the four targets."
     d = read_cost(rows)
@@ -245,7 +260,7 @@ def cost_caption(rows)->str:
     slow = ' This processor has no bfloat16 instructions.' if d.note.str.contains('no bfloat16').any() else ''
     return f"{trial}{r.encoder} on {r.device if r.device != 'cpu' else r.cpu}, {r.threads} threads ({r['flags'] or 'flags unknown'}), torch {r.torch}.{slow} {t.held.sum()} of {len(t)} targets held. {'; '.join(t.said)}."
 
-# %% ../nbs/28_cost.ipynb #028b8ac9
+# %% ../nbs/28_cost.ipynb #74f3048d
 def cost_table(rows)->pd.DataFrame:
     "Format a measurement for people."
     d = read_cost(rows)
@@ -256,7 +271,7 @@ def cost_table(rows)->pd.DataFrame:
     out.index = [f'{r.part}: {r.what}' for r in d.itertuples()]
     return out
 
-# %% ../nbs/28_cost.ipynb #618b3fd0
+# %% ../nbs/28_cost.ipynb #034fdbfd
 HELD, MISSED = '#31688e', '#d1495b'
 
 def cost_figure(rows):

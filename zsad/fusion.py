@@ -56,7 +56,7 @@ class CrossAttention(nn.Module):
 REFERENCE = ('printed', 'code')
 
 def reference_points(h:int, w:int, kind:str='printed')->Tensor:     # [h,w,2] row, column
-    "Lay out the reference grid of deformable attention, DAT Sec. 3.2."
+    "Lay out the reference grid of deformable attention (DAT, deformable attention)."
     if kind not in REFERENCE: raise ValueError(f"reference={kind!r}: choose 'printed', from edge to edge, or 'code', half a cell to the lower right")
     line = lambda n: torch.linspace(-1, 1, n) + (kind == 'code')/max(n - 1, 1)
     return torch.stack(torch.meshgrid(line(h), line(w), indexing='ij'), -1)
@@ -65,7 +65,7 @@ def read_places(x:Tensor,       # [B,N,C] tokens
                 at:Tensor,      # [B,g,n,2] places of each group, row and column
                 grid            # (rows, columns) of patches
                )->Tensor:       # [B,n,C]
-    "Read tokens between the patches, bilinearly, each group of channels at its own places, DAT Eq. (3)."
+    "Read tokens between the patches, bilinearly, each group of channels at its own places (DAT, deformable attention)."
     B, g, n, _ = at.shape
     maps = x.float().mT.reshape(B*g, -1, *grid)
     return F.grid_sample(maps, at.flip(-1).reshape(B*g, n, 1, 2), align_corners=True)[..., 0].reshape(B, -1, n).mT
@@ -74,14 +74,14 @@ def displacement_bias(table:Tensor,     # [heads,2h-1,2w-1] learned
                       at:Tensor,        # [B,g,n,2] places
                       grid              # (rows, columns) of patches
                      )->Tensor:         # [B,heads,N,n]
-    "Read the bias of every displacement between a patch and a place off a table, DAT Eq. (5)."
+    "Read the bias of every displacement between a patch and a place off a table (DAT, deformable attention)."
     R = (reference_points(*grid).to(at).reshape(-1, 1, 2) - at.flatten(0, 1)[:, None])/2
     tables = table.float().unflatten(0, (at.shape[1], -1)).repeat(len(at), 1, 1, 1)
     return F.grid_sample(tables, R.flip(-1), align_corners=True).unflatten(0, at.shape[:2]).flatten(1, 2)
 
 # %% ../nbs/19_fusion.ipynb #285d8a96
 class DeformableAttention(nn.Module):
-    "Let patches ask a few places that move with the image (DAT, Sec. 3.2)."
+    "Let patches ask a few places that move with the image (DAT, deformable attention)."
     def __init__(self,
                  dim:int,                       # channels C
                  heads:int=8, groups:int=4,     # heads of a group look at the same places
@@ -106,7 +106,7 @@ def places(self:DeformableAttention,
            q:Tensor,       # [B,N,C] queries
            grid            # (rows, columns) of patches
           )->Tensor:       # [B,g,n,2] row, column from -1 to 1
-    "Find the places that each group of heads looks at, DAT Eq. (2)."
+    "Find the places that each group of heads looks at (DAT, deformable attention)."
     seen = self.near(q.mT.unflatten(1, (self.groups, -1)).unflatten(-1, grid).flatten(0, 1)).permute(0, 2, 3, 1)
     p, d = reference_points(*seen.shape[1:3], self.reference).to(q.device), self.shift(seen).float()
     if self.reach is not None: d = self.reach*d.tanh()/torch.tensor(p.shape[:2], device=d.device).sub(1).clamp(min=1)

@@ -20,14 +20,14 @@ def compare(p:Tensor,            # [L,B,N,C] tokens of any length
             text:Tensor,         # [2,C] or [B,2,C] unit rows: normal, anomalous
             tau:float=.01        # softmax temperature
            )->Tensor:            # [L,B,N] float32
-    "Compare the tokens of all stages with the sentences (APRIL-GAN Eq. 1)."
+    "Compare the tokens of all stages with the sentences (APRIL-GAN, zero-shot)."
     with torch.autocast(p.device.type, enabled=False): return anomaly_logit(p.float(), text.float(), tau)
 
 def sum_maps(logits:Tensor,      # [L,B,N]
              grid,               # (rows, columns) of patches
              size                # of the map in pixels, a side or (H, W); `grid` itself: the patch map
             )->Tensor:           # [B,H,W] from 0 to L
-    "Enlarge the logits of every stage and add the stages' probabilities (APRIL-GAN Eq. 2)."
+    "Enlarge the logits of every stage and add the stages' probabilities (APRIL-GAN, zero-shot)."
     large = F.interpolate(logits.float().transpose(0, 1).unflatten(-1, grid), size=size, mode='bilinear', align_corners=True)
     return large.sigmoid().sum(1)
 
@@ -69,7 +69,7 @@ class AprilGan(nn.Module):
 
 # %% ../nbs/19_heads.ipynb #09b8a475
 class Adapter(nn.Module):
-    "Go down to the joint space's channels and up again (MVFA Eq. 1-2)."
+    "Go down to the joint space's channels and up again (MVFA-AD, residual adapter)."
     def __init__(self, width:int, dim:int):
         super().__init__()
         self.fc1, self.fc2 = (nn.Sequential(nn.Linear(a, b, bias=False), nn.LeakyReLU()) for a, b in ((width, dim), (dim, width)))
@@ -84,7 +84,7 @@ def walk_adapted(visual,            # open_clip VisionTransformer
                  layers:tuple,      # after which blocks they stand, from 0
                  gamma:float=.1     # share of each adapter in the stream
                 )->tuple:           # the stream after the last block [B,1+N,D], middles of seg and of det [L,B,1+N,C]
-    "Walk all blocks with adapters between them, MVFA Eq. (3)."
+    "Walk all blocks with adapters between them (MVFA-AD, multi-level adaptation)."
     middles = []
     for l, b in enumerate(visual.transformer.resblocks):
         q, k, v = qkv(b, z)

@@ -113,6 +113,7 @@ def adapted_term(s:Scene, path:int=0, layer:int=-1, adapter:str='text', pseudo:s
     p = adapt_in_order(p, s.text, s.each, noise, **settings)[0] if in_order else adapt(p, s.text, s.each, noise, **settings)
     return anomaly_score(p, s.text, tau)
 
+# %% ../nbs/20_method.ipynb #9f770855
 def paint(s:Scene, path:int, layer:int, area:float=0.5)->tuple:        # patch tokens [B,N,C], painted patches [B,N]
     "Paint an anomaly into each image, drawn by its id, and encode it (Dual-Image Sec. 3.3)."
     prep = s.encoder.preprocess
@@ -132,7 +133,7 @@ def painted_term(s:Scene, path:int=0, layer:int=-1, steps:int=2, lr:float=1e-3, 
 
 TERMS = dict(text=text_term, windows=windows_term, pair=pair_term, memory=memory_term, mutual=mutual_term, relevance=relevance_term, adapted=adapted_term, painted=painted_term)
 
-# %% ../nbs/20_method.ipynb #0e1c3889
+# %% ../nbs/20_method.ipynb #dca05845
 def smooth_map(a:Tensor,           # [B,h,w]
                smooth:str          # 'none' or 'mean3': 3x3 mean with the border repeated
               )->Tensor:           # [B,h,w]
@@ -144,7 +145,7 @@ def upsample(a:Tensor, size:int, align_corners:bool)->Tensor:   # [B,h,w] -> [B,
     "Interpolate patch scores bilinearly to `size` pixels."
     return F.interpolate(a[:, None], size=(size, size), mode='bilinear', align_corners=align_corners)[:, 0]
 
-# %% ../nbs/20_method.ipynb #4bbb1e79
+# %% ../nbs/20_method.ipynb #042096ad
 def class_score(s:Scene, tau:float=1.)->Tensor:      # [B]
     "Score the class token, AnoCLIP Eq. (1)."
     return anomaly_score(s.tokens.cls[:, None], s.text, tau)[:, 0]
@@ -167,11 +168,11 @@ def max_score(s:Scene)->Tensor:      # [B]
 
 SCORES = {'class': class_score, 'views': views_score, 'memory': memory_score, 'joint': joint_score, 'max': max_score}
 
-# %% ../nbs/20_method.ipynb #95196d11
+# %% ../nbs/20_method.ipynb #7e382da6
 REFERENCES = dict(shots=choose_references, pair=draw_references)
 FINISH = dict(rscin=rscin)          # (scores [M], class tokens [M,C]) -> scores [M]
 
-# %% ../nbs/20_method.ipynb #0ab3981b
+# %% ../nbs/20_method.ipynb #7169c3ce
 GIVEN = ('s', 'names', 'ids', 'pool', 'labels', 'category', 'seed', 'scores', 'cls')      # what the line itself hands to a part
 
 def check_call(kind:str, name:str, parts:dict, params:dict):
@@ -182,7 +183,7 @@ def check_call(kind:str, name:str, parts:dict, params:dict):
     if wrong: raise ValueError(f'{kind} {name!r} does not know {sorted(wrong)}; it takes {list(known)}')
     if lacks: raise ValueError(f'{kind} {name!r} needs {lacks}; give {dict.fromkeys(lacks, "...")}')
 
-# %% ../nbs/20_method.ipynb #7169c3ce
+# %% ../nbs/20_method.ipynb #3e112049
 READ = dict(text=(('text', 'windows', 'relevance', 'adapted', 'painted'), ('class', 'views', 'memory', 'joint')), windows=(('windows', 'memory'), ()), reference=(('pair', 'memory'), ()))      # terms and scores that read it
 
 def check_needs(m):
@@ -197,7 +198,7 @@ def check_needs(m):
         path = inspect.signature(TERMS[n]).parameters.get('path')
         if path and params.get('path', path.default) >= len(m.encode.paths): raise ValueError(f'{m.name}: term {n!r} reads attention path {params.get("path", path.default)}, and encode has {len(m.encode.paths)}')
 
-# %% ../nbs/20_method.ipynb #3e112049
+# %% ../nbs/20_method.ipynb #708bea72
 def check_method(m):
     "Refuse a row with parts that do not exist or do not fit."
     for name, params in m.terms: check_call('term', name, TERMS, params)
@@ -211,7 +212,7 @@ def check_method(m):
     if m.score[0] == 'views' and m.encode.views == 'one': raise ValueError("score 'views' needs encode=EncodeSpec(views='anovl')")
     check_needs(m)
 
-# %% ../nbs/20_method.ipynb #708bea72
+# %% ../nbs/20_method.ipynb #43611583
 @dataclass(frozen=True)
 class Method:
     "A method as data."
@@ -233,7 +234,7 @@ class Method:
 
     def __post_init__(self): check_method(self)
 
-# %% ../nbs/20_method.ipynb #43611583
+# %% ../nbs/20_method.ipynb #1896999d
 @patch(as_prop=True)
 def draws(self:Method)->bool:
     "Tell whether the row draws something, so that seeds differ."
@@ -254,7 +255,7 @@ def has(self:Method, *names)->bool:
     "Tell whether the row has one of these terms."
     return any(name in names for name, _ in self.terms)
 
-# %% ../nbs/20_method.ipynb #1896999d
+# %% ../nbs/20_method.ipynb #e9c4d344
 def one_path(attention, depth=None, **spec)->EncodeSpec:
     "Ask for one attention path."
     return EncodeSpec((AttentionPath(attention, depth),), **spec)
@@ -281,14 +282,14 @@ ROWS = (
     Method('dual+', one_path('vv'), 'anoclip', (('pair', {}), ('painted', {})), (0.5, 0.5), ('pair', {}), score=('joint', {}), source='Dual-Image Enhanced CLIP with test-time adaptation; a reconstruction'))
 METHODS = {m.name: m for m in ROWS}
 
-# %% ../nbs/20_method.ipynb #83199fdc
+# %% ../nbs/20_method.ipynb #f620d74b
 @dataclass(frozen=True)
 class Prediction:
     "What a detector says of a batch; on the CPU wherever it was computed."
     score: Tensor     # [B] higher = more anomalous
     map: Tensor       # [B,H,W] float32 at the encoder's input size, unscaled
 
-# %% ../nbs/20_method.ipynb #f620d74b
+# %% ../nbs/20_method.ipynb #02733207
 def only(t:Tokens, spec:EncodeSpec)->Tokens:
     "Keep what a row asked for of tokens that were encoded for several."
     return replace(t, patches={p: t.patches[p] for p in spec.paths}, windows={k: t.windows[k] for k in spec.windows})
@@ -304,7 +305,7 @@ def without_reference(m:Method)->Method:
     if not kept: raise ValueError(f'{m.name} compares with reference images and reads no text: give reference=, preprocessed images [R,3,S,S]')
     return replace(m, terms=kept, weights=(), reference=(), score=('class', dict(tau=m.score[1].get('tau', 0.07))))
 
-# %% ../nbs/20_method.ipynb #02733207
+# %% ../nbs/20_method.ipynb #014b93c4
 @dataclass(frozen=True, eq=False)
 class Detector:
     "A method made ready for an encoder and some categories; make it with `build`."
@@ -325,7 +326,7 @@ class Detector:
         rows = {c: torch.arange(len(r)).expand(list(categories).count(c), -1) for c, r in known.items()}
         return self.predict(encode(x), categories, {c: Reference(told[id(r)], rows[c]) for c, r in known.items()}, x, ids)
 
-# %% ../nbs/20_method.ipynb #014b93c4
+# %% ../nbs/20_method.ipynb #5e186cf6
 @patch
 @torch.inference_mode()
 def predict(self:Detector, tokens:Tokens, categories,
@@ -343,7 +344,7 @@ def predict(self:Detector, tokens:Tokens, categories,
     order = torch.tensor(sum(places.values(), [])).argsort()
     return Prediction(*(torch.cat([getattr(p, k) for p in parts])[order] for k in ('score', 'map')))
 
-# %% ../nbs/20_method.ipynb #5e186cf6
+# %% ../nbs/20_method.ipynb #c60aa6f9
 @patch
 def check_references(self:Detector, given:dict):
     "Refuse references that the row does not compare with, and those of categories nobody asks about."
@@ -351,7 +352,7 @@ def check_references(self:Detector, given:dict):
     if given and not self.method.reference: raise ValueError(f'{name} compares with no reference image: leave reference out, or choose a row that does, such as winclip+, musc-2 or dual')
     if given - set(self.texts): raise ValueError(f'reference: {sorted(given - set(self.texts))} are not among the categories of this detector, {list(self.texts)}')
 
-# %% ../nbs/20_method.ipynb #0af8f6b7
+# %% ../nbs/20_method.ipynb #2670de02
 @patch
 def line(self:Detector, category, tokens:Tokens, reference:Reference=None, x=None, ids=())->Prediction:
     "Walk the line with images of one category."
@@ -374,7 +375,7 @@ def text(self:Detector, category):
     if category not in self.texts: raise ValueError(f'category={category!r}: this detector was built for {list(self.texts)}; name it in build()')
     return self.texts[category]
 
-# %% ../nbs/20_method.ipynb #2670de02
+# %% ../nbs/20_method.ipynb #c9d118be
 def find_method(method)->Method:
     "Give a row by name; a row is given back as it is."
     if isinstance(method, Method): return method

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'PRINT_STATES', 'STYLE', 'Results', 'read_results', 'as_results', 'as_exhibit', 'dataset_of', 'gap', 'run_of',
-           'why_empty', 'known_as', 'cell', 'spread_of', 'comparable', 'head', 'row_cells', 'table', 'by_category',
-           'readable', 'verdict', 'findings', 'data_says', 'provenance', 'outline_says', 'roles_say', 'caption',
-           'figure', 'panel', 'bars', 'curve', 'write_exhibit', 'markdown', 'latex', 'page', 'write_page',
-           'write_report']
+           'why_empty', 'untimed', 'known_as', 'cell', 'time_of', 'spread_of', 'comparable', 'head', 'row_cells',
+           'table', 'by_category', 'readable', 'verdict', 'findings', 'data_says', 'provenance', 'outline_says',
+           'roles_say', 'times_say', 'caption', 'figure', 'panel', 'played', 'absent', 'bars', 'curve', 'write_exhibit',
+           'markdown', 'latex', 'page', 'write_page', 'write_report']
 
 # %% ../nbs/24_report.ipynb #03166039
 from dataclasses import dataclass
@@ -26,12 +26,13 @@ class Results:
     runs: pd.DataFrame
     metrics: pd.DataFrame
     contrasts: pd.DataFrame
+    cost: pd.DataFrame = None        # of cost.csv, where one lies beside them
 
 def read_results(folder)->Results:
-    "Read runs.csv, metrics.csv and contrasts.csv."
+    "Read runs.csv, metrics.csv and contrasts.csv, and cost.csv if it is there."
     folder = Path(folder)
     if not (folder/'metrics.csv').exists(): raise FileNotFoundError(f'{folder}: no metrics.csv here; make one with `zsad reproduce --out DIR` and point to DIR/results')
-    return Results(pd.read_csv(folder/'runs.csv', dtype=str, keep_default_na=False), *(pd.read_csv(folder/f'{n}.csv') for n in ('metrics', 'contrasts')))
+    return Results(pd.read_csv(folder/'runs.csv', dtype=str, keep_default_na=False), *(pd.read_csv(folder/f'{n}.csv') for n in ('metrics', 'contrasts')), pd.read_csv(folder/'cost.csv') if (folder/'cost.csv').exists() else None)
 
 def as_results(results)->Results:
     "Accept a Results or the folder of one."
@@ -64,19 +65,28 @@ def why_empty(res:Results, row:Row, role:str)->str:
     "Say in words why a row was not run on a role, '' if it was."
     return row.state or gap(res, role) or ('' if run_of(res, row, role) else 'missing')
 
+def untimed(res:Results, row:Row)->str:
+    "Say in words why a row has no time, '' if it has one or is a control."
+    return row.state or ('' if row.control or time_of(res, row)[0] == time_of(res, row)[0] else 'not measured')
+
 def known_as(dataset:str)->str:
     "Give a data set the name people know it by."
     return ROLES.get(dataset, dataset)
 
 # %% ../nbs/24_report.ipynb #1bd5ead2
 NAMES = dict(image_auroc='image AUROC', image_f1max='image F1max', image_ap='image AP', pixel_auroc='pixel AUROC', pixel_f1max='pixel F1max', pixel_ap='pixel AP', pro='PRO', pro_field='PRO (field)',
-             pixel_auroc_within='pixel AUROC within object')
+             pixel_auroc_within='pixel AUROC within object', time_ms='ms per image')
 
 def cell(res:Results, run:str, metric:str, span:str='mean', columns=('value', 'lo', 'hi'))->tuple:      # one number per column, NaN where absent
     "Look up one value in percent."
     m = res.metrics
     r = m[(m.run == run) & (m.metric == metric) & (m.category == span)]
     return (np.nan,)*len(columns) if r.empty else tuple(float(r.iloc[0].get(k, np.nan)) for k in columns)
+
+def time_of(res:Results, row:Row, how:str='alone')->tuple:      # median, lowest, highest; NaN where not measured
+    "Look up the time per image of a row in milliseconds: of images that come 'alone', or 'together'."
+    d = res.cost; r = [] if d is None or row.control else d[(d.part == 'rows') & (d.what == f'{row.runs_as[0]}, {how}')]
+    return tuple(float(r.iloc[0][k]) for k in ('value', 'lo', 'hi')) if len(r) else (np.nan,)*3
 
 def spread_of(res:Results, run:str, metric:str)->float:
     "Look up the standard deviation over seeds in percent, NaN for a single seed."
@@ -96,8 +106,8 @@ def row_cells(e:Exhibit, res:Results, row:Row, role:str)->dict:
     "Collect what one row has on one role: {(metric's name, what): percent}."
     run, out, real = run_of(res, row, role), {}, comparable(res, run_of(res, row, role), role)
     for m in e.metrics:
-        (ours, lo, hi), spread, paper = cell(res, run, m), spread_of(res, run, m), float(printed(e, row.label, role, m) or 'nan')
-        out |= {(head(e, role, m), k): v for k, v in dict(ours=ours, lo=lo, hi=hi, spread=spread, paper=paper, delta=ours - paper if real else np.nan).items()}
+        (ours, lo, hi), spread, paper = time_of(res, row) if m == 'time_ms' else cell(res, run, m), spread_of(res, run, m), float(printed(e, row.label, role, m) or 'nan')
+        out |= {(head(e, role, m), k): v for k, v in dict(ours=ours, lo=lo, hi=hi, spread=spread, paper=paper, delta=ours - paper if real and m != 'time_ms' else np.nan).items()}
     for m in [m for m in e.metrics if m in ('image_auroc', 'pixel_auroc')]:
         out |= {(head(e, role, m), f'{k}s'): cell(res, run, m, f'mean {k}s')[0] for k in ('object', 'texture')}
     if 'pixel_auroc' in e.metrics: out[head(e, role, 'pixel_auroc'), 'within object'] = cell(res, run, 'pixel_auroc_within')[0]
@@ -112,7 +122,7 @@ def table(exhibit, results)->pd.DataFrame:
     t = pd.DataFrame.from_dict(cells, orient='index').pipe(lambda d: d.set_axis(pd.MultiIndex.from_tuples(d.columns), axis=1))
     optional = ('delta', 'spread', *(('objects', 'textures', 'within object') if len(e.roles) > 1 else ()))
     t = t[[c for c in t if c[1] not in optional or t[c].notna().any()]]
-    t.attrs['words'] = {head(e, role, m): {r.label: why_empty(res, r, role) for r in rows} for role in e.roles for m in e.metrics}
+    t.attrs['words'] = {head(e, role, m): {r.label: why_empty(res, r, role) if m != 'time_ms' else untimed(res, r) for r in rows} for role in e.roles for m in e.metrics}
     return t
 
 # %% ../nbs/24_report.ipynb #58be1194
@@ -187,24 +197,32 @@ def roles_say(e:Exhibit, res:Results)->str:
     return ''.join(f' {p}.' for p in played + states)
 
 # %% ../nbs/24_report.ipynb #980199dd
+def times_say(e:Exhibit, res:Results)->str:
+    "Say where times were taken, and what rows take when images come together."
+    if 'time_ms' not in e.metrics: return ''
+    timed = {r.label: time_of(res, r, 'together')[0] for r in e.rows if time_of(res, r)[0] == time_of(res, r)[0]}
+    if not timed: return ' Times are not measured here; `zsad reproduce cost` does it.'
+    c = res.cost[res.cost.part == 'rows'].iloc[0]
+    return f" Times: {c.encoder} in {c['dtype']} on {c.cpu if c.device == 'cpu' else c.device}, {c.threads} threads, one image at a time, median and range of passes; in batches {', '.join(f'{l} {v:.3g} ms' for l, v in timed.items())}. The paper's: RTX 3090."
+
 PRINT_STATES = dict(printed='', own='', lost=" The paper's values are lost in its text.", drawing=' The paper shows a drawing without values.')
 
 def caption(exhibit, results)->str:
     "Compute an exhibit's caption from results."
     e, res = as_exhibit(exhibit), as_results(results)
     said = PRINT_STATES[e.print_state] + (f" Claim{' of the paper' if e.paper else ''}: {e.claim}" if e.claim else '')
-    found = '; '.join(verdict(r) for r in findings(e, res).itertuples())
+    found = '; '.join(verdict(r) for r in findings(e, res).itertuples()) if e.claim else ''
     twin = e.rows[0].control if e.rows[0].method else ''
     notes = ''.join(f' {r.label}: {r.note}.' for r in e.rows if r.note and r not in CONTROLS)
     built = ' The mini encoder was trained with defect masks on its V-V path, so the attention contrast is built in and no evidence for the claim.' if (res.runs[res.runs.control == twin].encoder == 'mini').any() and any(m.startswith(('pixel', 'pro')) for m in e.metrics) else ''
     made = provenance(res, twin, {dataset_of(res, role) for role in e.roles})
-    return f"{e.title}. {made}; 95 % intervals by bootstrap over images.{roles_say(e, res)}{said}{found and f' Here: {found}.'}{outline_says(e, res)}{built}{notes}"
+    return f"{e.title}. {made}; 95 % intervals by bootstrap over images.{roles_say(e, res)}{said}{found and f' Here: {found}.'}{outline_says(e, res)}{times_say(e, res)}{built}{notes}"
 
 # %% ../nbs/24_report.ipynb #8f6c08f3
 def figure(exhibit, results):
     "Draw an exhibit."
     e, res = as_exhibit(exhibit), as_results(results); t = table(e, res)
-    return curve(e, t) if e.form == 'curve' else bars(e, t, res)
+    return curve(e, t, res) if e.form == 'curve' else bars(e, t, res)
 
 def panel(ax, g:pd.DataFrame, words:dict, own:dict):
     "Draw one metric as horizontal bars: controls grey, the paper's value a grey word at the right edge, a grey word instead of a bar that is not there."
@@ -218,6 +236,17 @@ def panel(ax, g:pd.DataFrame, words:dict, own:dict):
     ax.grid(axis='x', alpha=0.3); ax.set_axisbelow(True); ax.tick_params(labelsize=8)
 
 # %% ../nbs/24_report.ipynb #762237e7
+def played(role:str, res:Results, between:str=' ')->str:
+    "Name a role and, where it is another, the data set that plays it."
+    return ROLES[role] + ('' if dataset_of(res, role) in ('', role) else f'{between}({dataset_of(res, role)})')
+
+def absent(fig, e:Exhibit, drawn, res:Results):
+    "Name above a figure the roles that are not `drawn`, and lay it out."
+    empty = [f"{ROLES[role]}: {gap(res, role) or 'missing'}" for role in e.roles if role not in drawn]
+    fig.text(0.99, 0.985, '; '.join(empty), fontsize=8, color='#777777', ha='right', va='top')
+    fig.tight_layout(rect=(0, 0, 1, 1 - (0.2/fig.get_figheight() if empty else 0)))
+
+# %% ../nbs/24_report.ipynb #aa0e0f94
 def bars(e:Exhibit, t:pd.DataFrame, res:Results):
     "Draw a row of panels for every role that has values; the others are named above."
     metrics, words = [m for m in e.metrics if m in ('image_auroc', 'pixel_auroc', 'pro')], t.attrs['words']
@@ -226,26 +255,28 @@ def bars(e:Exhibit, t:pd.DataFrame, res:Results):
     for line, role in zip(axes, roles):
         for ax, m in zip(line, metrics):
             panel(ax, t[head(e, role, m)], words[head(e, role, m)], {r.label: r.own for r in e.rows}); ax.set_title(NAMES[m], fontsize=9)
-        stands_in = '' if dataset_of(res, role) in ('', role) else f'\n({dataset_of(res, role)})'
-        if len(e.roles) > 1: line[0].set_ylabel(ROLES[role] + stands_in, fontsize=9)
-    empty = [f"{ROLES[role]}: {gap(res, role) or 'missing'}" for role in e.roles if role not in roles]
-    fig.text(0.99, 0.985, '; '.join(empty), fontsize=8, color='#777777', ha='right', va='top')
-    fig.tight_layout(rect=(0, 0, 1, 1 - (0.2/fig.get_figheight() if empty else 0)))
+        if len(e.roles) > 1: line[0].set_ylabel(played(role, res, '\n'), fontsize=9)
+    absent(fig, e, roles, res)
     return fig
 
-# %% ../nbs/24_report.ipynb #aa0e0f94
-def curve(e:Exhibit, t:pd.DataFrame):
-    "Draw every metric of an ablation over the rows, with intervals."
-    fig, ax = plt.subplots(figsize=(7.4, 2.8), dpi=72)
+# %% ../nbs/24_report.ipynb #8fd3cb61
+def curve(e:Exhibit, t:pd.DataFrame, res:Results):
+    "Draw every metric of an ablation over the rows, with intervals, in a panel for every role that has values; the others are named above."
+    roles = [role for role in e.roles if t[[(head(e, role, m), 'ours') for m in e.metrics]].notna().any(axis=None)] or [e.roles[0]]
+    fig, axes = plt.subplots(1, len(roles), figsize=(3.4 + 4*len(roles), 2.8), sharey=True, squeeze=False, dpi=72)
     own = t[~t.index.isin([r.label for r in CONTROLS])]; x = [int(l) for l in own.index]
-    for m, color in zip([NAMES[m] for m in e.metrics], ('#31688e', '#d1495b', '#55a868')):
-        ax.plot(x, own[m].ours, 'o-', color=color, label=m, ms=4); ax.fill_between(x, own[m].lo, own[m].hi, color=color, alpha=0.2, lw=0)
-        for label, style in zip(t.index.difference(own.index), (':', '--')): ax.axhline(t[m].ours[label], color=color, ls=style, lw=1, label=f'{m}, {label}')
-    ax.set(xlabel=e.axis, ylabel='%', xticks=x); ax.grid(alpha=0.3); ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    fig.tight_layout()
+    for ax, role in zip(axes[0], roles):
+        for m, color in zip(e.metrics, ('#31688e', '#d1495b', '#55a868')):
+            g = t[head(e, role, m)]; o = g.loc[own.index]
+            ax.plot(x, o.ours, 'o-', color=color, label=NAMES[m], ms=4); ax.fill_between(x, o.lo, o.hi, color=color, alpha=0.2, lw=0)
+            for label, style in zip(t.index.difference(own.index), (':', '--')): ax.axhline(g.ours[label], color=color, ls=style, lw=1, label=f'{NAMES[m]}, {label}')
+        ax.set(xlabel=e.axis, xticks=x); ax.grid(alpha=0.3)
+        if len(e.roles) > 1: ax.set_title(played(role, res), fontsize=9)
+    axes[0, 0].set_ylabel('%'); axes[0, -1].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    absent(fig, e, roles, res)
     return fig
 
-# %% ../nbs/24_report.ipynb #7cf89d01
+# %% ../nbs/24_report.ipynb #f08472b6
 def write_exhibit(e:Exhibit, res:Results, out:Path):
     "Write an exhibit's table (CSV, Markdown, LaTeX) and figure (PNG, SVG)."
     t = table(e, res); d = readable(t)
@@ -270,24 +301,25 @@ def latex(d:pd.DataFrame)->str:
     body = ''.join(' & '.join(map(clean, l)) + r' \\' + '\n' for l in ([i, *r] for i, r in zip(d.index, d.values)))
     return f"\\begin{{tabular}}{{l{'r'*len(d.columns)}}}\n\\hline\n & {' & '.join(map(clean, d.columns))} \\\\\n\\hline\n{body}\\hline\n\\end{{tabular}}\n"
 
-# %% ../nbs/24_report.ipynb #f08472b6
+# %% ../nbs/24_report.ipynb #fc25f8e6
 STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:13px;margin:1rem 0}"
          "table{display:block;overflow-x:auto}td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}.paper{color:#999}img{max-width:100%}p.cap{color:#444}")
 
-def page(exhibits, res:Results, pictures=())->str:
-    "Write the index page: every table with its caption and figure."
+def page(exhibits, res:Results, pictures=())->str:      # res: None where only pictures are shown
+    "Write the index page: pictures (file, title and maybe a caption), then every table with its caption and figure."
     def html(d):
         css = ['paper' if c.startswith('paper') else '' for c in d.columns]
         head = ''.join(f'<th class="{k}">{escape(c)}</th>' for c, k in zip(d.columns, css))
         body = ''.join(f'<tr><td>{escape(i)}</td>' + ''.join(f'<td class="{k}">{escape(v)}</td>' for v, k in zip(r, css)) + '</tr>' for i, r in zip(d.index, d.values))
         return f'<table><tr><th></th>{head}</tr>{body}</table>'
-    shots = ''.join(f'<h2>{escape(t)}</h2><img src="figures/{f}" alt="{escape(t)}">' for f, t in pictures)
+    made = f'<p>{escape(provenance(res))}</p>' if res else ''
+    shots = ''.join(f'<h2>{escape(t)}</h2>' + ''.join(f'<p class="cap">{escape(c)}</p>' for c in said) + f'<img src="figures/{f}" alt="{escape(t)}">' for f, t, *said in pictures)
     parts = ''.join(f'<h2 id="{e.name}">{escape(e.title)}</h2>{html(readable(table(e, res)))}<p class="cap">{escape(caption(e, res))}</p><img src="figures/{e.name}.png" alt="{escape(e.title)}">' for e in exhibits)
-    return f'<!doctype html><meta charset="utf-8"><title>zsad results</title><style>{STYLE}</style><h1>zsad results</h1><p>{escape(provenance(res))}</p>{shots}{parts}'
+    return f'<!doctype html><meta charset="utf-8"><title>zsad results</title><style>{STYLE}</style><h1>zsad results</h1>{made}{shots}{parts}'
 
 def write_page(exhibits, results, out, pictures=())->Path:
-    "Write the index page of exhibits that have been written, with pictures (file below figures, title)."
-    return write_atomic(Path(out)/'index.html', page(exhibits, as_results(results), pictures))
+    "Write the index page of exhibits that have been written, with pictures (file below figures, title, caption); `results` may be None if there are only pictures."
+    return write_atomic(Path(out)/'index.html', page(exhibits, results and as_results(results), pictures))
 
 def write_report(exhibits, results, out)->Path:
     "Write all exhibits and the index page below `out`."

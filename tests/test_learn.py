@@ -1,0 +1,141 @@
+"""Training of prompts and heads: what moves and what does not, interruptions, several processes, refusals, knowledge."""
+import json, os, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, open_clip, pytest, torch
+import torch.nn.functional as F
+from test_parity import config, gap, sharp
+from zsad.clip import load_encoder
+from zsad.data import load_dataset, load_image, load_mask, survey
+from zsad.knowledge import describe_mask, knowledge, look_up
+from zsad.learn import COURSES, Course, Student, check_target, course_for, curves, draw_rows, known_of, learn, one_step, read_lessons, sentences_known, steps_of, take
+from zsad.procad import render_aux
+from zsad.trained import load_trained
+
+S, NAMES = 96, list(COURSES)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=S, layers=4))
+    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
+    return str(d/'small.json'), str(d/'small.pt')
+
+@pytest.fixture(scope='module')
+def enc(files): return load_encoder(*files, device='cpu', dtype='float32')
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory): return render_aux(good=1, bad=2, train=1, size=S, root=tmp_path_factory.mktemp('aux')/'set', workers=1)
+
+@pytest.fixture(scope='module')
+def aux(root): return survey(load_dataset('procad-aux', root), 1)
+
+def course(name, **how): return replace(COURSES[name], **{**dict(epochs=2, batch=8, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {}), **how})
+
+@pytest.fixture(scope='module')
+def lessons(enc, aux): return {n: read_lessons(course_for(course(n), enc), enc, aux) for n in NAMES}
+
+def tensors(path, enc):
+    t = load_trained(path, enc)
+    return {**(t.prompts.tensors if t.prompts else {}), **t.head.state_dict()}
+
+@pytest.mark.parametrize('name', NAMES)
+def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
+    c, before = course_for(course(name), enc), {k: v.clone() for k, v in enc.model.state_dict().items()}
+    start = {k: v.clone() for k, v in Student(c, enc).state_dict().items()}
+    assert learn(c, enc, aux, tmp_path/'a', tmp_path/'run', lessons=lessons[name], show=False) == load_trained(tmp_path/'a', enc).hash
+    assert all(torch.equal(before[k], v) for k, v in enc.model.state_dict().items()) and not any(p.requires_grad or p.grad is not None for p in enc.model.parameters())
+    own = Student(c, enc); own.load_state_dict(torch.load(tmp_path/'run'/'checkpoint.pt', weights_only=True)['student'])
+    moved = {k: not torch.equal(start[k], v) for k, v in own.state_dict().items()}
+    assert [k for k, m in moved.items() if not m] == (['head.seg.3.fc2.0.weight', 'head.det.3.fc2.0.weight'] if name == 'mvfa' else [])      # what they send up is read by nobody
+    t = np.genfromtxt(tmp_path/'run'/'curve.csv', delimiter=',', names=True)
+    assert len(t) == steps_of(c, 48) == 12 and t['step'].tolist() == list(range(12)) and t['local'][-3:].mean() < t['local'][:3].mean()
+    about = load_trained(tmp_path/'a', enc).about
+    assert (about['dataset'], about['data'], about['seed'], about['images']) == ('procad-aux', aux.hash, 0, 48) and about['course']['lr'] == c.lr and 'local' in about['losses']
+    assert len(curves(tmp_path/'run').axes) == len(t.dtype.names) - 1
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_run_that_stopped_ends_where_the_others_end(name, enc, aux, lessons, tmp_path):
+    go = lambda tag, **how: learn(course(name), enc, aux, tmp_path/tag, tmp_path/f'run-{tag}', lessons=lessons[name], show=False, **how)
+    whole = go('whole')
+    assert go('parts', every=4, limit=3) == '' and go('parts', every=5, limit=7) == '' and not (tmp_path/'parts.json').exists()
+    assert go('parts') == whole and (tmp_path/'run-whole'/'curve.csv').read_text() == (tmp_path/'run-parts'/'curve.csv').read_text()
+    seeded = learn(course(name, seed=1), enc, aux, tmp_path/'other', tmp_path/'run-other', lessons=lessons[name], show=False)
+    assert seeded != whole and any(gap(a, b) > 1e-4 for a, b in zip(tensors(tmp_path/'whole', enc).values(), tensors(tmp_path/'other', enc).values()))
+
+SCRIPT = '''
+import sys, time, torch
+torch.set_num_threads(1)
+from dataclasses import replace
+from zsad import learn as L
+from zsad.clip import load_encoder
+from zsad.data import load_dataset, survey
+name, cfg, weights, root, out, slow = sys.argv[1:]
+enc = load_encoder(cfg, weights, device='cpu', dtype='float32')
+c = replace(L.COURSES[name], epochs=2, batch=8, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {})
+step = L.one_step
+def slowly(*a): time.sleep(float(slow)); return step(*a)
+L.one_step = slowly
+L.learn(c, enc, survey(load_dataset('procad-aux', root), 1), out + '/a', out + '/run', every=1, show=False)
+'''
+
+def start(*args, launch=()):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, *launch, *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_parameters(files, enc, root, tmp_path):
+    "A real kill, somewhere behind the third step."
+    (tmp_path/'s.py').write_text(SCRIPT); args = lambda tag, slow: (tmp_path/'s.py', 'kanoclip', *files, root, tmp_path/tag, slow)
+    p = start(*args('killed', .3)); curve = tmp_path/'killed'/'run'/'curve.csv'; end = time.time() + 90
+    while not (curve.exists() and len(curve.read_text().splitlines()) > 3): assert time.time() < end and p.poll() is None, p.communicate()[0]; time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert not (tmp_path/'killed'/'a.json').exists()
+    for tag in ('killed', 'whole'): q = start(*args(tag, 0)); assert q.wait(120) == 0, q.communicate()[0]
+    a, b = (tensors(tmp_path/t/'a', enc) for t in ('killed', 'whole'))
+    assert all(torch.equal(a[k], b[k]) for k in a) and load_trained(tmp_path/'killed'/'a', enc).hash == load_trained(tmp_path/'whole'/'a', enc).hash
+
+@pytest.mark.parametrize('name', ['kanoclip', 'mvfa'])
+def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_path):
+    "torchrun, gloo, each process half of every batch."
+    (tmp_path/'s.py').write_text(SCRIPT); args = lambda tag: (tmp_path/'s.py', name, *files, root, tmp_path/tag, 0)
+    p = start(*args('two'), launch=('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')); q = start(*args('one'))
+    for r in (p, q): assert r.wait(170) == 0, r.communicate()[0]
+    a, b = (tensors(tmp_path/t/'a', enc) for t in ('two', 'one')); fresh = Student(course_for(course(name), enc), enc).head.state_dict()
+    assert a.keys() == b.keys() and all(gap(a[k], b[k]) < 2e-4 for k in a) and max(gap(a[k], v) for k, v in fresh.items()) > 5e-4
+
+def test_every_image_is_seen_once_per_epoch():
+    c = course('april-gan', epochs=3)
+    for epoch in range(3): assert sorted(sum((draw_rows(c, 6*epoch + k, 48) for k in range(6)), [])) == list(range(48))
+    assert draw_rows(c, 0, 48) != draw_rows(c, 6, 48) != draw_rows(replace(c, seed=1), 6, 48) and draw_rows(c, 7, 48) == draw_rows(c, 7, 48)
+    assert steps_of(c, 50) == 18 and not {i for k in range(6) for i in draw_rows(c, k, 50)} - set(range(50))
+    with pytest.raises(ValueError, match='batch=8.*7 images'): steps_of(c, 7)
+
+def test_knowledge_of_an_image_is_the_mean_of_its_sentences(enc, aux):
+    c, ds = course_for(course('kanoclip'), enc), aux.dataset
+    rows, got = sentences_known(c, ds), known_of(c, enc, ds)
+    for i in (0, 1, 20, 47):
+        k = ds.samples[i]; want = list(knowledge(k.category, 'procad-aux', 5))
+        if k.label: want.append(describe_mask(load_image(k.path), load_mask(k.mask, S), look_up(k.category, 'procad-aux').noun))
+        assert list(rows[i]) == want and len(want) == 5 + k.label
+        assert gap(got[i], F.normalize(enc.embed_text(want).float().mean(0), dim=-1)) < 1e-5
+    assert {len(r) for r in sentences_known(replace(c, known=(3, 0)), ds)} == {3}
+    with pytest.raises(ValueError, match=r'known=\(0, 1\).*normal'): known_of(replace(c, known=(0, 1)), enc, ds)
+
+def test_what_cannot_be_learned_is_refused(enc, aux, lessons, tmp_path):
+    with pytest.raises(ValueError, match="'april-gan'"): course_for('aprilgan', enc)
+    with pytest.raises(ValueError, match="head='x'.*'mvfa'"): replace(COURSES['mvfa'], head='x')
+    with pytest.raises(ValueError, match='prompts=.*text='): replace(COURSES['mvfa'], text=None)
+    with pytest.raises(ValueError, match='kd=1.*none are learned'): replace(COURSES['april-gan'], kd=1.)
+    with pytest.raises(ValueError, match='epochs=0'): replace(COURSES['april-gan'], epochs=0)
+    with pytest.raises(ValueError, match='procad.*learns from.*another'): check_target('kanoclip', 'procad', ['procad', 'visa'])
+    check_target('kanoclip', 'procad-aux', ['procad', 'visa'])
+    with pytest.raises(ValueError, match='step 0: the loss is nan.*lr='): learn(course('april-gan'), enc, aux, tmp_path/'a', tmp_path/'run', lessons=replace(lessons['april-gan'], patches=lessons['april-gan'].patches*float('nan')), show=False)
+    learn(course('april-gan'), enc, aux, tmp_path/'b', tmp_path/'run2', lessons=lessons['april-gan'], limit=1, show=False)
+    with pytest.raises(ValueError, match='another course'): learn(course('april-gan', lr=1.), enc, aux, tmp_path/'b', tmp_path/'run2', lessons=lessons['april-gan'], show=False)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name, enc, lessons):
+    "What lets several processes share a batch: equal parts, averaged. Focal, dice, cross entropy and hinge are all means over images."
+    c = course_for(course(name), enc); s = Student(c, enc)
+    rows = draw_rows(c, 0, 48); whole, a, b = (s(take(lessons[name], r, enc)) for r in (rows, rows[::2], rows[1::2]))
+    for k in whole: assert abs((whole[k] - (a[k] + b[k])/2).item()) < 1e-4*max(1, abs(whole[k].item()))
