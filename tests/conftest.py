@@ -1,4 +1,15 @@
 """Tests run in one process per core; each computes with one thread, so that they do not wait for one another."""
-import os
+import json, os
 
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
+import pytest
+
+
+@pytest.fixture(scope='session')
+def files(tmp_path_factory):
+    "Configuration and weights of a small encoder: 96 pixels, 6 x 6 patches, four blocks."
+    import open_clip, torch
+    from test_parity import config, sharp
+    d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=96, layers=4))
+    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
+    return str(d/'small.json'), str(d/'small.pt')

@@ -1,25 +1,18 @@
 """Training of prompts and heads: what moves and what does not, interruptions, several processes, refusals, knowledge."""
-import json, os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from dataclasses import replace
-from pathlib import Path
-import numpy as np, open_clip, pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
-from test_parity import config, gap, sharp
+from test_parity import gap
 from zsad.clip import load_encoder
 from zsad.data import load_dataset, load_image, load_mask, survey
 from zsad.knowledge import describe_mask, knowledge, look_up
-from zsad.learn import COURSES, Course, Student, check_target, course_for, curves, draw_rows, known_of, learn, one_step, read_lessons, sentences_known, steps_of, take
+from zsad.learn import COURSES, Student, check_target, course_for, curves, draw_rows, known_of, learn, read_lessons, sentences_known, steps_of, take
 from zsad.procad import render_aux
 from zsad.trained import load_trained
 
 S, NAMES = 96, list(COURSES)
 
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-    d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=S, layers=4))
-    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
-    return str(d/'small.json'), str(d/'small.pt')
 
 @pytest.fixture(scope='module')
 def enc(files): return load_encoder(*files, device='cpu', dtype='float32')

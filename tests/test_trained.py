@@ -1,9 +1,8 @@
 """Trained artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the key of a run; subsets of an unlabelled set."""
-import json
 from dataclasses import replace
 from types import SimpleNamespace
-import open_clip, pytest, torch
-from test_parity import config, gap, sharp
+import pytest, torch
+from test_parity import gap
 from zsad.bench import Model, code_of, compute, plan_jobs
 from zsad.clip import AttentionPath, EncodeSpec, load_encoder
 from zsad.data import load_dataset, survey
@@ -19,12 +18,6 @@ from zsad.trained import LayerMaps, find_artifact, load_trained, save_trained
 S = 96
 VV, QKV = EncodeSpec((AttentionPath('vv'),), 'quarters'), EncodeSpec((AttentionPath('qkv'),), 'quarters', 'raw')
 
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-    d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=S, layers=4))
-    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
-    return str(d/'small.json'), str(d/'small.pt')
 
 @pytest.fixture(scope='module')
 def enc(files): return load_encoder(*files, device='cpu', dtype='float32')

@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, open_clip, pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from PIL import Image
-from test_parity import config, gap, sharp, unit
+from test_parity import gap, unit
 from zsad.bench import Model, average_seeds, collect, compute, contrast_rows, find_run, forecast, gather_rows, plan_jobs, possible, reference_of, run_all, shots_of, write_results
 from zsad.cli import main
 from zsad.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
@@ -30,13 +30,6 @@ from zsad.windows import choose_references, read_windows, window_places, zero_sh
 S, GRID, C = 96, (6, 6), ['pill']
 WITH_REFERENCES, NEW = ('winclip+', 'winclip+@code', 'musc-2', 'dual'), ('winclip', 'winclip+', 'winclip@code', 'winclip+@code', 'musc', 'musc-2', 'dual')
 
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-    "Configuration and weights of a small encoder: 6 x 6 patches, four blocks."
-    d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=S, layers=4))
-    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
-    return str(d/'small.json'), str(d/'small.pt')
 
 @pytest.fixture(scope='module')
 def enc(files): return load_encoder(*files, device='cpu', dtype='float32')
