@@ -4,6 +4,7 @@ Results are made up: two categories, every row's values differ from those of eve
 """
 import csv, re, zlib
 from dataclasses import replace
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 from zsad.exhibits import EXHIBITS, ROLES, STAND_INS, Row, datasets_of, printed, reported
@@ -252,3 +253,9 @@ def test_the_folder_a_user_gets(mini, tmp_path):
     d = readable(table('anoclip-t1', mini)); grey = [c for c in d if c.startswith('paper')]
     assert len(grey) == 6 and all(f'<th class="paper">{c}</th>' in html for c in grey) and '<th class="paper">VisA' not in html and html.count('<td class="">no stand-in</td>') > 20
     assert '<td class="paper">65.1</td>' in html
+
+
+@pytest.mark.parametrize('lo,hi,says', [(.01, .04, 'less than a table shows'), (-.04, .02, 'less than a table shows'), (.02, .3, 'holds'), (-.3, -.02, 'is reversed'), (-.1, .2, 'is not shown')])
+def test_a_difference_that_no_digit_shows_is_not_said_to_hold(lo, hi, says):
+    row = SimpleNamespace(exhibit='anoclip-t3', better='a', worse='b', metric='pro', over='all', dataset='procad', difference=(lo + hi)/2, lo=lo, hi=hi)
+    assert verdict(row).endswith(says)

@@ -152,7 +152,7 @@ def readable(t:pd.DataFrame)->pd.DataFrame:
 # %% ../nbs/24_report.ipynb #0a7dc89c
 def verdict(row)->str:
     "Say one paired contrast in words; the data set is named if the exhibit has several."
-    how = 'holds' if row.lo > 0 else 'is reversed' if row.hi < 0 else 'is not shown'
+    how = 'is less than a table shows' if max(abs(row.lo), abs(row.hi)) < 0.05 else 'holds' if row.lo > 0 else 'is reversed' if row.hi < 0 else 'is not shown'
     several = row.exhibit not in EXHIBITS or len(EXHIBITS[row.exhibit].roles) > 1
     where = ' of '.join(([] if row.over == 'all' else [row.over]) + ([known_as(row.dataset)] if several else []))
     return f"{row.better} over {row.worse} in {NAMES[row.metric]}{where and ' on '}{where}: {row.difference:+.1f} points [{row.lo:.1f}, {row.hi:.1f}], {how}"
@@ -269,7 +269,7 @@ def curve(e:Exhibit, t:pd.DataFrame, res:Results):
         for m, color in zip(e.metrics, ('#31688e', '#d1495b', '#55a868')):
             g = t[head(e, role, m)]; o = g.loc[own.index]
             ax.plot(x, o.ours, 'o-', color=color, label=NAMES[m], ms=4); ax.fill_between(x, o.lo, o.hi, color=color, alpha=0.2, lw=0)
-            for label, style in zip(t.index.difference(own.index), (':', '--')): ax.axhline(g.ours[label], color=color, ls=style, lw=1, label=f'{NAMES[m]}, {label}')
+            for label, style in [(l, s) for l, s in zip(t.index.difference(own.index), (':', '--')) if g.ours[l] == g.ours[l]]: ax.axhline(g.ours[label], color=color, ls=style, lw=1, label=f'{NAMES[m]}, {label}')
         ax.set(xlabel=e.axis, xticks=x); ax.grid(alpha=0.3)
         if len(e.roles) > 1: ax.set_title(played(role, res), fontsize=9)
     axes[0, 0].set_ylabel('%'); axes[0, -1].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
