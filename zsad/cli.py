@@ -376,6 +376,7 @@ def train_options(command, o, model):
             o('--epochs', type=int), o('--lr', type=float), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
             o('--steps', type=int, help='of an encoder'), o('--pairs', type=int, help='of an encoder'), o('--start', help='weights file of the stage before, of an encoder'))
 
+# %% ../nbs/25_cli.ipynb #1e3e1610
 def parser():
     "Describe the commands."
     p = argparse.ArgumentParser('zsad', description='Reproducible zero-shot visual anomaly detection with CLIP.')
@@ -399,7 +400,7 @@ def parser():
     train_options(command, o, model)
     return p
 
-# %% ../nbs/25_cli.ipynb #1e3e1610
+# %% ../nbs/25_cli.ipynb #5a733ad6
 def main(argv=None)->int:
     "Run a command; expected errors are one line on stderr and exit code 2."
     a = parser().parse_args(argv)

@@ -115,6 +115,7 @@ def places(self:DeformableAttention,
 
 @patch
 def forward(self:DeformableAttention, x:Tensor, grid)->Tensor:     # [B,N,C] -> what x gains [B,N,C]
+    "Attend to the places found for the image (DAT, deformable attention)."
     y = self.norm(x); q = self.q(y)
     at = self.places(q, grid)
     split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
