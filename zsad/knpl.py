@@ -162,8 +162,9 @@ def text_of(learned:Learned, encoder,
 def knowledge_vectors(encoder, sentences:dict)->dict:      # {category: list of sentences, general and image-specific} to {category: [C] unit}
     "Embed and average what is known of each category's anomalies, KAnoCLIP Eq. (3)."
     if empty := [c for c, s in sentences.items() if isinstance(s, str) or not len(s)]: raise ValueError(f'sentences: {empty[0]!r} has no list of sentences; give at least one, or leave the category out')
-    each = encoder.embed_text([s for rows in sentences.values() for s in rows]).clone().split([len(rows) for rows in sentences.values()])
-    return {c: average(e) for c, e in zip(sentences, each)}
+    every = list(dict.fromkeys(s for rows in sentences.values() for s in rows)); place = {s: i for i, s in enumerate(every)}      # each sentence once
+    told = torch.cat([encoder.embed_text(every[i:i + 256]) for i in range(0, len(every), 256)]).clone()
+    return {c: average(told[[place[s] for s in rows]]) for c, rows in sentences.items()}
 
 # %% ../nbs/18_knpl.ipynb #b0f92d6b
 def kd_loss(pair:Tensor,             # [M,2,C] normal, anomalous prompts of M categories; any length

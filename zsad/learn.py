@@ -21,7 +21,7 @@ from .clip import AttentionPath, Encoder, EncodeSpec
 from .core import cache_dir, digest, keep_memory, keyed, write_atomic
 from .data import Survey, load_image, load_mask
 from .knowledge import describe_mask, knowledge, look_up
-from .knpl import PROMPT_RECIPES, Learned, PromptRecipe, dice_loss, dpam_path, focal_loss, global_loss, image_loss, kd_loss, local_loss, start_prompts, state_maps, text_of
+from .knpl import PROMPT_RECIPES, Learned, PromptRecipe, dice_loss, dpam_path, focal_loss, global_loss, image_loss, kd_loss, knowledge_vectors, local_loss, start_prompts, state_maps, text_of
 from .prompts import encode_text
 from .store import encode_missing, recall
 from .trained import HEADS, save_trained
@@ -107,17 +107,16 @@ def sentences_known(course:Course, ds)->list:
     n, m = course.known
     said = {c: knowledge(c, ds.name, n) if n else () for c in ds.categories}
     nouns = {c: look_up(c, ds.name).noun for c in ds.categories}
-    own = lambda k: (describe_mask(load_image(k.path), load_mask(k.mask, load_image(k.path).shape[0]), nouns[k.category]),) if m and k.label and k.mask else ()
+    look = lambda k, image: describe_mask(image, load_mask(k.mask, image.shape[0]), nouns[k.category])
+    own = lambda k: (look(k, load_image(k.path)),) if m and k.label and k.mask else ()
     return [(*said[k.category], *own(k)) for k in ds.samples]
 
 @torch.no_grad()
 def known_of(course:Course, encoder:Encoder, ds)->Tensor:      # [M,C]
-    "Embed and average what is known of every image, each sentence once."
+    "Embed and average what is known of every image, KAnoCLIP Eq. (3)."
     rows = sentences_known(course, ds)
-    every = list(dict.fromkeys(s for row in rows for s in row)); place = {s: i for i, s in enumerate(every)}
     if any(not row for row in rows): raise ValueError(f'known={course.known}: a normal image is described by its category alone; take at least one description of a category')
-    told = torch.cat([encoder.embed_text(every[i:i + 256]).float() for i in range(0, len(every), 256)])
-    return torch.stack([F.normalize(told[[place[s] for s in row]].mean(0), dim=-1) for row in rows])
+    return torch.stack(list(knowledge_vectors(encoder, dict(enumerate(rows))).values()))
 
 # %% ../nbs/26_learn.ipynb #47b7f2ff
 class Student(nn.Module):
