@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import keyed
-from .fusion import ordinary
+from .fusion import ordinary, weights_from
 from .tta import anomaly_logit
 from .vv import add_mlp, attend, leave, project, qkv
 
@@ -55,8 +54,7 @@ class AprilGan(nn.Module):
                  seed:int=0            # of the weights
                 ):
         super().__init__(); self.width, self.dim, self.tau = width, dim, tau
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(keyed(seed, 'weights', 'april-gan').integers(2**62)))
+        with weights_from(seed, 'april-gan'):
             self.fc = nn.ModuleList(nn.Linear(width, dim) for _ in range(stages))
 
     def forward(self, cls:Tensor, patches:Tensor, text:Tensor, grid, size)->tuple:     # [B,C], [L,B,N,D], [2,C] or [B,2,C] -> score [B], map [B,H,W], logits [L,B,N]
@@ -112,8 +110,7 @@ class MVFA(nn.Module):
                 ):
         super().__init__(); self.width, self.dim, self.layers, self.gamma, self.tau = width, dim, tuple(layers), gamma, tau
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0: raise ValueError(f"layers={layers!r}: different block numbers from 0, in order; EncodeSpec(layers='quarters').resolved(encoder.blocks).layers gives four")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(keyed(seed, 'weights', 'mvfa').integers(2**62)))
+        with weights_from(seed, 'mvfa'):
             self.seg, self.det = (nn.ModuleList(Adapter(width, dim) for _ in self.layers) for _ in range(2))
 
     def forward(self, visual, x:Tensor, text:Tensor, size=None)->tuple:     # [B,3,S,S], [2,C] or [B,2,C] -> score [B], map [B,H,W], logits and det [L,B,N]
