@@ -1,13 +1,17 @@
 """Training of prompts and heads: what moves and what does not, interruptions, several processes, refusals, knowledge."""
-import os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from dataclasses import replace
+from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from test_parity import gap
 from zsad.clip import load_encoder
 from zsad.data import load_dataset, load_image, load_mask, survey
 from zsad.knowledge import describe_mask, knowledge, look_up
-from zsad.learn import COURSES, Student, check_target, course_for, curves, draw_rows, known_of, learn, read_lessons, sentences_known, steps_of, take
+from zsad.courses import COURSES, VARIANTS, course_for, find_course
+from zsad.learn import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, missing, read_lessons, sentences_known, steps_of, take
+from zsad.method import METHODS, build, fit
+from zsad.prompts import encode_text
 from zsad.procad import render_aux
 from zsad.trained import load_trained
 
@@ -23,7 +27,7 @@ def root(tmp_path_factory): return render_aux(good=1, bad=2, train=1, size=S, ro
 @pytest.fixture(scope='module')
 def aux(root): return survey(load_dataset('procad-aux', root), 1)
 
-def course(name, **how): return replace(COURSES[name], **{**dict(epochs=2, batch=8, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {}), **how})
+def course(name, **how): return replace(COURSES[name], **{**dict(epochs=2, batch=8, lr_head=None, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {}), **how})
 
 @pytest.fixture(scope='module')
 def lessons(enc, aux): return {n: read_lessons(course_for(course(n), enc), enc, aux) for n in NAMES}
@@ -64,11 +68,12 @@ import sys, time, torch
 torch.set_num_threads(1)
 from dataclasses import replace
 from zsad import learn as L
+from zsad.courses import COURSES
 from zsad.clip import load_encoder
 from zsad.data import load_dataset, survey
 name, cfg, weights, root, out, slow = sys.argv[1:]
 enc = load_encoder(cfg, weights, device='cpu', dtype='float32')
-c = replace(L.COURSES[name], epochs=2, batch=8, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {})
+c = replace(COURSES[name], epochs=2, batch=8, lr_head=None, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {})
 step = L.one_step
 def slowly(*a): time.sleep(float(slow)); return step(*a)
 L.one_step = slowly
@@ -115,7 +120,53 @@ def test_knowledge_of_an_image_is_the_mean_of_its_sentences(enc, aux):
         assert list(rows[i]) == want and len(want) == 5 + k.label
         assert gap(got[i], F.normalize(enc.embed_text(want).float().mean(0), dim=-1)) < 1e-5
     assert {len(r) for r in sentences_known(replace(c, known=(3, 0)), ds)} == {3}
-    with pytest.raises(ValueError, match=r'known=\(0, 1\).*normal'): known_of(replace(c, known=(0, 1)), enc, ds)
+    own = known_of(replace(c, known=(0, 1)), enc, ds)
+    assert [bool(k.isfinite().all()) for k in own] == [bool(k.label) for k in ds.samples]                # of normal images nothing is said
+    with pytest.raises(ValueError, match=r'known=\(0, 0\).*nothing is said'): known_of(replace(c, known=(0, 0)), enc, ds)
+
+def test_a_knowledge_file_of_your_own_goes_over_the_shipped_one(enc, aux, tmp_path):
+    k, other = [s for s in aux.dataset.samples if s.label][:2]
+    (tmp_path/'k.json').write_text(json.dumps(dict(format='zsad-knowledge-1', source='me', sets={'procad-aux': {k.category: dict(noun='thing', background='A thing.', anomalies=['a thing with a hole', 'a thing with a dent'])}}, images={'procad-aux': {k.id: ['a thing bitten by a dog']}})))
+    c = course_for(course('kanoclip', known=(2, 1), base=str(tmp_path/'k.json')), enc); told = dict(zip([s.id for s in aux.dataset.samples], sentences_known(c, aux.dataset)))
+    assert told[k.id] == ('a thing with a hole', 'a thing with a dent', 'a thing bitten by a dog')
+    assert told[other.id][:2] == tuple(knowledge(other.category, 'procad-aux', 2)) or other.category == k.category
+    assert len(told[other.id]) == 3 and 'dog' not in told[other.id][2]
+
+def test_what_teaches_the_prompts(enc, lessons):
+    "Images of which nothing is said ask for nothing; fixed sentences pull both prompts; a margin asks for more."
+    b = take(lessons['kanoclip'], list(range(12)), enc); s = Student(course_for(course('kanoclip', margin=.5), enc), enc); pair = s.pairs(b.categories)
+    far = (F.normalize(pair, dim=-1) - F.normalize(b.knowledge, dim=-1)[:, None]).norm(dim=-1); hinge = (far[:, 1] - far[:, 0] + .5).clamp(min=0)
+    assert abs((s.teach(pair, b) - hinge.mean()).item()) < 1e-6 and hinge.min() > 0
+    known = b.knowledge.clone(); known[::3] = float('nan'); half = s.teach(pair, replace(b, knowledge=known))
+    assert abs((half - hinge[[i for i in range(12) if i % 3]].sum()/12).item()) < 1e-6 and s.teach(pair, replace(b, knowledge=known*float('nan'))).item() == 0
+    c = Student(course_for(course('kanoclip', teacher='clip'), enc), enc); want = torch.stack([1 - (p*encode_text(enc, 'clip', n).pair).sum(-1).mean() for p, n in zip(pair, b.categories)]).mean()
+    assert abs((c.teach(pair, b) - want).item()) < 1e-6
+    g = groups_of(Student(course_for(replace(course('kanoclip'), lr=.1, lr_head=.01), enc), enc))
+    assert [x['lr'] for x in g] == [.1, .01] and sum(p.numel() for x in g for p in x['params']) == sum(p.numel() for p in s.parameters())
+
+def test_every_variant_differs_from_its_course_in_what_its_name_says(enc):
+    def changed(a, b): return {k for k, v in vars(a).items() if v != getattr(b, k)} - {'name'}
+    k, vv = COURSES['kanoclip'], VARIANTS['kanoclip-vv']
+    assert changed(vv, k) == {'settings'} and changed(VARIANTS['kanoclip-qkv'], k) == {'encode'} and changed(VARIANTS['kanoclip-knpl'], vv) == {'encode'}
+    for n in VARIANTS:
+        if n.startswith('knpl-'): assert len(changed(VARIANTS[n], vv)) == 1, n
+        course_for(n, enc)
+    with pytest.raises(ValueError, match="'nope'.*'knpl-none'"): find_course('nope')
+
+def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_path, monkeypatch):
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'cache')); import zsad.learn as L
+    monkeypatch.setattr(L, 'load_dataset', lambda on, folder: load_dataset(on, root)); short = course('april-gan', epochs=1)
+    monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name))
+    a = METHODS['april-gan']; rows = [replace(a, seed=k) for k in (0, 1)] + [replace(a, name='own', artifact='april-gan-{backbone}-procad-b-s{seed}'), METHODS['anoclip']]
+    lacking = missing(rows, enc, ['procad', 'procad-b']); stem = f'april-gan-{Path(enc.backbone).stem}'
+    on = 'procad-aux'
+    assert [(n, s, k) for n, _, s, k in lacking] == [(f'{stem}-{on}-s0', on, 0), (f'{stem}-{on}-s1', on, 1), (f'{stem}-procad-b-s0', 'procad-b', 0)]
+    assert missing(rows[2:3], enc, ['procad-b']) == []                                                    # it would be asked about what it learned from
+    learn_missing(lacking[:2], enc, show=False)
+    assert [n for n, *_ in missing(rows, enc, ['procad'])] == [f'{stem}-procad-b-s0']
+    fits = [fit(m, enc, 'procad') for m in rows[:2]]
+    assert fits[0][1].hash != fits[1][1].hash and [t.about['seed'] for _, t in fits] == [0, 1] and fits[0][1].about['dataset'] == 'procad-aux'
+    assert fits[0][0].encode == course_for(short, enc).encode and fits[0][0].text == 'april-gan'
 
 def test_what_cannot_be_learned_is_refused(enc, aux, lessons, tmp_path):
     with pytest.raises(ValueError, match="'april-gan'"): course_for('aprilgan', enc)

@@ -128,9 +128,11 @@ def test_real_images_are_not_taken_for_the_rendered_ones(bench, tmp_path, capsys
     assert 'not a rendered benchmark' in capsys.readouterr().err
 
 
-def test_only_a_whole_run_is_accepted(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_accepted_is_refused_before_it_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(['reproduce', 'anoclip-t3', '--accept']) == 2 and 'all exhibits' in capsys.readouterr().err
+    assert main(['reproduce', 'anoclip-t3', '--accept', '--profile', 'paper', '--data', '.']) == 2 and 'its own data' in capsys.readouterr().err
+    (tmp_path/'c'/'nbs').mkdir(parents=True); (tmp_path/'c'/'settings.ini').write_text(''); monkeypatch.chdir(tmp_path/'c')
+    assert main(['reproduce', 'anoclip-t3', '--accept']) == 2 and 'nothing was accepted yet' in capsys.readouterr().err; monkeypatch.chdir(tmp_path)
     assert main(['reproduce', '--accept', '--plan']) == 2 and 'not inside a checkout' in capsys.readouterr().err
 
 

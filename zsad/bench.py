@@ -7,7 +7,7 @@ __all__ = ['LINE', 'PARTS', 'CODE', 'PROFILES', 'SCORING', 'merge_specs', 'Truth
            'measure_defects', 'code_of', 'run_record', 'sentences_of', 'complete', 'machine', 'Model', 'load_model',
            'open_model', 'Job', 'read_result', 'predictions', 'predict_job', 'all_tokens', 'reference_of', 'run_job',
            'bare', 'run_local', 'run_processes', 'run_cluster', 'run_all', 'Profile', 'open_sets', 'gather_rows',
-           'image_hash', 'shots_of', 'twin_of', 'possible', 'usable', 'enough', 'readable_shots', 'plan_jobs',
+           'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted', 'enough', 'readable_shots', 'plan_jobs',
            'collect', 'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count',
            'compute', 'defined', 'mean_of', 'average_seeds', 'metric_rows', 'defect_rows', 'contrasts_of',
            'contrast_rows', 'find_run', 'to_csv', 'write_results']
@@ -31,11 +31,10 @@ from .core import cache_dir, code_digest, digest, keep_memory, write_atomic
 from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_image, load_mask, set_name, survey
 from .dual import draw_references
 from .exhibits import CONTROLS, STAND_INS, TWINS, Exhibit, Row, datasets_of
-from .method import Detector, Prediction, Reference, build, pick
+from .method import Detector, Prediction, Reference, build, fit, pick
 from .metrics import METRICS, Protocol, evaluate, pixel_auroc_within
 from .prompts import prompt_set, sentences
 from .store import encode_missing, held, recall, streams_of
-from .trained import load_trained
 from .windows import choose_references
 
 # %% ../nbs/23_bench.ipynb #c8667495
@@ -291,12 +290,12 @@ class Profile:
     weights: str
     roles: dict           # role -> data set name
 
-PROFILES = dict(mini=Profile('mini', 'mini', None, STAND_INS), paper=Profile('paper', 'ViT-B-16-plus-240', 'laion400m_e32', dict(mvtec='mvtec', visa='visa')))
+PROFILES = dict(mini=Profile('mini', 'mini', None, STAND_INS), paper=Profile('paper', 'ViT-B-16-plus-240', 'laion400m_e32', {n: n for n in SOURCES}))
 
 def open_sets(profile:Profile, root=None, roles=None)->tuple:      # {role: Survey}, {role: why it is not there}
     "Find and read the data sets of a profile, for some roles or all; every file is decoded once, and what cannot be used is left out and named."
     wanted = {r: n for r, n in profile.roles.items() if roles is None or r in roles}
-    origin = lambda n: f'it comes from {SOURCES[n].page} ({SOURCES[n].licence}, about {SOURCES[n].gigabytes} GB)' if n in SOURCES else 'it is rendered when no --data is given'
+    origin = lambda n: f'it comes from {SOURCES[n].page} ({SOURCES[n].terms})' if n in SOURCES else 'it is rendered when no --data is given'
     if profile.name == 'paper' and root is None:
         raise ValueError('the paper profile needs --data, the folder that is or holds the data sets: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
     root = None if root is None else Path(root).expanduser().absolute()
@@ -340,16 +339,18 @@ def possible(row:Row, encoder:Encoder, ds)->bool:
     if twin_of(row) == 'plain training' and (encoder.source != 'shipped' or f'{encoder.backbone}-plain' not in SHIPPED): return False
     if row.method is None: return bool(objects) and all(s.foreground for s in objects)
     m, side = row.method, min(encoder.grid)
-    if not usable(m, encoder): return False
     near = max([r for name, params in m.terms if name == 'mutual' for r in params.get('scales', (1, 3, 5))], default=0)
     return enough(m, ds) and max([p.depth or 0 for p in m.encode.paths], default=0) <= encoder.blocks and max(m.encode.windows, default=0) <= side and near <= side
 
 # %% ../nbs/23_bench.ipynb #7d2f82ca
-def usable(m, encoder:Encoder)->bool:
-    "Tell whether a row's artifact is there and fits the encoder; one that is not is named."
-    try: return not m.artifact or bool(load_trained(m.artifact, encoder))
-    except (OSError, ValueError) as e: print(f'{m.name} left out: {e}', file=sys.stderr)
-    return False
+def fitted(row:Row, encoder:Encoder, ds)->Row:      # None where it cannot be run
+    "Give a row the artifact it means on a data set; one that is not there, does not fit the encoder or has learned from this very set is named and left out."
+    if row.method is None or not row.method.artifact: return row
+    try:
+        m, trained = fit(row.method, encoder, ds.name)
+        if trained.about.get('dataset') != ds.name: return replace(row, method=m)
+        print(f'{m.name} on {ds.name} left out: {m.artifact} has learned from this set', file=sys.stderr)
+    except (OSError, ValueError) as e: print(f'{row.method.name} left out: {e}', file=sys.stderr)
 
 def enough(m, ds)->bool:
     "Tell whether every category has as many images as a row draws references."
@@ -370,7 +371,8 @@ def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None, seeds:
     "Expand exhibits on data sets ({role: Survey}) into runs and jobs."
     cache, records, jobs, keys = str(Path(cache or cache_dir()).absolute()), {}, [], {}
     for role, s in sets.items():
-        drawn = [(r, readable_shots(r, s.dataset), p) for r, p in gather_rows(exhibits, role, seeds) if possible(r, open_model(model), s.dataset)]
+        fits = [(fitted(r, open_model(model), s.dataset), p) for r, p in gather_rows(exhibits, role, seeds)]
+        drawn = [(r, readable_shots(r, s.dataset), p) for r, p in fits if r and possible(r, open_model(model), s.dataset)]
         drawn = [(r, shots, p) for r, shots, p in drawn if shots is not None]
         for twin in dict.fromkeys(twin_of(r) for r, *_ in drawn):
             encoder = open_model(replace(model, twin=twin))
@@ -507,8 +509,8 @@ def defect_rows(results:dict)->list:
 
 # %% ../nbs/23_bench.ipynb #afafd075
 def contrasts_of(e:Exhibit)->list:
-    "List an exhibit's contrasts, those of the paper and the claim's row against each control: (better, worse, metric, over which categories)."
-    if not e.contrasts: return []
+    "List an exhibit's contrasts, and the row of its claim against each control: (better, worse, metric, over which categories)."
+    if not (e.claim and e.contrasts): return [(*c, 'all') for c in e.contrasts]
     best, metric = e.contrasts[0][0], 'pixel_auroc' if 'pixel_auroc' in e.metrics else e.metrics[0]
     return [(b, w, m, 'all') for b, w, m in e.contrasts] + [(best, r.label, metric, 'objects' if r.method is None else 'all') for r in e.rows if r in CONTROLS]
 

@@ -69,7 +69,8 @@ def histograms(maps, masks, bins:int=1024, stride:int=2)->Histograms:
 # %% ../nbs/05_bootstrap.ipynb #5dfbfb76
 def resample(h:Histograms, w)->dict:
     "Compute pixel AUROC, AP, F1max and PRO for every draw in `w` [R,M]."
-    tp, fp, cover = ((w @ t).cumsum(1).astype(float) for t in (h.tp, h.fp, h.cover))
+    w = w.astype(float)                                                                        # exact, and fast
+    tp, fp, cover = ((w @ t.astype(float)).cumsum(1) for t in (h.tp, h.fp, h.cover))
     with np.errstate(invalid='ignore', divide='ignore'): pro = curve_area(fp/fp[:, -1:], cover/(w @ h.regions)[:, None], 0.3)
     return curve_metrics(tp, fp, 'pixel') | dict(pro=pro)
 

@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PATHS', 'HELD', 'MISSED', 'wait', 'take_turns', 'layer_shapes', 'gemm_rates', 'gemm_rate', 'flops_of',
            'row', 'batch_that_fits', 'encoding_rows', 'full_text', 'text_rows', 'category_maps', 'pro_loop',
-           'library_values', 'metric_rows', 'row_times', 'machine', 'measure', 'write_cost', 'read_cost', 'targets',
-           'cost_caption', 'cost_table', 'cost_figure']
+           'library_values', 'metric_rows', 'row_times', 'time_step', 'step_rows', 'machine', 'measure', 'write_cost',
+           'read_cost', 'targets', 'cost_caption', 'cost_table', 'cost_figure']
 
 # %% ../nbs/28_cost.ipynb #5cdc3d26
 import math, platform, time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +27,8 @@ from .clip import AttentionPath, Encoder, EncodeSpec, cpu_flags, load_encoder
 from .prompts import sentences
 from .method import build
 from .exhibits import EXHIBITS
+from .courses import COURSES, course_for
+from .learn import Batch, Student, groups_of
 
 # %% ../nbs/28_cost.ipynb #3b16b059
 def wait(device):
@@ -200,6 +205,33 @@ def row_times(encoder:Encoder, batch:int=16, least:int=3, seconds:float=20.)->li
     return out
 
 # %% ../nbs/28_cost.ipynb #6dff6824
+def time_step(course:str, backbone:str, size:int, passes:int=3, device='cpu')->tuple:      # seconds of encoding, seconds of each step, peak of memory in bytes
+    "Take steps on one image of noise with random weights."
+    import resource
+    keep_memory(); e = load_encoder(backbone, 'random:0', size=size, device=device, dtype='float32'); e.model.requires_grad_(False)
+    c = course_for(replace(COURSES[course], batch=1), e); student = Student(c, e)
+    x = torch.from_numpy(keyed(0, 'cost').standard_normal((1, 3, e.preprocess.size, e.preprocess.size), dtype='f4')).to(e.device)
+    wait(device); start = time.perf_counter(); t = e.tokens(x, c.encode); wait(device); encoding = time.perf_counter() - start
+    mask = torch.zeros(1, c.loss_size, c.loss_size, dtype=torch.bool, device=e.device); mask[:, :9, :9] = True
+    patches = next(iter(t.patches.values())).clone() if c.encode.paths else None
+    b = Batch(t.cls.clone(), patches, x, torch.ones(1, dtype=torch.long, device=e.device), mask, ('bottle',), F.normalize(torch.ones(1, e.dim, device=e.device), dim=-1), t.grid)
+    opt, spent = torch.optim.Adam(groups_of(student), lr=c.lr), []
+    for _ in range(passes):
+        start = time.perf_counter(); opt.zero_grad(); sum(v for v in student(b).values()).backward(); opt.step(); wait(device); spent.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if str(device).startswith('cuda') else 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return encoding, spent, peak
+
+# %% ../nbs/28_cost.ipynb #630904a2
+def step_rows(backbone='ViT-L-14-336-quickgelu', size:int=518, passes:int=3, device='cpu')->list:
+    "Time a step of every course on one image, and its peak of memory."
+    out = []
+    for name in COURSES:
+        with ProcessPoolExecutor(1, get_context('spawn')) as pool: encoding, spent, peak = pool.submit(time_step, name, backbone, size, passes, device).result()
+        note = f'{backbone}, {size} px'
+        out += [row('training', f'{name}, encode once', encoding, 's/image', 'float32', 1, note=note), row('training', f'{name}, step', spent[1:] or spent, 's', 'float32', 1, note=note), row('training', f'{name}, peak of memory', peak/2**30, 'GiB', 'float32', 1, 16., note=note)]
+    return out
+
+# %% ../nbs/28_cost.ipynb #618b3fd0
 def machine(encoder:Encoder)->dict:
     "Name what the times were taken on."
     info, have = Path('/proc/cpuinfo'), cpu_flags()
@@ -223,9 +255,10 @@ def measure(backbone='ViT-B-16-plus-240',       # as in `load_encoder`
         rows += encoding_rows(e, min(batch, 2) if quick else batch, least, seconds)
         if dtype == 'float32': rows += text_rows(e, sum(sentences('winclip', 'bottle'), [])[::40 if quick else 1], least, 2*seconds) + row_times(e, min(batch, 2) if quick else batch, least, seconds)
     rows += metric_rows(*(category_maps('bottle', 2, 4, 48, 6) if quick else category_maps()), least, 3*seconds)
+    rows += step_rows('mini', None, 1) if quick else step_rows(device=e.device)
     return [{**r, 'note': '; '.join(n for n in (r['note'], note) if n), **machine(e)} for r in rows]
 
-# %% ../nbs/28_cost.ipynb #630904a2
+# %% ../nbs/28_cost.ipynb #84517602
 def write_cost(folder, **settings)->Path:
     "Run `measure(**settings)` and write its rows to cost.csv in `folder`."
     rows = pd.DataFrame(measure(**settings))[list(COLUMNS)]
@@ -238,7 +271,7 @@ def read_cost(rows)->pd.DataFrame:       # rows, a frame of them, or the folder 
     if not path.is_file(): raise FileNotFoundError(f"{path}: no measurement here; make one with zsad.cost.write_cost('{rows}'), on a machine that does nothing else")
     return pd.read_csv(path, keep_default_na=False, na_values={k: [''] for k in ('value', 'limit', 'share', 'lo', 'hi')})
 
-# %% ../nbs/28_cost.ipynb #618b3fd0
+# %% ../nbs/28_cost.ipynb #034fdbfd
 def targets(rows)->pd.DataFrame:       # one row per target: name, measured, bound, held, said
     "Hold a measurement against the four targets."
     d = read_cost(rows)
@@ -260,7 +293,7 @@ def cost_caption(rows)->str:
     slow = ' This processor has no bfloat16 instructions.' if d.note.str.contains('no bfloat16').any() else ''
     return f"{trial}{r.encoder} on {r.device if r.device != 'cpu' else r.cpu}, {r.threads} threads ({r['flags'] or 'flags unknown'}), torch {r.torch}.{slow} {t.held.sum()} of {len(t)} targets held. {'; '.join(t.said)}."
 
-# %% ../nbs/28_cost.ipynb #74f3048d
+# %% ../nbs/28_cost.ipynb #d74ec50e
 def cost_table(rows)->pd.DataFrame:
     "Format a measurement for people."
     d = read_cost(rows)
@@ -271,7 +304,7 @@ def cost_table(rows)->pd.DataFrame:
     out.index = [f'{r.part}: {r.what}' for r in d.itertuples()]
     return out
 
-# %% ../nbs/28_cost.ipynb #034fdbfd
+# %% ../nbs/28_cost.ipynb #15791754
 HELD, MISSED = '#31688e', '#d1495b'
 
 def cost_figure(rows):

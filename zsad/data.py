@@ -296,21 +296,34 @@ class Source:
     "Where a published set comes from and what its test part holds."
     page: str
     licence: str
-    gigabytes: float
-    counts: dict        # category -> (normal, anomalous) test images
+    gigabytes: float    # of the download, None where its page does not say
+    counts: dict        # category -> (normal, anomalous) test images; empty where copies differ
     words: str
+    terms = property(lambda s: s.licence + (f', about {s.gigabytes} GB' if s.gigabytes else ''))
 
 _mvtec = dict(bottle=(20, 63), cable=(58, 92), capsule=(23, 109), carpet=(28, 89), grid=(21, 57), hazelnut=(40, 70), leather=(32, 92), metal_nut=(22, 93), pill=(26, 141),
               screw=(41, 119), tile=(33, 84), toothbrush=(12, 30), transistor=(60, 40), wood=(19, 60), zipper=(32, 119))
 _visa = dict(candle=100, capsules=60, cashew=50, chewinggum=50, fryum=50, macaroni1=100, macaroni2=100, pcb1=100, pcb2=100, pcb3=101, pcb4=101, pipe_fryum=50)
 SOURCES = dict(mvtec=Source('https://www.mvtec.com/company/research/datasets/mvtec-ad', 'CC BY-NC-SA 4.0', 4.9, _mvtec, 'MVTec-AD: ten objects and five textures'),
                visa=Source('https://github.com/amazon-science/spot-diff', 'CC BY 4.0', 1.9, {c: (n, 100) for c, n in _visa.items()}, 'VisA: twelve objects'))
+SOURCES |= {name: Source(page, licence, None, {}, words) for name, page, licence, words in (
+    ('mpdd', 'https://github.com/stepanje/MPDD', 'CC BY-NC-SA 4.0', 'MPDD: six kinds of painted metal parts'),
+    ('btad', 'https://avires.dimi.uniud.it/papers/btad/btad.zip', 'CC BY-NC-SA 4.0', 'BTAD: three products'),
+    ('sdd', 'https://www.vicos.si/resources/kolektorsdd', 'CC BY-NC-SA 4.0', 'KolektorSDD: electrical commutators'),
+    ('dagm', 'https://hci.iwr.uni-heidelberg.de/content/weakly-supervised-learning-industrial-optical-inspection', 'free for research', 'DAGM 2007: ten rendered textures, ellipses as masks'),
+    ('brainmri', 'https://www.kaggle.com/datasets/navoneel/brain-mri-images-for-brain-tumor-detection', 'see its page', 'BrainMRI: MRI, no masks'),
+    ('bmad_brain', 'https://github.com/DorisBao/BMAD', 'CC BY-NC-SA 4.0', 'BMAD brain: slices of BraTS2021'),
+    ('liverct', 'https://github.com/DorisBao/BMAD', 'CC BY-NC-SA 4.0', 'BMAD liver: slices of BTCV and LiTS'),
+    ('resc', 'https://github.com/DorisBao/BMAD', 'CC BY-NC-SA 4.0', 'BMAD retina (RESC): OCT'),
+    ('br35h', 'https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection', 'see its page', 'Br35H: brain MRI, no masks'),
+    ('covid', 'https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database', 'see its page', 'COVID-19 radiography: chest X-rays, masks of lungs only'),
+    ('headct', 'https://www.kaggle.com/datasets/felipekitamura/head-ct-hemorrhage', 'see its page', 'HeadCT: haemorrhage, no masks'))}
 
 # %% ../nbs/02_data.ipynb #473d9913
 DATASETS = {'procad': 'the rendered benchmark: kinds of things that the mini encoder saw in other designs', 'procad-novel': 'rendered: kinds, words and defects that it never saw',
             'procad-aux': 'rendered: an auxiliary set to train prompts and heads on', 'procad-b': 'rendered: boards, several instances, clutter', 'procad-med': 'rendered: slices, layers, cells'}
 DATASETS |= dict(mvtec='MVTec-AD as downloaded, or any MVTec-shaped folder',
-                visa='VisA as downloaded, or as its preparation script arranges it', folder='any folder: meta.json, MVTec-shaped, one category, or images in folders named by kind')
+                visa='VisA as downloaded, or as its preparation script arranges it', **{n: f'{s.words}; MVTec-shaped, or with meta.json' for n, s in SOURCES.items() if not s.counts}, folder='any folder: meta.json, MVTec-shaped, one category, or images in folders named by kind')
 
 def render_named(name:str)->Path:
     "Render a set of the procad family into the cache, unless it is there."
@@ -349,7 +362,8 @@ def check_dataset(name:str, ds:Dataset)->list:      # (category, normal, anomalo
 def role_of(folder:Path)->str:      # 'mvtec', 'visa' or None
     "Tell which set a folder can stand for."
     if (folder/'split_csv'/'1cls.csv').is_file(): return 'visa'
-    names = {p.name for p in folders(folder) if (p/'test').is_dir()}
+    names, own = {p.name for p in folders(folder) if (p/'test').is_dir()}, folder.name.lower()
+    if own in SOURCES and not SOURCES[own].counts and (names or (folder/'meta.json').is_file()): return own
     return None if not names else 'visa' if names <= set(SOURCES['visa'].counts) else 'mvtec'
 
 def find_sets(root)->dict:          # {'mvtec': folder, 'visa': folder}, what there is of them

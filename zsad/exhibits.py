@@ -8,8 +8,10 @@ __all__ = ['STATES', 'TWINS', 'ROLES', 'STAND_INS', 'CONTROLS', 'ano', 'ATTENTIO
            'STATES_OF_BOARDS', 'SHOTS', 'dual', 'SEEN', 'PAIRS', 'SETTINGS', 'TOGETHER', 'MODULES', 'COUNTS', 'steps',
            'DUAL_STEPS', 'policy', 'POLICIES', 'MAP', 'BOTH', 'WORDS', 'CODED', 'SILENT_TEXT', 'SILENT_WINDOWS', 'HALF',
            'SILENT_ADAPTING', 'SILENT_SETS', 'SILENT_PAIRS', 'SILENT', 'AL', 'AD', 'ANOCLIP', 'DUAL', 'OTHERS',
-           'EXHIBITS', 'PLUS', 'CABLE', 'BOARDS', 'PICTURES', 'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots',
-           'switch', 'silent', 'seeded', 'Picture', 'reported', 'printed']
+           'TRAINED', 'BY_HAND', 'FOUR_PAPERS', 'ADDED', 'LEFT_OUT', 'AWARE', 'KNOWN', 'RULED', 'LEARNED_FROM', 'IP',
+           'WORTH', 'KANOCLIP', 'LEARNING', 'EXHIBITS', 'PLUS', 'CABLE', 'BOARDS', 'PICTURES', 'Row', 'datasets_of',
+           'with_controls', 'Exhibit', 'shots', 'switch', 'silent', 'course', 'seeded', 'Picture', 'reported',
+           'printed']
 
 # %% ../nbs/22_exhibits.ipynb #4a0f97db
 import csv
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from inspect import signature
-from .method import METHODS, SCORES, TERMS, Method, find_method, one_path, without_reference
+from .method import METHODS, SCORES, TERMS, Method, find_method, learned, one_path, without_reference
 from .prompts import PROMPTS
 
 # %% ../nbs/22_exhibits.ipynb #d545ace9
@@ -51,8 +53,9 @@ class Row:
         return (self.method.name if self.method else '' if self.state else 'foreground'), self.control
 
 # %% ../nbs/22_exhibits.ipynb #a9be23bf
-ROLES = dict(mvtec='MVTec-AD', visa='VisA', novel='kinds never seen')       # role -> the name people know it by
-STAND_INS = dict(mvtec='procad', visa='procad-b', novel='procad-novel')     # role -> data set that plays it at mini scale
+ROLES = dict(mvtec='MVTec-AD', visa='VisA', novel='kinds never seen',       # role -> the name people know it by
+             mpdd='MPDD', btad='BTAD', sdd='SDD', dagm='DAGM', brainmri='BrainMRI', liverct='LiverCT', resc='RESC', br35h='Br35H', covid='COVID-19', headct='HeadCT', bmad_brain='BMAD brain')
+STAND_INS = dict(mvtec='procad', visa='procad-b', novel='procad-novel', brainmri='procad-med')     # role -> data set that plays it at mini scale
 
 def datasets_of(role:str)->tuple:
     "Name the data sets whose runs count for a role: itself, then its stand-in if it has one."
@@ -247,14 +250,53 @@ OTHERS = (
     Exhibit('vv-depth', 'How many of the last blocks walk the V-V path', '', DEPTHS, ('mvtec',), ('pixel_auroc', 'pro'), 'curve', print_state='own', axis='blocks on the V-V path'),
     silent('fidelity', 'Where papers are silent', [s for s in SILENT if s[1].encode.views == 'one']),
     silent('fidelity-views', 'Where papers are silent: 22 views of every image', [s for s in SILENT if s[1].encode.views != 'one']),)
+
+# %% ../nbs/22_exhibits.ipynb #6fbeb86a
+def course(name:str, label:str='', note:str='', **row)->Row:
+    "Make the row of a trained course."
+    return Row(label or name, METHODS.get(name) or learned(name, course=name, **row), note=note)
+
+TRAINED = (course('april-gan', 'April-GAN'), course('anomalyclip', 'AnomalyCLIP'), course('mvfa', 'MVFA-AD'), course('kanoclip', 'KAnoCLIP'))
+BY_HAND = (Row('CLIP', METHODS['clip']), Row('CLIP-AC', METHODS['clip-ac']), Row('WinCLIP', METHODS['winclip']))
+FOUR_PAPERS = (*BY_HAND, *TRAINED)
+ADDED = (Row('no module', METHODS['clip'], note='tick marks lost; the same as CLIP of Table 1 here'), course('kanoclip-knpl', '+KnPL'), course('kanoclip-vv', '+CLIP-VV'), course('kanoclip-cross', '+Bi-CMCI'), course('kanoclip', '+Conv-Adapter'))
+LEFT_OUT = (course('kanoclip', 'KAnoCLIP'), course('kanoclip-by-hand', 'without KnPL', 'hand-written prompts instead'), course('kanoclip-qkv', 'without CLIP-VV'), course('kanoclip-alone', 'without Bi-CMCI'), course('kanoclip-cross', 'without Conv-Adapter'))
+
+# %% ../nbs/22_exhibits.ipynb #08d53855
+AWARE = (course('anomalyclip', 'AnomalyCLIP, object'), course('anomalyclip-aware', 'AnomalyCLIP, its name'), course('kanoclip-vv-object', 'KnPL, object'), course('kanoclip-vv', 'KnPL, its name'))
+KNOWN = (course('knpl-none', 'no knowledge'), course('knpl-clip', 'fixed CLIP prompts', 'as in KgCoOp'), course('knpl-llm', 'of categories'), course('knpl-vqa', 'of images'), course('kanoclip-vv', 'both', 'n = 5, m = 1: the default'),
+         *(course(f'knpl-n{n}', f'both, n = {n}') for n in (1, 3, 10)), course('knpl-one', 'both, one adjective'), course('knpl-margin', 'both, margin 0.3', 'the printed margin is 0'))
+RULED = (course('kanoclip', 'Eq. 12'), course('kanoclip-max', 'max(M) alone'))
+LEARNED_FROM = tuple(Row(f'from {on}', replace(METHODS['kanoclip'], name=f'kanoclip from {on}', artifact='kanoclip-{backbone}-' + on + '-s{seed}')) for on in ('procad', 'procad-b', 'procad-novel', 'procad-med', 'procad-aux'))
+
+# %% ../nbs/22_exhibits.ipynb #1cc517c0
+IP = ('image_auroc', 'pixel_auroc')
+WORTH = tuple((r.label, other, m) for r in TRAINED for other in ('AnoCLIP', 'WinCLIP') for m in IP)
+KANOCLIP = (
+    Exhibit('kanoclip-t1', 'Zero-shot with an auxiliary set, industrial sets (KAnoCLIP, Table 1)', 'kanoclip', FOUR_PAPERS, ('mvtec', 'visa', 'mpdd', 'btad', 'sdd', 'dagm'), IP, claim='Prompts learned with knowledge and fused with patches are ahead of all others.',
+            contrasts=tuple(('KAnoCLIP', r.label, m) for r in FOUR_PAPERS[2:-1] for m in IP), asked=True, seeds=5),
+    Exhibit('kanoclip-t2', 'Zero-shot with an auxiliary set, medical sets (KAnoCLIP, Table 2)', 'kanoclip', FOUR_PAPERS, ('brainmri', 'liverct', 'resc', 'br35h', 'covid', 'headct'), IP, claim='What was learned on industrial images helps on medical ones.',
+            contrasts=tuple(('KAnoCLIP', r.label, m) for r in FOUR_PAPERS[2:-1] for m in IP), asked=True, seeds=5),
+    Exhibit('kanoclip-t3', 'Modules, one after the other (KAnoCLIP, Table 3)', 'kanoclip', ADDED, ('mvtec', 'visa'), IP, claim='Each module improves on those before it, learned prompts most.', contrasts=tuple((b.label, a.label, m) for a, b in zip(ADDED, ADDED[1:]) for m in IP), asked=True, seeds=5),)
+
+# %% ../nbs/22_exhibits.ipynb #c596539c
+LEARNING = (
+    Exhibit('learned', 'Learned against written by hand', '', (Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', METHODS['anoclip']), *TRAINED), ('mvtec', 'novel', 'visa', 'brainmri'), (*IP, 'pro'), claim='What was learned from the masks of other things localises better than sentences written by hand.', contrasts=WORTH, print_state='own', asked=True, seeds=5),
+    Exhibit('modules', 'Each module of KAnoCLIP against its absence', '', LEFT_OUT, ('mvtec', 'novel', 'visa', 'brainmri'), IP, claim='KAnoCLIP needs each of its four modules.', contrasts=tuple(('KAnoCLIP', r.label, m) for r in LEFT_OUT[1:] for m in IP), print_state='own', asked=True, seeds=5),
+    Exhibit('object-agnostic', 'Prompts that know the name of the object, and prompts that do not', '', AWARE, ('mvtec', 'novel'), IP, claim='Prompts without the name of the object carry over better (AnomalyCLIP).', contrasts=tuple((AWARE[i].label, AWARE[i + 1].label, m) for i in (0, 2) for m in IP), print_state='own', asked=True, seeds=5),
+    Exhibit('knowledge', 'Where the knowledge comes from', '', KNOWN, ('mvtec', 'novel'), IP, claim='Knowledge of what can be wrong makes learned prompts better (KAnoCLIP).', contrasts=tuple(('both', r.label, m) for r in KNOWN if r.label != 'both' for m in IP), print_state='own', asked=True, seeds=5),
+    Exhibit('image-score', 'The class token beside the worst place of the map', '', RULED, ('mvtec', 'novel', 'visa', 'brainmri'), ('image_auroc',), claim='The class token adds to the worst place of the map (KAnoCLIP, Eq. 12 against Sec. 2.1).', contrasts=(('Eq. 12', 'max(M) alone', 'image_auroc'),), print_state='own', asked=True, seeds=5),
+    Exhibit('transfer', 'Learned from one set, asked about the others', '', LEARNED_FROM, ('mvtec', 'visa', 'novel', 'brainmri'), IP, print_state='own', asked=True),)
+
+# %% ../nbs/22_exhibits.ipynb #9e7b3e77
 def seeded(e:Exhibit)->Exhibit:
     "Give an exhibit that is about spread a row for each of its seeds; others are given back as they are."
     again = lambda r: r.method is not None and r.method.draws and not r.control
     return e if e.seeds == 1 else replace(e, rows=tuple(r if k == 0 else replace(r, label=f'{r.label}, seed {k}', method=replace(r.method, seed=k)) for r in e.rows for k in range(e.seeds if again(r) else 1)))
 
-EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS)}
+EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS, *KANOCLIP, *LEARNING)}
 
-# %% ../nbs/22_exhibits.ipynb #6fbeb86a
+# %% ../nbs/22_exhibits.ipynb #0732ec95
 @dataclass(frozen=True)
 class Picture:
     "One figure of a paper that shows images, maps or tokens."
@@ -274,7 +316,7 @@ class Picture:
         if len({r.label for r in self.rows}) < len(self.rows): raise ValueError(f'{self.name}: two rows have one label; labels are {[r.label for r in self.rows]}')
         if self.count < 1: raise ValueError(f'{self.name}: count={self.count!r}: draw 1 category or more')
 
-# %% ../nbs/22_exhibits.ipynb #08d53855
+# %% ../nbs/22_exhibits.ipynb #10439371
 PLUS, CABLE = (Row('AnoCLIP', ano), Row('AnoCLIP+', METHODS['anoclip+'])), ('cable',)
 BOARDS = ('bottle', 'cable', 'transistor', 'wood', 'pcb1', 'pcb4', 'memory_board', 'radio_board')
 PICTURES = {p.name: p for p in (
@@ -287,7 +329,7 @@ PICTURES = {p.name: p for p in (
     Picture('winclip-f6', 'Windows and their harmonic mean (WinCLIP reproduction, Fig. 6)', 'winclip', (Row('WinCLIP', shots(0)),), ('mvtec',), ('metal_nut', 'cable'), claim='Windows of several sizes find defects of several sizes.'),
     Picture('winclip-f7', 'No, one and four normal images (WinCLIP reproduction, Fig. 7)', 'winclip', tuple(Row(f'k={k}', shots(k)) for k in (0, 1, 4)), ('mvtec', 'visa'), BOARDS, 3, 'A few normal images make the maps much better.'),)}
 
-# %% ../nbs/22_exhibits.ipynb #9e7b3e77
+# %% ../nbs/22_exhibits.ipynb #cef8f68f
 @lru_cache
 def reported()->tuple:
     "Read every printed number: dicts with paper, exhibit, row, dataset, category, metric, value, spread, note."

@@ -7,7 +7,8 @@ __all__ = ['PROMPT_RECIPES', 'PromptRecipe', 'check_recipe', 'check_text', 'prom
            'Learned', 'learned_shapes', 'spell', 'start_prompts', 'text_of', 'knowledge_vectors', 'kd_loss', 'truth',
            'focal_loss', 'dice_loss', 'local_loss', 'image_loss', 'global_loss', 'dpam_path', 'image_token',
            'read_dpam', 'state_maps', 'joined_map', 'artifact_files', 'save_artifact', 'load_artifact', 'text_weights',
-           'fit_learned', 'save_learned', 'load_learned', 'read_checkpoint', 'check_words', 'load_anomalyclip']
+           'fit_learned', 'save_learned', 'load_learned', 'nearest_words', 'read_checkpoint', 'check_words',
+           'load_anomalyclip']
 
 # %% ../nbs/18_knpl.ipynb #8aafe30b
 import json
@@ -336,6 +337,18 @@ def load_learned(path, encoder)->Learned:
     return learned
 
 # %% ../nbs/18_knpl.ipynb #e86e5dfb
+@torch.no_grad()
+def nearest_words(encoder,
+                  vectors:Tensor,      # [K,D] learned words
+                  seed:int=0           # of the random vectors
+                 )->tuple:             # K words, cosines [K], cosines of K random vectors with their nearest words [K]
+    "Name the word of the vocabulary that each learned vector is nearest to, by cosine (AnomalyCLIP, KAnoCLIP: learned prompts)."
+    table = F.normalize(check_text(encoder).token_embedding.weight[:encoder.tokenizer.sot_token_id].float(), dim=-1)
+    noise = torch.from_numpy(keyed(seed, 'nearest').standard_normal(tuple(vectors.shape))).to(table)
+    (near, at), (chance, _) = ((F.normalize(v.float(), dim=-1) @ table.T).max(-1) for v in (vectors.to(table.device), noise))
+    return [encoder.tokenizer.decode([i]).strip() for i in at.tolist()], near.cpu(), chance.cpu()
+
+# %% ../nbs/18_knpl.ipynb #9337d309
 def read_checkpoint(path)->dict:
     "Read the prompt learner's state from a file of AnomalyCLIP, weights only."
     if not Path(path).is_file(): raise FileNotFoundError(f'checkpoint={str(path)!r}: no such file')
@@ -359,7 +372,7 @@ def check_words(state:dict, ids:Tensor, encoder, K:int, path)->None:
         if rows.shape[-1] != here.shape[-1] or (rows.flatten(0, -2)[:end].float() - here).norm() > .02*here.norm():
             raise ValueError(f"checkpoint {path}: its word embeddings are not those of {encoder.backbone!r} with weights {encoder.source!r}; the published files belong to load_encoder('ViT-L-14-336-quickgelu', 'openai')")
 
-# %% ../nbs/18_knpl.ipynb #7a9d0305
+# %% ../nbs/18_knpl.ipynb #6cbd162f
 def load_anomalyclip(path,                    # .pth of AnomalyCLIP's train.py
                      encoder,                 # 'ViT-L-14-336-quickgelu' with weights 'openai' for the published ones
                      words:tuple=None         # (normal, anomalous) entries and noun; None: ('{}.', 'damaged {}.', 'object')

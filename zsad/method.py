@@ -6,8 +6,8 @@
 __all__ = ['TERMS', 'SCORES', 'REFERENCES', 'FINISH', 'GIVEN', 'READ', 'ROWS', 'METHODS', 'Reference', 'Scene', 'patches_of',
            'text_term', 'windows_term', 'pair_term', 'memory_term', 'mutual_term', 'relevance_term', 'adapted_term',
            'paint', 'painted_term', 'smooth_map', 'upsample', 'class_score', 'views_score', 'memory_score',
-           'joint_score', 'max_score', 'check_call', 'check_needs', 'check_method', 'Method', 'one_path', 'Prediction',
-           'only', 'pick', 'without_reference', 'Detector', 'find_method', 'build']
+           'joint_score', 'max_score', 'check_call', 'check_needs', 'check_method', 'Method', 'one_path', 'learned',
+           'Prediction', 'only', 'pick', 'without_reference', 'Detector', 'walk_terms', 'find_method', 'fit', 'build']
 
 # %% ../nbs/20_method.ipynb #50008a4b
 import difflib, inspect
@@ -23,7 +23,7 @@ from .musc import musc_map, rscin, split_subsets
 from .prompts import PROMPTS, encode_text
 from .relevance import relevance
 from .synth import draw_source, patch_mask, synthesize
-from .trained import Trained, load_trained
+from .trained import Trained, artifact_name, auxiliary_of, load_trained
 from .tta import adapt, adapt_in_order, draw_noise, draw_start, dual_adapt
 from .windows import check_window, choose_references, few_shot_map, remember, zero_shot_map
 
@@ -227,7 +227,7 @@ class Method:
     score: tuple = ('class', {})           # (name, parameters) of the image score
     finish: tuple = ()                     # (name, parameters) of each step over the scores of the whole set
     seed: int = 0                          # of everything that is drawn
-    artifact: str = ''                     # trained prompts, which replace `text`, or a head, which stands where no terms are: its file, or the name of one that ships
+    artifact: str = ''                     # trained prompts, which replace `text`, or a head, which stands where no terms are: its file, its name, or a pattern with {backbone}, {on} and {seed}
     interpolation: str = 'bicubic'         # filter the images were resized with before they came
     source: str = ''                       # paper or repository the row follows
     version: int = 1                       # counts up when the row's meaning changes
@@ -238,7 +238,7 @@ class Method:
 @patch(as_prop=True)
 def draws(self:Method)->bool:
     "Tell whether the row draws something, so that seeds differ."
-    return bool(self.reference) or self.has('adapted', 'painted') or any(params.get('parts', 1) > 1 for _, params in self.terms)
+    return bool(self.reference) or '{seed}' in self.artifact or self.has('adapted', 'painted') or any(params.get('parts', 1) > 1 for _, params in self.terms)
 
 @patch(as_prop=True)
 def pixels(self:Method)->bool:
@@ -260,6 +260,10 @@ def one_path(attention, depth=None, **spec)->EncodeSpec:
     "Ask for one attention path."
     return EncodeSpec((AttentionPath(attention, depth),), **spec)
 
+def learned(name, encode=EncodeSpec(()), text=None, course='', **row)->'Method':
+    "Make the row of a head that `zsad train COURSE` trains; what it reads in detail its artifact says."
+    return Method(name, encode, text, (), artifact=(course or name) + '-{backbone}-{on}-s{seed}', **row)
+
 ROWS = (
     Method('clip', one_path('qkv'), 'clip', source='CLIP with two sentences (AnomalyCLIP, KAnoCLIP tables)'),
     Method('clip-ac', one_path('qkv'), 'clip-ac', source='WinCLIP: normal / anomalous in every template; the CLIP row of AnoCLIP Table 2'),
@@ -279,7 +283,11 @@ ROWS = (
     Method('musc', one_path('qkv', layers='quarters', stage='raw'), None, (('mutual', {}),), align_corners=True, score=('max', {}), finish=(('rscin', {}),), source='MuSc: the unlabelled set scores itself'),
     Method('musc-2', one_path('qkv', layers='quarters', stage='raw'), None, (('mutual', {}),), reference=('pair', {}), align_corners=True, score=('max', {}), source='MuSc with one random image as the set (Dual-Image, Table 1)'),
     Method('dual', one_path('vv'), 'anoclip', (('text', dict(tau=0.07)), ('pair', {})), (0.5, 0.5), ('pair', {}), score=('joint', {}), source='Dual-Image Enhanced CLIP; its constants are lost, these are a reconstruction'),
-    Method('dual+', one_path('vv'), 'anoclip', (('pair', {}), ('painted', {})), (0.5, 0.5), ('pair', {}), score=('joint', {}), source='Dual-Image Enhanced CLIP with test-time adaptation; a reconstruction'))
+    Method('dual+', one_path('vv'), 'anoclip', (('pair', {}), ('painted', {})), (0.5, 0.5), ('pair', {}), score=('joint', {}), source='Dual-Image Enhanced CLIP with test-time adaptation; a reconstruction'),
+    learned('anomalyclip', one_path('vv', layers='quarters'), source='AnomalyCLIP: prompts learned without the name of the object, the class token for the score'),
+    learned('kanoclip', one_path('vv', layers='quarters'), source='KAnoCLIP: prompts learned with knowledge, sentences and patches that look at each other'),
+    learned('april-gan', one_path('qkv', layers='quarters', stage='raw'), 'april-gan', source='APRIL-GAN, zero-shot: a trained linear layer per stage'),
+    learned('mvfa', EncodeSpec(()), 'april-gan', source='MVFA-AD, zero-shot: trained adapters inside of the encoder'))
 METHODS = {m.name: m for m in ROWS}
 
 # %% ../nbs/20_method.ipynb #f620d74b
@@ -354,20 +362,30 @@ def check_references(self:Detector, given:dict):
 
 # %% ../nbs/20_method.ipynb #2670de02
 @patch
+def scene(self:Detector, category, tokens:Tokens, reference:Reference=None, x=None, ids=())->Scene:
+    "Collect what is known of images of one category."
+    m, text = self.method, self.text(category)
+    words = () if text is None else (t.to(tokens.cls.device) for t in (text.pair, torch.cat(text.each)))
+    return Scene(only(tokens, m.encode), *(words or (None, None)), reference and replace(reference, tokens=only(reference.tokens, m.encode)), ids, m.seed, self.encoder, x)
+
+@patch
 def line(self:Detector, category, tokens:Tokens, reference:Reference=None, x=None, ids=())->Prediction:
     "Walk the line with images of one category."
-    m, text = self.method if reference else without_reference(self.method), self.text(category)
-    words = () if text is None else (t.to(tokens.cls.device) for t in (text.pair, torch.cat(text.each)))
-    s = Scene(only(tokens, m.encode), *(words or (None, None)), reference and replace(reference, tokens=only(reference.tokens, m.encode)), ids, m.seed, self.encoder, x)
+    m, s = self.method if reference else without_reference(self.method), self.scene(category, tokens, reference, x, ids)
     if not m.terms: return Prediction(*(t.cpu() for t in self.trained.predict(s, self.encoder.preprocess.size)))
-    maps = []
-    for name, params in m.terms: maps.append(TERMS[name](s, **params)); s = replace(s, parts={**s.parts, name: maps[-1]})
+    s, maps = walk_terms(m, s)
     a = sum(w*t for w, t in zip(m.weights or [1/len(maps)]*len(maps), maps))
     a = smooth_map(a.unflatten(1, tokens.grid), m.smooth)
     s = replace(s, grid=a, map=upsample(a, self.encoder.preprocess.size, m.align_corners))
     score = SCORES[m.score[0]](s, **m.score[1])
     for name, params in m.finish: score = FINISH[name](score, tokens.cls, **params)
     return Prediction(score.cpu(), s.map.cpu())
+
+def walk_terms(m:Method, s:Scene)->tuple:      # the scene with their maps in `parts`, the maps
+    "Run a row's terms, each with the maps of those before it."
+    maps = []
+    for name, params in m.terms: maps.append(TERMS[name](s, **params)); s = replace(s, parts={**s.parts, name: maps[-1]})
+    return s, maps
 
 @patch
 def text(self:Detector, category):
@@ -382,6 +400,14 @@ def find_method(method)->Method:
     if method not in METHODS: raise ValueError(f'method={method!r}: did you mean {difflib.get_close_matches(method, METHODS, 3, 0.3)}? choose from {list(METHODS)}')
     return METHODS[method]
 
+def fit(m:Method, encoder:Encoder, dataset:str='')->tuple:      # the row, what its artifact holds or None
+    "Find the artifact that a row means on an encoder when a data set is asked about; a row without terms reads what its head was trained to read."
+    if not m.artifact: return m, None
+    m = replace(m, artifact=artifact_name(m.artifact, encoder.backbone, auxiliary_of(dataset or ('procad' if encoder.source == 'shipped' else '')), m.seed))
+    trained = load_trained(m.artifact, encoder)
+    if not m.terms and not trained.head: raise ValueError(f'{m.name}: artifact {m.artifact!r} holds prompts and no head, and the row has no terms; give it terms, such as ((\'text\', {{}}),)')
+    return (m if m.terms else replace(m, **trained.reads)), trained
+
 def build(method,              # a Method or the name of one
           categories,          # names, or {name: 'object' | 'texture'}
           encoder:Encoder,
@@ -390,8 +416,7 @@ def build(method,              # a Method or the name of one
          )->Detector:
     "Make a method ready: resolve layers and depths, encode its sentences."
     method = find_method(method) if artifact is None else replace(find_method(method), artifact=str(artifact))
-    trained = load_trained(method.artifact, encoder) if method.artifact else None
-    if trained and not method.terms and not trained.head: raise ValueError(f'{method.name}: artifact {method.artifact!r} holds prompts and no head, and the row has no terms; give it terms, such as ((\'text\', {{}}),)')
+    method, trained = fit(method, encoder)
     for k in method.encode.windows: check_window(encoder.grid, k)
     kinds = categories if isinstance(categories, dict) else {c: None for c in ([categories] if isinstance(categories, str) else categories)}
     cache = {} if text_cache is None else text_cache

@@ -16,14 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from torch import Tensor
 from .bench import Job, Model, all_tokens, open_model, plan_jobs, predict_job, reference_of
 from .clip import Encoder, Tokens, anomaly_score
 from .core import keyed
 from .data import load_image, load_mask
 from .exhibits import EXHIBITS, PICTURES, Picture
-from .method import TERMS, Detector, Reference, Scene, build, class_score, only, patches_of
+from .method import TERMS, Detector, Reference, Scene, build, class_score, patches_of, walk_terms
 from .metrics import auroc, sorted_counts
 from .synth import draw_source, patch_mask, synthesize
 from .tta import adapt, draw_noise
@@ -90,16 +89,13 @@ def maps_of(l:Look)->np.ndarray:        # [B,S,S]
 # %% ../nbs/24_pictures.ipynb #4fc447f3
 def scene(l:Look)->Scene:
     "Make the scene that the terms of a look's row are given."
-    m, enc, text = l.det.method, l.det.encoder, l.det.text(l.job.category)
-    x = replace(enc.preprocess, interpolation=m.interpolation)([load_image(s.path) for s in l.job.samples]) if m.pixels else None
-    ref = l.reference and replace(l.reference, tokens=only(l.reference.tokens, m.encode))
-    return Scene(only(l.tokens, m.encode), text.pair, torch.cat(text.each), ref, tuple(s.id for s in l.job.samples), m.seed, enc, x)
+    m, prep = l.det.method, l.det.encoder.preprocess
+    x = replace(prep, interpolation=m.interpolation)([load_image(s.path) for s in l.job.samples]) if m.pixels else None
+    return l.det.scene(l.job.category, l.tokens, l.reference, x, tuple(s.id for s in l.job.samples))
 
 def walked(l:Look)->Scene:
     "Make the scene of a look with the maps of all terms of its row, in their order."
-    s = scene(l)
-    for name, params in l.det.method.terms: s = replace(s, parts={**s.parts, name: TERMS[name](s, **params)})
-    return s
+    return walk_terms(l.det.method, scene(l))[0]
 
 # %% ../nbs/24_pictures.ipynb #81393f41
 def photo(l:Look, sample)->np.ndarray:        # [S,S,3] uint8
