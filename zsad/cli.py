@@ -141,6 +141,7 @@ def check_accept(a, shown):
     "Refuse, before anything is computed, what could not be accepted."
     from zsad.accept import find_checkout
     from zsad.exhibits import EXHIBITS
+    if not shown and 'cost' not in a.exhibits: raise ValueError('--accept: pictures alone have no results to accept; name an exhibit with a table or a curve')
     if shown and (a.profile != 'mini' or a.data or a.backbone or a.weights): raise ValueError("--accept takes runs of the mini profile on its own data, with its own encoder: leave --profile, --data, --backbone and --weights out")
     whole, root = {n for n, e in EXHIBITS.items() if not e.asked} <= {e.name for e in shown}, find_checkout()
     if shown and not whole and not (root/'nbs'/'results'/'runs.csv').exists(): raise ValueError('--accept: nothing was accepted yet that some exhibits could join; name none, for all of them')
