@@ -371,8 +371,9 @@ def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None, seeds:
     "Expand exhibits on data sets ({role: Survey}) into runs and jobs."
     cache, records, jobs, keys = str(Path(cache or cache_dir()).absolute()), {}, [], {}
     for role, s in sets.items():
-        fits = [(fitted(r, open_model(model), s.dataset), p) for r, p in gather_rows(exhibits, role, seeds)]
-        drawn = [(r, readable_shots(r, s.dataset), p) for r, p in fits if r and possible(r, open_model(model), s.dataset)]
+        can = [(r, p) for r, p in gather_rows(exhibits, role, seeds) if possible(r, open_model(model), s.dataset)]
+        fits = [(fitted(r, open_model(replace(model, twin=twin_of(r))), s.dataset), p) for r, p in can]
+        drawn = [(r, readable_shots(r, s.dataset), p) for r, p in fits if r]
         drawn = [(r, shots, p) for r, shots, p in drawn if shots is not None]
         for twin in dict.fromkeys(twin_of(r) for r, *_ in drawn):
             encoder = open_model(replace(model, twin=twin))

@@ -60,7 +60,7 @@ def announce_work(model, jobs, todo)->list:
 # %% ../nbs/25_cli.ipynb #7f8691b9
 def prepare(a, shown, drawn=())->tuple:
     "Open data and encoder of a run and say what it will cost: (data sets by role, Model)."
-    from zsad.bench import PROFILES, Model, forecast, open_model, open_sets, plan_jobs
+    from zsad.bench import PROFILES, Model, forecast, open_sets, plan_jobs
     from zsad.clip import weights_origin
     from zsad.exhibits import PICTURES, seeded
     profile = PROFILES[a.profile]
@@ -70,7 +70,7 @@ def prepare(a, shown, drawn=())->tuple:
     print('\n'.join([*announce_data(sets, lacking), f'encoder: {model.backbone}, {weights_origin(model.backbone, model.weights)}']), flush=True)      # before anything is fetched
     if drawn: print(f"pictures, of a few images each: {', '.join(drawn)}", flush=True)
     if not shown: return sets, model
-    train_missing(a, shown, sets, open_model(model))
+    train_missing(a, shown, sets, model)
     _, jobs, _ = plan_jobs(list(map(seeded, shown)), sets, model, a.batch, seeds=a.seeds)
     todo = forecast(jobs, measure=True)
     print('\n'.join(announce_work(model, jobs, todo)), flush=True)
@@ -78,16 +78,23 @@ def prepare(a, shown, drawn=())->tuple:
     return sets, model
 
 # %% ../nbs/25_cli.ipynb #72d36dc7
-def train_missing(a, shown, sets, encoder):
+def train_missing(a, shown, sets, model):
     "Say which artifacts the rows of exhibits lack, and with --train train them."
-    from zsad.bench import gather_rows
+    from dataclasses import replace
+    from zsad.bench import gather_rows, open_model, possible, twin_of
     from zsad.data import find_sets
     from zsad.exhibits import seeded
     from zsad.learn import learn_missing, missing
-    lacking = {n[0]: n for role, s in sets.items() for n in missing([r.method for r, _ in gather_rows(map(seeded, shown), role, a.seeds) if r.method], encoder, [s.dataset.name])}
+    lacking, of = {}, {}
+    for role, s in sets.items():
+        rows = [r for r, _ in gather_rows(list(map(seeded, shown)), role, a.seeds) if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
+        for twin in {twin_of(r) for r in rows}:
+            found = missing([r.method for r in rows if twin_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])
+            lacking |= {n[0]: n for n in found}; of |= {n[0]: twin for n in found}
     if not lacking: return
     print(f"not trained: {len(lacking)} artifacts ({', '.join(list(lacking)[:4])}{', ...' if len(lacking) > 4 else ''}); " + ('they are trained first' if a.train and not a.plan else 'the rows that need them stay empty; --train trains them'), flush=True)
-    if a.train and not a.plan: learn_missing(lacking.values(), encoder, find_sets(a.data) if a.profile == 'paper' else {})
+    for twin in dict.fromkeys(of.values()) if a.train and not a.plan else ():
+        learn_missing([n for n in lacking.values() if of[n[0]] == twin], open_model(replace(model, twin=twin)), find_sets(a.data) if a.profile == 'paper' else {})
 
 # %% ../nbs/25_cli.ipynb #9e836aa5
 def reproduce_cost(out):
