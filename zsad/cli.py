@@ -429,13 +429,15 @@ def parser():
 def build_knowledge(a):
     "Ask a chat model what may be wrong with the categories of a set, and with --images what is wrong in its anomalous images; the address is OPENAI_BASE_URL, the key OPENAI_API_KEY, the model ZSAD_LLM_MODEL."
     from zsad.data import load_dataset
-    from zsad.knowledge import ask_categories, ask_images, build_base, cost_words, estimate, look_up, write_base
-    ds = load_dataset(a.name, a.data); nouns = {c: look_up(c, ds.name).noun for c in ds.categories}
+    from zsad.knowledge import ask_categories, ask_images, build_base, cost_words, estimate, look_up, open_base, write_base
+    ds = load_dataset(a.name, a.data); known = open_base()['sets'].get(ds.name, {})
+    nouns = {c: look_up(c, ds.name).noun if c in known else c.replace('_', ' ') for c in ds.categories}
     questions = ask_categories(nouns, ds.name, a.n) + (ask_images([s for s in ds.samples if s.label], nouns, ds.name, a.images) if a.images else [])
     if a.plan: print(cost_words(estimate(questions, a.price), 0)); return
     base, told = build_base(questions, a.model, price=a.price)
     print(f'{write_base(a.out, base)}: asked {told.asked}, stored {told.stored}, kept {told.kept}')
     for what, n in told.left_out.items(): print(f'left out {n} times: {what}', file=sys.stderr)
+    for what, why in told.missing: print(f'no answer for {what}: {why}', file=sys.stderr)
     return 1 if told.missing else 0
 
 def knowledge_options(command, o, under):
