@@ -109,7 +109,8 @@ def test_stored_effects_are_those_of_the_results():
     "Before the exhibit was run the notebook says so; afterwards every effect stands in it, and none of a switch that switches nothing."
     found = pd.concat([findings(EXHIBITS[name], read_results(ROOT/'nbs'/'results')) for name in ('fidelity', 'fidelity-views')]); found = found[[w in {b.name for b, *_ in SILENT} for w in found.worse]] if len(found) else found
     lacking = set(SWITCHES) - (set(found.better) if len(found) else set())
-    assert ('make them with `zsad reproduce fidelity fidelity-views`' in PAGE) == bool(lacking) and all(name in PAGE for name in SWITCHES)
+    printed = ''.join(t for c in json.loads(NOTEBOOK.read_text())['cells'] for o in c.get('outputs', []) for t in o.get('text', []))
+    assert ('missing, make them with `zsad reproduce fidelity fidelity-views`' in printed) == bool(lacking) and all(name in PAGE for name in SWITCHES)
     for r in found.itertuples():
         d, lo, hi = (round(v, 2) + 0. for v in (r.difference, r.lo, r.hi))
         assert f'{NAMES[r.metric]} {d:+.2f} [{lo:.2f}, {hi:.2f}]' in PAGE, (r.better, r.metric)

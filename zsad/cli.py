@@ -353,6 +353,7 @@ def train_course(a):
     key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
     if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
 
+# %% ../nbs/25_cli.ipynb #e819a4c0
 def train_mini(a):
     "Train a mini encoder."
     from dataclasses import replace
@@ -360,7 +361,7 @@ def train_mini(a):
     r = replace(RECIPES[a.method], seed=a.seed, **{k: v for k, v in (('steps', a.steps), ('batch', a.batch), ('pairs', a.pairs)) if v})
     print(f'weights: {export_weights(train(r, a.out, device=a.device, start=a.start))}')
 
-# %% ../nbs/25_cli.ipynb #e819a4c0
+# %% ../nbs/25_cli.ipynb #2737ef8c
 def doctor(a):
     "Check the installation: versions, device, shipped weights, one image from pixels to score."
     import platform
@@ -378,7 +379,7 @@ def doctor(a):
     print(f'mini weights {enc.weights}; one image scored {float(p.score[0]):.3f}, map {tuple(p.map.shape)}; cache {cache_dir()}')
     print('all well')
 
-# %% ../nbs/25_cli.ipynb #2737ef8c
+# %% ../nbs/25_cli.ipynb #1e3e1610
 def data_options(command, o, under):
     "Describe `zsad data`."
     folder = (o('folder'), o('--name', default='folder', choices=('folder', 'mvtec', 'visa'), help='which set it should be'))
@@ -392,7 +393,7 @@ def store_options(command, o, under):
     command('verify', verify_store, 'read every shard', under=under)
     command('prune', prune_store, 'remove what is not needed', o('--days', type=float), o('--all', action='store_true'), under=under)
 
-# %% ../nbs/25_cli.ipynb #1e3e1610
+# %% ../nbs/25_cli.ipynb #5a733ad6
 def train_options(command, o, model):
     "Describe `zsad train`."
     command('train', train_any, 'train learned prompts, heads, or the mini encoder', o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'), o('--seed', type=int, default=0), o('--batch', type=int), o('--device', default='cpu'), o('--out'),
@@ -400,7 +401,7 @@ def train_options(command, o, model):
             o('--epochs', type=int), o('--lr', type=float), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
             o('--steps', type=int, help='of an encoder'), o('--pairs', type=int, help='of an encoder'), o('--start', help='weights file of the stage before, of an encoder'))
 
-# %% ../nbs/25_cli.ipynb #5a733ad6
+# %% ../nbs/25_cli.ipynb #05c39bb6
 def parser():
     "Describe the commands."
     p = argparse.ArgumentParser('zsad', description='Reproducible zero-shot visual anomaly detection with CLIP.')
@@ -425,7 +426,7 @@ def parser():
     train_options(command, o, model)
     return p
 
-# %% ../nbs/25_cli.ipynb #05c39bb6
+# %% ../nbs/25_cli.ipynb #10784fe9
 def build_knowledge(a):
     "Ask a chat model what may be wrong with the categories of a set, and with --images what is wrong in its anomalous images; the address is OPENAI_BASE_URL, the key OPENAI_API_KEY, the model ZSAD_LLM_MODEL."
     from zsad.data import load_dataset
@@ -445,7 +446,7 @@ def knowledge_options(command, o, under):
     command('build', build_knowledge, 'ask a chat model', o('name'), o('--data', help='folder of the set'), o('--out', default='knowledge.json'), o('-n', type=int, default=5, help='descriptions of a category'), o('--images', type=int, default=0, help='descriptions of an anomalous image'),
             o('--model'), o('--price', type=float, nargs=2, metavar=('IN', 'OUT'), help='of a million tokens'), o('--plan', action='store_true', help='say what it would cost, and stop'), under=under)
 
-# %% ../nbs/25_cli.ipynb #10784fe9
+# %% ../nbs/25_cli.ipynb #e861c509
 def main(argv=None)->int:
     "Run a command; expected errors are one line on stderr and exit code 2."
     a = parser().parse_args(argv)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VV', 'RAW', 'COURSES', 'kano', 'PLAIN', 'ALONE', 'knpl', 'MODULES', 'SOURCED', 'NAMED', 'READINGS', 'VARIANTS',
-           'Course', 'vary', 'find_course', 'course_for']
+           'check_course', 'Course', 'vary', 'find_course', 'course_for']
 
 # %% ../nbs/26_courses.ipynb #702b87f1
 from dataclasses import dataclass, field, replace
@@ -13,6 +13,16 @@ from .knpl import PROMPT_RECIPES, PromptRecipe, dpam_path
 from .trained import HEADS
 
 # %% ../nbs/26_courses.ipynb #bfafdd37
+def check_course(c):
+    "Refuse a course that learns nothing, or whose parts contradict one another."
+    if c.head not in HEADS: raise ValueError(f'head={c.head!r}: choose from {list(HEADS)}')
+    if (c.prompts is None) == (c.text is None): raise ValueError(f'{c.name}: give prompts=, to be learned, or text=, the name of hand-written ones')
+    if c.kd and c.prompts is None: raise ValueError(f'{c.name}: kd={c.kd} moves prompts, and none are learned')
+    if c.teacher not in ('knowledge', 'clip'): raise ValueError(f"{c.name}: teacher={c.teacher!r}: choose 'knowledge' or 'clip'")
+    for k in ('epochs', 'batch', 'loss_size'):
+        if not isinstance(getattr(c, k), int) or getattr(c, k) < 1: raise ValueError(f'{k}={getattr(c, k)!r}: a whole number, 1 or more')
+
+# %% ../nbs/26_courses.ipynb #10366448
 @dataclass(frozen=True)
 class Course:
     "How one method is trained."
@@ -37,15 +47,9 @@ class Course:
     loss_size: int = 120                # side of the maps that are judged, in pixels; at most the encoder's
     seed: int = 0
 
-    def __post_init__(self):
-        if self.head not in HEADS: raise ValueError(f'head={self.head!r}: choose from {list(HEADS)}')
-        if (self.prompts is None) == (self.text is None): raise ValueError(f'{self.name}: give prompts=, to be learned, or text=, the name of hand-written ones')
-        if self.kd and self.prompts is None: raise ValueError(f'{self.name}: kd={self.kd} moves prompts, and none are learned')
-        if self.teacher not in ('knowledge', 'clip'): raise ValueError(f"{self.name}: teacher={self.teacher!r}: choose 'knowledge' or 'clip'")
-        for k in ('epochs', 'batch', 'loss_size'):
-            if not isinstance(getattr(self, k), int) or getattr(self, k) < 1: raise ValueError(f'{k}={getattr(self, k)!r}: a whole number, 1 or more')
+    def __post_init__(self): check_course(self)
 
-# %% ../nbs/26_courses.ipynb #de045102
+# %% ../nbs/26_courses.ipynb #ff60c7e8
 VV, RAW = EncodeSpec((AttentionPath('vv'),), 'quarters'), EncodeSpec((AttentionPath('qkv'),), 'quarters', 'raw')
 COURSES = {c.name: c for c in (
     Course('anomalyclip', VV, 'anomalyclip', PROMPT_RECIPES['anomalyclip'], local=4.),
@@ -53,7 +57,7 @@ COURSES = {c.name: c for c in (
     Course('april-gan', RAW, 'april-gan', text='april-gan', image=0.),
     Course('mvfa', EncodeSpec(()), 'mvfa', text='april-gan', epochs=1))}
 
-# %% ../nbs/26_courses.ipynb #fc09326f
+# %% ../nbs/26_courses.ipynb #0119d566
 kano = COURSES['kanoclip']; PLAIN = EncodeSpec((AttentionPath('qkv'),), 'quarters')
 def vary(name:str, base:Course=kano, **changes)->Course:
     "Change fields of a course and call it by another name; settings of the head join those it has."
@@ -70,7 +74,7 @@ READINGS = (vary('kanoclip-eq11', settings=dict(adapter='literal')), vary('kanoc
             vary('kanoclip-apart', prompts=replace(kano.prompts, shared=False)))
 VARIANTS = {c.name: c for c in (*MODULES, *SOURCED, *NAMED, *READINGS)}
 
-# %% ../nbs/26_courses.ipynb #ebb0b562
+# %% ../nbs/26_courses.ipynb #55a83d4c
 def find_course(name:str)->Course:
     "Give a course or a variant by name."
     if name not in COURSES | VARIANTS: raise ValueError(f'course={name!r}: choose from {list(COURSES | VARIANTS)}')

@@ -301,6 +301,7 @@ class Source:
     words: str
     terms = property(lambda s: s.licence + (f', about {s.gigabytes} GB' if s.gigabytes else ''))
 
+# %% ../nbs/02_data.ipynb #e424d34c
 _mvtec = dict(bottle=(20, 63), cable=(58, 92), capsule=(23, 109), carpet=(28, 89), grid=(21, 57), hazelnut=(40, 70), leather=(32, 92), metal_nut=(22, 93), pill=(26, 141),
               screw=(41, 119), tile=(33, 84), toothbrush=(12, 30), transistor=(60, 40), wood=(19, 60), zipper=(32, 119))
 _visa = dict(candle=100, capsules=60, cashew=50, chewinggum=50, fryum=50, macaroni1=100, macaroni2=100, pcb1=100, pcb2=100, pcb3=101, pcb4=101, pipe_fryum=50)
@@ -319,7 +320,7 @@ SOURCES |= {name: Source(page, licence, None, {}, words) for name, page, licence
     ('covid', 'https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database', 'see its page', 'COVID-19 radiography: chest X-rays, masks of lungs only'),
     ('headct', 'https://www.kaggle.com/datasets/felipekitamura/head-ct-hemorrhage', 'see its page', 'HeadCT: haemorrhage, no masks'))}
 
-# %% ../nbs/02_data.ipynb #473d9913
+# %% ../nbs/02_data.ipynb #1a92deff
 DATASETS = {'procad': 'the rendered benchmark: kinds of things that the mini encoder saw in other designs', 'procad-novel': 'rendered: kinds, words and defects that it never saw',
             'procad-aux': 'rendered: an auxiliary set to train prompts and heads on', 'procad-b': 'rendered: boards, several instances, clutter', 'procad-med': 'rendered: slices, layers, cells'}
 DATASETS |= dict(mvtec='MVTec-AD as downloaded, or any MVTec-shaped folder',
@@ -334,7 +335,7 @@ def set_name(root)->str:
     "Read what a folder's dataset.json says it is, '' without one."
     return read_json(Path(root)/'dataset.json').get('name', '') if (Path(root)/'dataset.json').is_file() else ''
 
-# %% ../nbs/02_data.ipynb #1a92deff
+# %% ../nbs/02_data.ipynb #70635a3e
 def load_dataset(name:str='procad',   # one of DATASETS
                  root=None            # its folder; None for sets that are rendered
                 )->Dataset:
@@ -358,7 +359,7 @@ def check_dataset(name:str, ds:Dataset)->list:      # (category, normal, anomalo
         rows.append((c, good, bad, masks, remark))
     return rows
 
-# %% ../nbs/02_data.ipynb #573a9fc3
+# %% ../nbs/02_data.ipynb #7bfe49e4
 def role_of(folder:Path)->str:      # 'mvtec', 'visa' or None
     "Tell which set a folder can stand for."
     if (folder/'split_csv'/'1cls.csv').is_file(): return 'visa'
@@ -378,7 +379,7 @@ def find_sets(root)->dict:          # {'mvtec': folder, 'visa': folder}, what th
     if not out: raise FileNotFoundError(f'{root}: no MVTec-shaped folder; looked here, in its folders and in 1cls for split_csv/1cls.csv (VisA) and for folders that hold test/ (MVTec-AD)')
     return out
 
-# %% ../nbs/02_data.ipynb #9ace709c
+# %% ../nbs/02_data.ipynb #56585e4b
 @dataclass(frozen=True)
 class Survey:
     "A data set of which every file was read."
@@ -403,7 +404,7 @@ def look(s:Sample)->tuple:      # ((digest of image, of mask, of outline), None)
         return tuple(names), None
     except (OSError, ValueError) as e: return None, (file, str(e))
 
-# %% ../nbs/02_data.ipynb #56585e4b
+# %% ../nbs/02_data.ipynb #bc85fa9f
 def survey(ds:Dataset, workers:int=None)->Survey:
     "Read every file of a data set once on all cores, leave out and name what cannot be used."
     seen = list(zip(ds.samples, on_cores(look, ds.samples, workers, 8)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .clip import Encoder
@@ -97,21 +98,23 @@ class Student(nn.Module):
         "Encode hand-written sentences of categories that are not known yet."
         return known | {c: encode_text(self.encoder, text, c).to(self.encoder.device) for c in names if c not in known}
 
-    def teach(self, pair, b)->Tensor:         # scalar
-        "Compare learned prompts with what is known, KAnoCLIP Eq. (2), or with CLIP's own sentences (KgCoOp)."
-        if self.course.teacher == 'clip':
-            self.fixed = self.sentences('clip', b.categories, self.fixed)
-            return (1 - (pair*torch.stack([self.fixed[c].pair for c in b.categories])).sum(-1)).mean()
-        told = b.knowledge.isfinite().all(-1)
-        return kd_loss(pair[told], b.knowledge[told], self.course.margin)*told.float().mean() if told.any() else 0*pair.sum()      # an image of which nothing is said asks for nothing
-
     def forward(self, b)->dict:               # losses of a batch
         "Compute the losses of a batch of lessons."
         pair = self.pairs(b.categories)
         told = {'kd': self.teach(pair, b)} if self.course.kd else {}
         return told | JUDGES[self.course.head](self, b, pair)
 
-# %% ../nbs/26_learn.ipynb #f23b1d5e
+# %% ../nbs/26_learn.ipynb #53d741a7
+@patch
+def teach(self:Student, pair, b)->Tensor:         # scalar
+    "Compare learned prompts with what is known, KAnoCLIP Eq. (2), or with CLIP's own sentences (KgCoOp)."
+    if self.course.teacher == 'clip':
+        self.fixed = self.sentences('clip', b.categories, self.fixed)
+        return (1 - (pair*torch.stack([self.fixed[c].pair for c in b.categories])).sum(-1)).mean()
+    told = b.knowledge.isfinite().all(-1)
+    return kd_loss(pair[told], b.knowledge[told], self.course.margin)*told.float().mean() if told.any() else 0*pair.sum()      # an image of which nothing is said asks for nothing
+
+# %% ../nbs/26_learn.ipynb #d0683534
 def both(a:Tensor)->Tensor:      # [...,H,W] -> [...,2,H,W]
     "Stand the probability of normal before that of anomalous."
     return torch.stack([1 - a, a], -3)
@@ -125,7 +128,7 @@ def stage_loss(maps:Tensor, masks:Tensor)->Tensor:      # [L,B,2,H,W], [B,H,W] -
     "Sum focal loss and the dice loss of the anomalous side over stages (APRIL-GAN@f13b8a6, train.py)."
     return sum(focal_loss(m, masks) + dice_loss(m[:, 1], masks.float()) for m in maps)
 
-# %% ../nbs/26_learn.ipynb #d0683534
+# %% ../nbs/26_learn.ipynb #7b9bc650
 def judge_layers(s, b, pair)->dict:
     "Judge AnomalyCLIP's prompts (45ed4dd, train.py)."
     return dict(image=image_loss(b.cls, pair, b.labels), local=local_loss(state_maps(b.patches, pair, b.grid, b.masks.shape[-1], s.head.tau), b.masks))
@@ -147,7 +150,7 @@ def judge_adapters(s, b, pair)->dict:
 
 JUDGES = {'anomalyclip': judge_layers, 'kanoclip': judge_fused, 'april-gan': judge_stages, 'mvfa': judge_adapters}
 
-# %% ../nbs/26_learn.ipynb #47b7f2ff
+# %% ../nbs/26_learn.ipynb #f7b76b0b
 @dataclass(frozen=True, eq=False)
 class Batch:
     "B images of the lessons."
@@ -169,7 +172,7 @@ def steps_of(c:Course, images:int)->int:
     if images < c.batch: raise ValueError(f'batch={c.batch}: the auxiliary set has {images} images; make the batch smaller')
     return c.epochs*(images//c.batch)
 
-# %% ../nbs/26_learn.ipynb #f7b76b0b
+# %% ../nbs/26_learn.ipynb #a1cb8bf7
 def world()->tuple:      # (rank, processes)
     "Tell which of how many processes this is; `torchrun` says it."
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -183,7 +186,7 @@ def spread(student:Student)->nn.Module:
     if not dist.is_initialized(): dist.init_process_group('nccl' if student.encoder.device.startswith('cuda') else 'gloo')
     return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, find_unused_parameters=student.course.head == 'mvfa')      # nothing reads what MVFA's last adapters send up
 
-# %% ../nbs/26_learn.ipynb #a1cb8bf7
+# %% ../nbs/26_learn.ipynb #f743d9e1
 def one_step(model, c:Course, opt, lessons:Lessons, step:int)->dict:      # {loss: value}
     "Draw a batch, compute its losses, move what is learned."
     rank, n = world(); student = getattr(model, 'module', model); enc = student.encoder
@@ -194,12 +197,13 @@ def one_step(model, c:Course, opt, lessons:Lessons, step:int)->dict:      # {los
     opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
     return {k: v.item() for k, v in told.items()}
 
-# %% ../nbs/26_learn.ipynb #8fa39814
+# %% ../nbs/26_learn.ipynb #613afbff
 def groups_of(student:Student)->list:
     "Split what is learned into prompts and head, each with its learning rate."
     c, own = student.course, lambda m: [p for p in m.parameters() if p.requires_grad] if m is not None else []
     return [dict(params=p, lr=lr) for p, lr in ((own(student.words), c.lr), (own(student.head), c.lr_head or c.lr)) if p]
 
+# %% ../nbs/26_learn.ipynb #9cb7346f
 def learn(course,                   # a Course, or the name of one
           encoder:Encoder,
           s:Survey,                 # the auxiliary set
@@ -226,7 +230,7 @@ def learn(course,                   # a Course, or the name of one
     if min(total, limit or total) < total: return ''
     return finish(path, student, encoder, lessons, folder) if rank == 0 else ''
 
-# %% ../nbs/26_learn.ipynb #613afbff
+# %% ../nbs/26_learn.ipynb #27092f7f
 def note(folder, student, opt, step:int, rows, c:Course):
     "Write curve and checkpoint."
     f = folder/'curve.csv'; names = sorted(rows[0][1]) if rows else []
@@ -251,7 +255,7 @@ def finish(path, student, encoder, lessons, folder)->str:
     words = Learned(c.prompts, {k: p.detach() for k, p in student.words.items()}) if student.words is not None else None
     return save_trained(path, encoder, words, student.head, c.settings, seed=c.seed, course=json.loads(json.dumps(asdict(c), default=str)), dataset=lessons.dataset, data=lessons.data, images=len(lessons), knowledge=digest(open_base(c.base or None)) if c.kd else '', steps=len(t), losses=losses)
 
-# %% ../nbs/26_learn.ipynb #9cb7346f
+# %% ../nbs/26_learn.ipynb #c7a72c35
 def curves(folder):
     "Draw the losses of a run so far, each smoothed over twenty steps."
     import pandas as pd
@@ -263,7 +267,7 @@ def curves(folder):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/26_learn.ipynb #c7a72c35
+# %% ../nbs/26_learn.ipynb #d33195df
 def missing(methods, encoder:Encoder, datasets)->list:      # (name, course, set to learn from, seed)
     "List the artifacts that rows mean on data sets and that are not there; those that would learn from the set they are asked about are no row's."
     out = {}
@@ -284,7 +288,7 @@ def learn_missing(lacking, encoder:Encoder, roots:dict={}, show=True):      # ro
         if key not in read: read = {key: read_lessons(r, encoder, seen[on])}      # one at a time: tokens of a large set fill memory
         learn(c, encoder, seen[on], cache_dir('trained')/name, lessons=read[key], show=False)
 
-# %% ../nbs/26_learn.ipynb #d33195df
+# %% ../nbs/26_learn.ipynb #5e37235c
 def check_target(course:str, trained_on:str, targets):
     "Refuse to evaluate on the set that was learned from."
     if trained_on in targets: raise ValueError(f'{course}: {trained_on} is the set it learns from and among the sets it is asked about, {list(targets)}; learn from another one')

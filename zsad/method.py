@@ -264,6 +264,7 @@ def learned(name, encode=EncodeSpec(()), text=None, course='', **row)->'Method':
     "Make the row of a head that `zsad train COURSE` trains; what it reads in detail its artifact says."
     return Method(name, encode, text, (), artifact=(course or name) + '-{backbone}-{on}-s{seed}', **row)
 
+# %% ../nbs/20_method.ipynb #a652832c
 ROWS = (
     Method('clip', one_path('qkv'), 'clip', source='CLIP with two sentences (AnomalyCLIP, KAnoCLIP tables)'),
     Method('clip-ac', one_path('qkv'), 'clip-ac', source='WinCLIP: normal / anomalous in every template; the CLIP row of AnoCLIP Table 2'),
@@ -290,14 +291,14 @@ ROWS = (
     learned('mvfa', EncodeSpec(()), 'april-gan', source='MVFA-AD, zero-shot: trained adapters inside of the encoder'))
 METHODS = {m.name: m for m in ROWS}
 
-# %% ../nbs/20_method.ipynb #f620d74b
+# %% ../nbs/20_method.ipynb #02733207
 @dataclass(frozen=True)
 class Prediction:
     "What a detector says of a batch; on the CPU wherever it was computed."
     score: Tensor     # [B] higher = more anomalous
     map: Tensor       # [B,H,W] float32 at the encoder's input size, unscaled
 
-# %% ../nbs/20_method.ipynb #02733207
+# %% ../nbs/20_method.ipynb #014b93c4
 def only(t:Tokens, spec:EncodeSpec)->Tokens:
     "Keep what a row asked for of tokens that were encoded for several."
     return replace(t, patches={p: t.patches[p] for p in spec.paths}, windows={k: t.windows[k] for k in spec.windows})
@@ -313,7 +314,7 @@ def without_reference(m:Method)->Method:
     if not kept: raise ValueError(f'{m.name} compares with reference images and reads no text: give reference=, preprocessed images [R,3,S,S]')
     return replace(m, terms=kept, weights=(), reference=(), score=('class', dict(tau=m.score[1].get('tau', 0.07))))
 
-# %% ../nbs/20_method.ipynb #014b93c4
+# %% ../nbs/20_method.ipynb #5e186cf6
 @dataclass(frozen=True, eq=False)
 class Detector:
     "A method made ready for an encoder and some categories; make it with `build`."
@@ -334,7 +335,7 @@ class Detector:
         rows = {c: torch.arange(len(r)).expand(list(categories).count(c), -1) for c, r in known.items()}
         return self.predict(encode(x), categories, {c: Reference(told[id(r)], rows[c]) for c, r in known.items()}, x, ids)
 
-# %% ../nbs/20_method.ipynb #5e186cf6
+# %% ../nbs/20_method.ipynb #c60aa6f9
 @patch
 @torch.inference_mode()
 def predict(self:Detector, tokens:Tokens, categories,
@@ -352,7 +353,7 @@ def predict(self:Detector, tokens:Tokens, categories,
     order = torch.tensor(sum(places.values(), [])).argsort()
     return Prediction(*(torch.cat([getattr(p, k) for p in parts])[order] for k in ('score', 'map')))
 
-# %% ../nbs/20_method.ipynb #c60aa6f9
+# %% ../nbs/20_method.ipynb #0af8f6b7
 @patch
 def check_references(self:Detector, given:dict):
     "Refuse references that the row does not compare with, and those of categories nobody asks about."
@@ -360,7 +361,7 @@ def check_references(self:Detector, given:dict):
     if given and not self.method.reference: raise ValueError(f'{name} compares with no reference image: leave reference out, or choose a row that does, such as winclip+, musc-2 or dual')
     if given - set(self.texts): raise ValueError(f'reference: {sorted(given - set(self.texts))} are not among the categories of this detector, {list(self.texts)}')
 
-# %% ../nbs/20_method.ipynb #2670de02
+# %% ../nbs/20_method.ipynb #c9d118be
 @patch
 def scene(self:Detector, category, tokens:Tokens, reference:Reference=None, x=None, ids=())->Scene:
     "Collect what is known of images of one category."
@@ -381,6 +382,7 @@ def line(self:Detector, category, tokens:Tokens, reference:Reference=None, x=Non
     for name, params in m.finish: score = FINISH[name](score, tokens.cls, **params)
     return Prediction(score.cpu(), s.map.cpu())
 
+# %% ../nbs/20_method.ipynb #f623c2be
 def walk_terms(m:Method, s:Scene)->tuple:      # the scene with their maps in `parts`, the maps
     "Run a row's terms, each with the maps of those before it."
     maps = []
@@ -393,7 +395,7 @@ def text(self:Detector, category):
     if category not in self.texts: raise ValueError(f'category={category!r}: this detector was built for {list(self.texts)}; name it in build()')
     return self.texts[category]
 
-# %% ../nbs/20_method.ipynb #c9d118be
+# %% ../nbs/20_method.ipynb #87b51edd
 def find_method(method)->Method:
     "Give a row by name; a row is given back as it is."
     if isinstance(method, Method): return method
@@ -408,6 +410,7 @@ def fit(m:Method, encoder:Encoder, dataset:str='')->tuple:      # the row, what 
     if not m.terms and not trained.head: raise ValueError(f'{m.name}: artifact {m.artifact!r} holds prompts and no head, and the row has no terms; give it terms, such as ((\'text\', {{}}),)')
     return (m if m.terms else replace(m, **trained.reads)), trained
 
+# %% ../nbs/20_method.ipynb #1a54a82f
 def build(method,              # a Method or the name of one
           categories,          # names, or {name: 'object' | 'texture'}
           encoder:Encoder,
