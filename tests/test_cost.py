@@ -97,7 +97,8 @@ def test_what_missed_its_target_is_said_and_red(tmp_path, change, missed):
 def test_a_trial_writes_one_tidy_file(config, tmp_path):
     path = write_cost(tmp_path, backbone=str(config), device='cpu', quick=True)
     d = read_cost(tmp_path)
-    assert path.name == 'cost.csv' and tuple(d.columns) == COLUMNS and set(d.part) == {'gemm', 'encoding', 'text', 'rows', 'metrics'}
+    assert path.name == 'cost.csv' and tuple(d.columns) == COLUMNS and set(d.part) == {'gemm', 'encoding', 'text', 'rows', 'metrics', 'training'}
+    steps = d[d.part == 'training']; assert len(steps) == 12 and (steps.value > 0).all() and (steps[steps.unit == 'GiB'].limit == 16).all()
     assert not d.duplicated(['part', 'what', 'dtype']).any() and (d.lo <= d.value).all() and (d.value <= d.hi).all() and (d.repeats >= 1).all()
     assert str(config.parent) not in path.read_text() and d.encoder.unique().tolist() == ['model (random:0)']
     assert cost_caption(tmp_path).startswith('A trial')

@@ -410,7 +410,7 @@ REFUSED = {                   # what is done to a copy of both sets, what is loa
     'nothing in the folder': (lambda r: (r/'nothing').mkdir(), ('mvtec', 'nothing'), FileNotFoundError, 'nothing: no MVTec-shaped folder: looked for'),
     'several sets in the folder': (lambda r: None, ('folder', '.'), ValueError, 'several sets, mvtec, visa'),
     'categories without images': (lambda r: (r/'bare/bolt/test/good').mkdir(parents=True), ('mvtec', 'bare'), FileNotFoundError, 'bare: no test image that can be used.*bolt'),
-    'unknown name': (lambda r: None, ('mvtecc', 'mvtec'), ValueError, r"name='mvtecc': choose from \['procad', .*'mvtec', 'visa', 'folder'\]"),
+    'unknown name': (lambda r: None, ('mvtecc', 'mvtec'), ValueError, r"name='mvtecc': choose from \['procad', .*'mvtec', 'visa', 'mpdd', .*'folder'\]"),
 }
 
 
