@@ -10,7 +10,7 @@ from zsad.data import load_dataset, load_image, load_mask, survey
 from zsad.knowledge import describe_mask, knowledge, look_up
 from zsad.courses import COURSES, VARIANTS, course_for, find_course
 from zsad.learn import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, missing, read_lessons, sentences_known, steps_of, take
-from zsad.method import METHODS, build, fit
+from zsad.method import METHODS, fit
 from zsad.prompts import encode_text
 from zsad.procad import render_aux
 from zsad.trained import load_trained
@@ -159,8 +159,7 @@ def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_pa
     monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name))
     a = METHODS['april-gan']; rows = [replace(a, seed=k) for k in (0, 1)] + [replace(a, name='own', artifact='april-gan-{backbone}-procad-b-s{seed}'), METHODS['anoclip']]
     lacking = missing(rows, enc, ['procad', 'procad-b']); stem = f'april-gan-{Path(enc.backbone).stem}'
-    on = 'procad-aux'
-    assert [(n, s, k) for n, _, s, k in lacking] == [(f'{stem}-{on}-s0', on, 0), (f'{stem}-{on}-s1', on, 1), (f'{stem}-procad-b-s0', 'procad-b', 0)]
+    assert [(n, s, k) for n, _, s, k in lacking] == [(f'{stem}-procad-aux-s0', 'procad-aux', 0), (f'{stem}-procad-aux-s1', 'procad-aux', 1), (f'{stem}-procad-b-s0', 'procad-b', 0)]
     assert missing(rows[2:3], enc, ['procad-b']) == []                                                    # it would be asked about what it learned from
     learn_missing(lacking[:2], enc, show=False)
     assert [n for n, *_ in missing(rows, enc, ['procad'])] == [f'{stem}-procad-b-s0']

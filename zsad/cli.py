@@ -85,16 +85,15 @@ def train_missing(a, shown, sets, model):
     from zsad.data import find_sets
     from zsad.exhibits import seeded
     from zsad.learn import learn_missing, missing
-    lacking, of = {}, {}
+    lacking = {}      # name -> (twin of the encoder, what is to be trained)
     for role, s in sets.items():
         rows = [r for r, _ in gather_rows(list(map(seeded, shown)), role, a.seeds) if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
         for twin in {twin_of(r) for r in rows}:
-            found = missing([r.method for r in rows if twin_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])
-            lacking |= {n[0]: n for n in found}; of |= {n[0]: twin for n in found}
+            lacking |= {n[0]: (twin, n) for n in missing([r.method for r in rows if twin_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])}
     if not lacking: return
     print(f"not trained: {len(lacking)} artifacts ({', '.join(list(lacking)[:4])}{', ...' if len(lacking) > 4 else ''}); " + ('they are trained first' if a.train and not a.plan else 'the rows that need them stay empty; --train trains them'), flush=True)
-    for twin in dict.fromkeys(of.values()) if a.train and not a.plan else ():
-        learn_missing([n for n in lacking.values() if of[n[0]] == twin], open_model(replace(model, twin=twin)), find_sets(a.data) if a.profile == 'paper' else {})
+    for twin in {t for t, _ in lacking.values()} if a.train and not a.plan else ():
+        learn_missing([n for t, n in lacking.values() if t == twin], open_model(replace(model, twin=twin)), find_sets(a.data) if a.profile == 'paper' else {})
 
 # %% ../nbs/25_cli.ipynb #9e836aa5
 def reproduce_cost(out):
@@ -155,8 +154,8 @@ def check_accept(a, shown):
 
 def accept_results(a, shown, out):
     "Make what this run wrote the project's own results."
-    from zsad.accept import accept
-    files = [out/'results'/f for f in (['runs.csv', 'metrics.csv', 'defects.csv', 'contrasts.csv'] if shown else []) + (['cost.csv'] if 'cost' in a.exhibits else [])]
+    from zsad.accept import FILES, accept
+    files = [out/'results'/f'{n}.csv' for n in (FILES if shown else ()) + (('cost',) if 'cost' in a.exhibits else ())]
     print(f'accepted; {len(accept(files, ran=[e.name for e in shown] if shown and a.exhibits else None))} notebooks executed')
 
 # %% ../nbs/25_cli.ipynb #d2bf90c5

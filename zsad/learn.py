@@ -283,7 +283,7 @@ def learn_missing(lacking, encoder:Encoder, roots:dict={}, show=True):      # ro
     "Train artifacts listed by `missing` into the cache."
     read, seen = {}, {}
     for name, c, on, seed in (bar := tqdm(lacking, desc='artifacts', disable=not show)):
-        bar.set_postfix_str(name); c = replace(c, seed=seed); r = course_for(c, encoder); key = (on, r.encode, r.loss_size, bool(r.kd), r.teacher, r.known)
+        bar.set_postfix_str(name); c = replace(c, seed=seed); r = course_for(c, encoder); key = (on, r.encode, r.loss_size, bool(r.kd), r.teacher, r.known, r.base)
         if on not in seen: seen[on] = survey(load_dataset(on, roots.get(on)))
         if key not in read: read = {key: read_lessons(r, encoder, seen[on])}      # one at a time: tokens of a large set fill memory
         learn(c, encoder, seen[on], cache_dir('trained')/name, lessons=read[key], show=False)
