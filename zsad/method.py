@@ -260,9 +260,9 @@ def one_path(attention, depth=None, **spec)->EncodeSpec:
     "Ask for one attention path."
     return EncodeSpec((AttentionPath(attention, depth),), **spec)
 
-def learned(name, encode=EncodeSpec(()), text=None, course='', **row)->'Method':
-    "Make the row of a head that `zsad train COURSE` trains; what it reads in detail its artifact says."
-    return Method(name, encode, text, (), artifact=(course or name) + '-{backbone}-{on}-s{seed}', **row)
+def learned(name, encode=EncodeSpec(()), text=None, **row)->'Method':
+    "Make the row of a head that `zsad train NAME` trains; what it reads in detail its artifact says."
+    return Method(name, encode, text, (), artifact=name + '-{backbone}-{on}-s{seed}', **row)
 
 # %% ../nbs/20_method.ipynb #a652832c
 ROWS = (

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CODE', 'WINDOWS', 'MADE_BY', 'Stream', 'streams_of', 'split', 'join', 'DamagedShard', 'mark_used', 'write_shard',
-           'read_shard', 'held', 'read_stream', 'load_known', 'encode_missing', 'recall', 'streams_in', 'verify',
-           'prune']
+           'read_shard', 'names_in', 'held', 'read_stream', 'load_known', 'encode_missing', 'recall', 'streams_in',
+           'verify', 'prune']
 
 # %% ../nbs/21_store.ipynb #e7bdd6ba
 import hashlib, json, os, sys, time
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np
@@ -93,12 +94,16 @@ def read_shard(file)->tuple:      # images, tokens [M,...]
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as e: raise DamagedShard(file, f'{type(e).__name__}: {e}') from e
 
 # %% ../nbs/21_store.ipynb #3071576e
+@lru_cache(2**16)
+def names_in(file, changed:int, size:int)->tuple:      # images, in the order of their rows
+    "Read the header of a shard, once as long as time and size of the file stay."
+    with safe_open(file, 'pt') as f: return tuple(json.loads(f.metadata()['images']))
+
 def held(root, s:Stream)->dict:      # image -> (shard file, row)
     "List what a stream holds, from the headers of its shards; a header that cannot be read is passed over here and found by `verify`."
     out = {}
     for file in sorted((Path(root)/s.key).glob('*.safetensors')):
-        try:
-            with safe_open(file, 'pt') as f: names = json.loads(f.metadata()['images'])
+        try: names = names_in(file, (now := file.stat()).st_mtime_ns, now.st_size)
         except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError): continue
         out |= {name: (file, i) for i, name in enumerate(names)}
     return out
