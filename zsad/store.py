@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODE', 'WINDOWS', 'MADE_BY', 'Stream', 'streams_of', 'split', 'join', 'DamagedShard', 'mark_used', 'write_shard',
-           'read_shard', 'names_in', 'held', 'read_stream', 'load_known', 'encode_missing', 'recall', 'streams_in',
+           'read_shard', 'rows_in', 'held', 'read_stream', 'load_known', 'encode_missing', 'recall', 'streams_in',
            'verify', 'prune']
 
 # %% ../nbs/21_store.ipynb #e7bdd6ba
@@ -95,17 +95,16 @@ def read_shard(file)->tuple:      # images, tokens [M,...]
 
 # %% ../nbs/21_store.ipynb #3071576e
 @lru_cache(2**16)
-def names_in(file, changed:int, size:int)->tuple:      # images, in the order of their rows
-    "Read the header of a shard, once as long as time and size of the file stay."
-    with safe_open(file, 'pt') as f: return tuple(json.loads(f.metadata()['images']))
+def rows_in(file, changed:int, size:int)->dict:      # image -> (shard file, row)
+    "List the rows of a shard from its header, read once as long as time and size of the file stay."
+    with safe_open(file, 'pt') as f: return {name: (file, i) for i, name in enumerate(json.loads(f.metadata()['images']))}
 
 def held(root, s:Stream)->dict:      # image -> (shard file, row)
     "List what a stream holds, from the headers of its shards; a header that cannot be read is passed over here and found by `verify`."
     out = {}
     for file in sorted((Path(root)/s.key).glob('*.safetensors')):
-        try: names = names_in(file, (now := file.stat()).st_mtime_ns, now.st_size)
+        try: out |= rows_in(file, (now := file.stat()).st_mtime_ns, now.st_size)
         except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError): continue
-        out |= {name: (file, i) for i, name in enumerate(names)}
     return out
 
 def read_stream(root, s:Stream, images:list)->Tensor:      # [M,...]
