@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JUDGES', 'Lessons', 'read_lessons', 'sentences_known', 'known_of', 'Student', 'both', 'enlarged', 'stage_loss',
            'judge_layers', 'judge_fused', 'judge_stages', 'judge_adapters', 'Batch', 'take', 'draw_rows', 'steps_of',
-           'world', 'spread', 'one_step', 'groups_of', 'learn', 'note', 'go_on', 'finish', 'curves', 'missing',
-           'learn_missing', 'check_target']
+           'world', 'spread', 'one_step', 'groups_of', 'learn', 'note', 'go_on', 'finish', 'curves', 'live_curves',
+           'missing', 'learn_missing', 'check_target']
 
 # %% ../nbs/26_learn.ipynb #57a30272
 import json, os
@@ -266,6 +266,13 @@ def curves(folder):
         ax.plot(t[k].rolling(20, min_periods=1).mean(), color='#31688e'); ax.set_title(k, fontsize=9); ax.set_xlabel('step', fontsize=8); ax.grid(alpha=.3); ax.tick_params(labelsize=7)
     fig.tight_layout()
     return fig
+
+def live_curves():
+    "Give `learn(live=...)` a function that draws the losses below a notebook's cell, anew in the same place at every checkpoint."
+    from IPython.display import DisplayHandle
+    place, drawn = DisplayHandle(), []
+    def draw(folder): (place.update if drawn else place.display)(curves(folder)); drawn.append(folder)
+    return draw
 
 # %% ../nbs/26_learn.ipynb #d33195df
 def missing(methods, encoder:Encoder, datasets)->list:      # (name, course, set to learn from, seed)
