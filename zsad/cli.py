@@ -6,9 +6,10 @@
 __all__ = ['chosen', 'pictured', 'span', 'cores', 'announce_data', 'announce_work', 'prepare', 'train_missing', 'reproduce_cost',
            'reproduce', 'reproduce_runs', 'compute_tables', 'check_accept', 'accept_results', 'write_rows',
            'unique_stem', 'read_images', 'predict_files', 'check_reference', 'score', 'read_scores', 'read_map',
-           'evaluate_folder', 'list_exhibits', 'list_methods', 'list_datasets', 'check_data', 'convert_data',
-           'list_store', 'verify_store', 'prune_store', 'train_any', 'train_course', 'train_mini', 'doctor',
-           'data_options', 'store_options', 'train_options', 'parser', 'build_knowledge', 'knowledge_options', 'main']
+           'evaluate_folder', 'list_exhibits', 'list_methods', 'list_datasets', 'print_counts', 'check_data',
+           'convert_data', 'arrange_data', 'list_store', 'verify_store', 'prune_store', 'train_any', 'train_course',
+           'train_mini', 'doctor', 'data_options', 'store_options', 'train_options', 'parser', 'build_knowledge',
+           'knowledge_options', 'main']
 
 # %% ../nbs/25_cli.ipynb #edfa0ba3
 import argparse, csv, os, sys
@@ -286,15 +287,21 @@ def list_methods(a):
 def list_datasets(a):
     "Print the data sets, what they need and where they come from."
     from zsad.data import DATASETS, SOURCES
-    for n, what in DATASETS.items(): print(f'{n:8s} {what}' + (f'; {SOURCES[n].page}, {SOURCES[n].licence}' if n in SOURCES else ''))
+    from zsad.raw import RAW
+    for n, what in DATASETS.items(): print(f'{n:8s} {what}' + (f', or as downloaded after zsad data arrange {n}' if n in RAW else '') + (f'; {SOURCES[n].page}, {SOURCES[n].licence}' if n in SOURCES else ''))
+
+def print_counts(name, ds):
+    "Print what each category holds, then what was left out."
+    from zsad.data import check_dataset
+    for category, normal, anomalous, masks, remark in check_dataset(name, ds): print(f'{category:16s} {normal:5d} normal {anomalous:5d} anomalous {masks:5d} masks  {remark}')
+    for f, why in ds.skipped: print(f'left out: {f}: {why}', file=sys.stderr)
 
 def check_data(a):
     "Read a folder as `reproduce` would and say what is there, what is missing and what was left out."
-    from zsad.data import check_dataset, layout_of, load_dataset, survey
+    from zsad.data import layout_of, load_dataset, survey
     s = survey(load_dataset(a.name, a.folder))
     print(f'{a.folder}: layout {layout_of(a.folder)}, {len(s.dataset.samples)} images, hash {s.hash}')
-    for category, normal, anomalous, masks, remark in check_dataset(a.name, s.dataset): print(f'{category:16s} {normal:5d} normal {anomalous:5d} anomalous {masks:5d} masks  {remark}')
-    for f, why in s.dataset.skipped: print(f'left out: {f}: {why}', file=sys.stderr)
+    print_counts(a.name, s.dataset)
     return 1 if s.dataset.skipped else 0
 
 def convert_data(a):
@@ -302,7 +309,19 @@ def convert_data(a):
     from zsad.data import load_dataset, write_meta
     print(write_meta(load_dataset(a.name, a.folder), a.out or Path(a.folder)/'meta.json'))
 
-# %% ../nbs/25_cli.ipynb #3eda5370
+# %% ../nbs/25_cli.ipynb #f94b0966
+def arrange_data(a):
+    "Write the meta.json of a set in the layout in which it was downloaded, with the images that others test on."
+    from zsad.data import role_of
+    from zsad.raw import RAW, arrange
+    ds, path = arrange(a.name, a.folder, a.out, **{k: v for k in ('cut', 'share', 'seed', 'parts', 'kinds') if (v := getattr(a, k)) is not None})
+    print_counts(a.name, ds)
+    bad = sum(s.label for s in ds.samples)
+    print(f'in all {len(ds.samples) - bad} + {bad}, references {len(ds.train)}, left out {len(ds.skipped)}; others report ' + ' or '.join(f'{m} + {n} ({who})' for m, n, who in RAW[a.name].peers))
+    print(path)
+    if path.name != 'meta.json' or role_of(path.parent) != a.name: print(f'`zsad reproduce --data` looks for it in a folder named {a.name}: give --out .../{a.name}/meta.json, or rename the folder')
+
+# %% ../nbs/25_cli.ipynb #e819a4c0
 def list_store(a):
     "Print the streams of the token store, largest first."
     from zsad.core import cache_dir
@@ -328,7 +347,7 @@ def prune_store(a):
     from zsad.store import prune
     print(f"{prune(cache_dir('tokens'), 0 if a.all else a.days)/1e9:.2f} GB freed")
 
-# %% ../nbs/25_cli.ipynb #f94b0966
+# %% ../nbs/25_cli.ipynb #2737ef8c
 def train_any(a):
     "Train a method on an auxiliary set, or a mini encoder; go on with a run that was interrupted."
     from zsad.courses import COURSES, VARIANTS
@@ -352,7 +371,7 @@ def train_course(a):
     key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
     if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
 
-# %% ../nbs/25_cli.ipynb #e819a4c0
+# %% ../nbs/25_cli.ipynb #1e3e1610
 def train_mini(a):
     "Train a mini encoder."
     from dataclasses import replace
@@ -360,7 +379,7 @@ def train_mini(a):
     r = replace(RECIPES[a.method], seed=a.seed, **{k: v for k, v in (('steps', a.steps), ('batch', a.batch), ('pairs', a.pairs)) if v})
     print(f'weights: {export_weights(train(r, a.out, device=a.device, start=a.start))}')
 
-# %% ../nbs/25_cli.ipynb #2737ef8c
+# %% ../nbs/25_cli.ipynb #5a733ad6
 def doctor(a):
     "Check the installation: versions, device, shipped weights, one image from pixels to score."
     import platform
@@ -378,13 +397,16 @@ def doctor(a):
     print(f'mini weights {enc.weights}; one image scored {float(p.score[0]):.3f}, map {tuple(p.map.shape)}; cache {cache_dir()}')
     print('all well')
 
-# %% ../nbs/25_cli.ipynb #1e3e1610
+# %% ../nbs/25_cli.ipynb #05c39bb6
 def data_options(command, o, under):
     "Describe `zsad data`."
-    folder = (o('folder'), o('--name', default='folder', choices=('folder', 'mvtec', 'visa'), help='which set it should be'))
+    folder = (o('folder'), o('--name', default='folder', help='which set it should be: mvtec, visa, mpdd, ...; see `zsad data list`'))
     command('list', list_datasets, 'the data sets', under=under)
     command('check', check_data, 'what a folder holds', *folder, under=under)
     command('convert', convert_data, 'write meta.json', *folder, o('--out'), under=under)
+    command('arrange', arrange_data, 'write the meta.json of a set as it was downloaded', o('name', help='sdd, dagm, brainmri, br35h, headct, covid, bmad_brain, liverct or resc'), o('folder'), o('--out', help='meta.json to write, or its folder'),
+            o('--cut', type=int, help='of sdd: parts of an image; 3, or 1 for whole images'), o('--share', type=float, help='of sdd: of the normal parts that are tested on; 0.25'), o('--seed', type=int, help='of sdd: of their draw; 42'),
+            o('--parts', nargs='+', help='of dagm: Test, or Train Test'), o('--kinds', nargs='+', help='of covid: folders of what is anomalous; all'), under=under)
 
 def store_options(command, o, under):
     "Describe `zsad store`."
@@ -392,7 +414,7 @@ def store_options(command, o, under):
     command('verify', verify_store, 'read every shard', under=under)
     command('prune', prune_store, 'remove what is not needed', o('--days', type=float), o('--all', action='store_true'), under=under)
 
-# %% ../nbs/25_cli.ipynb #5a733ad6
+# %% ../nbs/25_cli.ipynb #10784fe9
 def train_options(command, o, model):
     "Describe `zsad train`."
     command('train', train_any, 'train learned prompts, heads, or the mini encoder', o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'), o('--seed', type=int, default=0), o('--batch', type=int), o('--device', default='cpu'), o('--out'),
@@ -400,7 +422,7 @@ def train_options(command, o, model):
             o('--epochs', type=int), o('--lr', type=float), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
             o('--steps', type=int, help='of an encoder'), o('--pairs', type=int, help='of an encoder'), o('--start', help='weights file of the stage before, of an encoder'))
 
-# %% ../nbs/25_cli.ipynb #05c39bb6
+# %% ../nbs/25_cli.ipynb #e861c509
 def parser():
     "Describe the commands."
     p = argparse.ArgumentParser('zsad', description='Reproducible zero-shot visual anomaly detection with CLIP.')
@@ -425,7 +447,7 @@ def parser():
     train_options(command, o, model)
     return p
 
-# %% ../nbs/25_cli.ipynb #10784fe9
+# %% ../nbs/25_cli.ipynb #e6387f0b
 def build_knowledge(a):
     "Ask a chat model what may be wrong with the categories of a set, and with --images what is wrong in its anomalous images; the address is OPENAI_BASE_URL, the key OPENAI_API_KEY, the model ZSAD_LLM_MODEL."
     from zsad.data import load_dataset
@@ -445,7 +467,7 @@ def knowledge_options(command, o, under):
     command('build', build_knowledge, 'ask a chat model', o('name'), o('--data', help='folder of the set'), o('--out', default='knowledge.json'), o('-n', type=int, default=5, help='descriptions of a category'), o('--images', type=int, default=0, help='descriptions of an anomalous image'),
             o('--model'), o('--price', type=float, nargs=2, metavar=('IN', 'OUT'), help='of a million tokens'), o('--plan', action='store_true', help='say what it would cost, and stop'), under=under)
 
-# %% ../nbs/25_cli.ipynb #e861c509
+# %% ../nbs/25_cli.ipynb #c8182ff0
 def main(argv=None)->int:
     "Run a command; expected errors are one line on stderr and exit code 2."
     a = parser().parse_args(argv)
