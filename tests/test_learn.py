@@ -9,7 +9,7 @@ from zsad.clip import load_encoder
 from zsad.data import load_dataset, load_image, load_mask, survey
 from zsad.knowledge import describe_mask, knowledge, look_up
 from zsad.courses import COURSES, VARIANTS, course_for, find_course
-from zsad.learn import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, missing, read_lessons, sentences_known, steps_of, take
+from zsad.learn import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, live_curves, missing, read_lessons, sentences_known, steps_of, take
 from zsad.method import METHODS, fit
 from zsad.prompts import encode_text
 from zsad.procad import render_aux
@@ -185,3 +185,12 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name, enc, lessons):
     c = course_for(course(name), enc); s = Student(c, enc)
     rows = draw_rows(c, 0, 48); whole, a, b = (s(take(lessons[name], r, enc)) for r in (rows, rows[::2], rows[1::2]))
     for k in whole: assert abs((whole[k] - (a[k] + b[k])/2).item()) < 1e-4*max(1, abs(whole[k].item()))
+
+def test_losses_are_drawn_in_one_place_as_pictures(enc, aux, lessons, tmp_path, monkeypatch):
+    from IPython.display import DisplayHandle
+    shown = []
+    for how in ('display', 'update'): monkeypatch.setattr(DisplayHandle, how, lambda self, obj, how=how, **_: shown.append((how, self.display_id, obj)))
+    c = COURSES['anomalyclip']
+    learn(c, enc, aux, tmp_path/'a', tmp_path/'run', every=2, limit=6, lessons=lessons[c.name], show=False, live=live_curves())
+    assert [how for how, *_ in shown] == ['display', 'update', 'update'] and len({place for _, place, _ in shown}) == 1
+    assert all(p._repr_mimebundle_()[0]['image/png'] for *_, p in shown) and shown[0][2].data != shown[2][2].data      # no backend of matplotlib is needed to see them

@@ -9,7 +9,7 @@ __all__ = ['JUDGES', 'Lessons', 'read_lessons', 'sentences_known', 'known_of', '
            'missing', 'learn_missing', 'check_target']
 
 # %% ../nbs/26_learn.ipynb #57a30272
-import json, os
+import io, json, os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -269,9 +269,11 @@ def curves(folder):
 
 def live_curves():
     "Give `learn(live=...)` a function that draws the losses below a notebook's cell, anew in the same place at every checkpoint."
-    from IPython.display import DisplayHandle
+    from IPython.display import DisplayHandle, Image
     place, drawn = DisplayHandle(), []
-    def draw(folder): (place.update if drawn else place.display)(curves(folder)); drawn.append(folder)
+    def draw(folder):
+        f = io.BytesIO(); curves(folder).savefig(f, format='png')
+        (place.update if drawn else place.display)(Image(f.getvalue())); drawn.append(folder)
     return draw
 
 # %% ../nbs/26_learn.ipynb #d33195df
