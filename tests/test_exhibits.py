@@ -154,6 +154,14 @@ def test_what_could_have_been_run_is_missing(tmp_path):
     assert set(d.loc['MaskCLIP', mvtec]) == {'missing'} and not (d.drop(index='MaskCLIP') == 'missing').any(axis=None)
 
 
+def test_the_set_that_was_learned_from_is_not_asked_and_not_missing(tmp_path):
+    rows = [r for r in ALL if r.method is None or 'from' not in r.label or 'from procad-b' == r.label]
+    d = readable(table('transfer', made_up(tmp_path, rows=rows)))
+    mvtec = [c for c in d if 'MVTec' in c]
+    assert set(d.loc['from procad', mvtec]) == {'learned from'} and set(d.loc['from procad-novel', mvtec]) == {'missing'}
+    assert re.match(r'\d', d.loc['from procad-b', 'MVTec-AD: pixel AUROC'])
+
+
 def test_what_is_not_defined_is_a_dash_not_missing(mini):
     d = readable(table('anoclip-t4', mini))
     assert set(d.loc['foreground mask', ['image AUROC', 'image AP']]) == {'–'} and d.loc['foreground mask', 'pixel AUROC'] not in ('–', 'missing')
