@@ -344,6 +344,7 @@ def test_one_of_several_sets_of_bmad(tmp_path):
     for name, words in (('bmad_brain', 'Brain_AD'), ('liverct', 'Liver_AD'), ('resc', 'Retina_RESC_AD')):
         ds = read_raw(name, tmp_path); assert {s.path.relative_to(tmp_path).parts[0] for s in (*ds.samples, *ds.train)} == {words} and ds.categories == RAW[name].categories
     with pytest.raises(ValueError, match='by its name this is liverct, not resc'): read_raw('resc', tmp_path/'Liver_AD')
+    draw_bmad(tmp_path/'prescan'/'Brains'); assert read_raw('bmad_brain', tmp_path/'prescan').categories == ('brain',)      # 'resc' inside of a word is not RESC
     draw_bmad(tmp_path/'Brain_AD_2')
     with pytest.raises(ValueError, match='Brain_AD and Brain_AD_2 have this layout'): read_raw('bmad_brain', tmp_path)
 

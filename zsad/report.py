@@ -63,7 +63,7 @@ def run_of(res:Results, row:Row, role:str='mvtec')->str:
 
 def why_empty(res:Results, row:Row, role:str)->str:
     "Say in words why a row was not run on a role, '' if it was."
-    own = row.method and f'-{dataset_of(res, role)}-s' in row.method.artifact      # a set is not asked about what was learned from it
+    own = row.method and row.method.artifact.endswith(f'-{dataset_of(res, role)}-s{{seed}}')      # a set is not asked about what was learned from it
     return row.state or gap(res, role) or ('' if run_of(res, row, role) else 'learned from' if own else 'missing')
 
 def untimed(res:Results, row:Row)->str:
