@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 from zsad.exhibits import EXHIBITS, ROLES, STAND_INS, Row, datasets_of, printed, reported
 from zsad.method import METHODS
-from zsad.report import as_results, caption, figure, latex, markdown, page, provenance, readable, read_results, run_of, table, verdict, write_report
+from zsad.report import as_results, caption, figure, latex, markdown, page, provenance, readable, read_results, run_of, table, verdict, verdicts, write_report
 
 TABLES = ['anoclip-t1', 'anoclip-t2', 'anoclip-t3', 'anoclip-t4']
 METRICS = 'image_auroc image_f1max image_ap pixel_auroc pixel_f1max pixel_ap pro pixel_auroc_within'.split()
@@ -160,6 +160,13 @@ def test_the_set_that_was_learned_from_is_not_asked_and_not_missing(tmp_path):
     mvtec = [c for c in d if 'MVTec' in c]
     assert set(d.loc['from procad', mvtec]) == {'learned from'} and set(d.loc['from procad-novel', mvtec]) == {'missing'}
     assert re.match(r'\d', d.loc['from procad-b', 'MVTec-AD: pixel AUROC'])
+
+
+def test_contrasts_become_sentences_on_a_page(tmp_path):
+    over = ('anoclip-t3', 'procad', EXHIBITS['anoclip-t3'].contrasts[0][0], EXHIBITS['anoclip-t3'].contrasts[0][1], 'pixel_auroc', 'all', 3.14, 2., 4.)
+    r = made_up(tmp_path, contrasts=[over])
+    assert list(verdicts('anoclip-t3', r).data.finding) == [f'{over[2]} over {over[3]} in pixel AUROC: +3.1 points [2.0, 4.0], holds']
+    assert list(verdicts('anoclip-t4', r).data.finding) == ['missing']
 
 
 def test_what_is_not_defined_is_a_dash_not_missing(mini):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NAMES', 'ENCODERS', 'PRINT_STATES', 'STYLE', 'Results', 'read_results', 'as_results', 'as_exhibit', 'dataset_of',
            'gap', 'run_of', 'why_empty', 'untimed', 'known_as', 'cell', 'time_of', 'spread_of', 'comparable', 'head',
-           'row_cells', 'table', 'by_category', 'readable', 'verdict', 'findings', 'data_says', 'provenance',
-           'outline_says', 'roles_say', 'times_say', 'caption', 'figure', 'panel', 'played', 'absent', 'bars', 'curve',
-           'write_exhibit', 'markdown', 'latex', 'page', 'write_page', 'write_report']
+           'row_cells', 'table', 'by_category', 'readable', 'verdict', 'findings', 'verdicts', 'data_says',
+           'provenance', 'outline_says', 'roles_say', 'times_say', 'caption', 'figure', 'panel', 'played', 'absent',
+           'bars', 'curve', 'write_exhibit', 'markdown', 'latex', 'page', 'write_page', 'write_report']
 
 # %% ../nbs/24_report.ipynb #03166039
 from dataclasses import dataclass
@@ -165,6 +165,11 @@ def findings(e:Exhibit, res:Results)->pd.DataFrame:
     c = res.contrasts
     if 'dataset' not in c: raise ValueError("contrasts.csv has no column 'dataset': an older version wrote it; write the results again with `zsad reproduce`")
     return c[(c.exhibit == e.name) & c.dataset.isin([dataset_of(res, role) for role in e.roles])]
+
+def verdicts(exhibit, results):
+    "Show what the contrasts of an exhibit come to, one sentence each, as a table for a page."
+    e = as_exhibit(exhibit); said = [verdict(r) for r in findings(e, as_results(results)).itertuples()] or ['missing']
+    return pd.DataFrame({'finding': said}).style.set_uuid(e.name).hide(axis='index').set_properties(**{'text-align': 'left', 'white-space': 'normal'})
 
 # %% ../nbs/24_report.ipynb #04f7bf2c
 def data_says(r:pd.DataFrame)->str:
