@@ -168,7 +168,7 @@ def test_a_copy_of_itself_as_reference_leaves_the_share_of_the_sentences(enc, de
 def test_weights_of_one_and_zero_leave_one_map(enc, det, x, refs):
     text, vis, cls = dual_by_hand(enc, x, refs)
     for weights, a in (((1., 0.), text), ((0., 1.), vis)):
-        p = det(replace(METHODS['dual'], weights=weights))(x, C*4, refs)
+        p = det(replace(METHODS['dual'], term_weights=weights))(x, C*4, refs)
         assert gap(p.map, enlarge(a)) < 1e-5 and gap(p.score, (cls + a.amax(1))/2) < 1e-5
     assert gap(text, vis) > .1
     one = det(replace(METHODS['dual'], terms=METHODS['dual'].terms[1:], term_weights=()))(x, C*4, refs)           # the term alone, and no weights: the mean
@@ -265,11 +265,11 @@ def test_images_are_picked_by_number(enc, x):
 
 WRONG = [('dual', dict(terms=(('txt', {}),), term_weights=()), r"term='txt'.*'text'"), ('dual', dict(terms=(('text', dict(temperature=1)), ('pair', {}))), r"term 'text'.*'temperature'.*'tau'"),
          ('dual', dict(terms=(('text', {}), ('pair', dict(mean=1)))), r"term 'pair'.*'mean'.*'join'"), ('winclip', dict(terms=(('windows', dict(k=2)),)), r"term 'windows'.*'k'.*'tau'"),
-         ('winclip+', dict(terms=(('windows', {}), ('memory', dict(tau=1)))), r"term 'memory'.*'tau'.*'path', 'layer'"), ('musc', dict(terms=(('mutual', dict(r=3)),)), r"term 'mutual'.*'r'.*'scales', 'share'"),
+         ('winclip+', dict(terms=(('windows', {}), ('memory', dict(tau=1)))), r"term 'memory'.*'tau'.*'path', 'layer'"), ('musc', dict(terms=(('mutual', dict(r=3)),)), r"term 'mutual'.*'r'.*'scales', 'fraction'"),
          ('winclip+', dict(score=('worst', {})), r"score='worst'.*'memory'"), ('winclip+', dict(score=('memory', dict(beta=1.))), r"score 'memory'.*'beta'.*'tau'"), ('dual', dict(score=('joint', dict(alpha=1.))), r"score 'joint'.*'alpha'.*'beta'"),
          ('musc', dict(score=('max', dict(tau=1.))), r"score 'max'.*'tau'"), ('winclip+', dict(reference=('shot', {})), r"reference='shot'.*'shots', 'pair'"), ('winclip+', dict(reference=('shots', dict(count=1))), r"reference 'shots'.*'count'.*'k', 'replace'"),
-         ('dual', dict(reference=('pair', dict(k=1))), r"sampler 'pair'.*'k'.*'count', 'policy'"), ('dual', dict(reference=('pair', dict(seed=1))), r"sampler 'pair'.*'seed'"), ('musc', dict(set_steps=(('softmax', {}),)), r"set_steps='softmax'.*'rscin'"),
-         ('musc', dict(set_steps=(('rscin', dict(k=3)),)), r"set step 'rscin'.*'k'.*'neighbours', 'most'"), ('dual', dict(term_weights=(1.,)), r"term_weights=\(1.0,\).*'text', 'pair'"), ('musc', dict(prompts='win'), r"prompts='win'.*'winclip'")]
+         ('dual', dict(reference=('pair', dict(k=1))), r"reference 'pair'.*'k'.*'count', 'policy'"), ('dual', dict(reference=('pair', dict(seed=1))), r"reference 'pair'.*'seed'"), ('musc', dict(set_steps=(('softmax', {}),)), r"set_step='softmax'.*'rscin'"),
+         ('musc', dict(set_steps=(('rscin', dict(k=3)),)), r"set_step 'rscin'.*'k'.*'neighbours', 'most'"), ('dual', dict(term_weights=(1.,)), r"term_weights=\(1.0,\).*'text', 'pair'"), ('musc', dict(prompts='win'), r"prompts='win'.*'winclip'")]
 
 @pytest.mark.parametrize('name,wrong,says', WRONG, ids=lambda v: str(v) if isinstance(v, dict) else '')
 def test_unknown_parts_and_parameters_are_refused_by_name(name, wrong, says):
