@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINE', 'PARTS', 'CODE', 'PROFILES', 'SCORING', 'merge_specs', 'Truth', 'read_truth', 'measure_row', 'measure_within',
-           'measure_defects', 'defect_pixels', 'code_of', 'run_record', 'sentences_of', 'complete', 'machine', 'Model',
+           'defect_groups', 'measure_defects', 'code_of', 'run_record', 'sentences_of', 'complete', 'machine', 'Model',
            'load_model', 'open_model', 'Job', 'read_result', 'predictions', 'predict_job', 'all_tokens', 'reference_of',
            'run_job', 'bare', 'run_local', 'run_processes', 'run_cluster', 'run_all', 'Profile', 'open_sets',
            'gather_rows', 'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted', 'enough', 'readable_shots',
@@ -32,7 +32,7 @@ from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_
 from .dual import draw_references
 from .exhibits import CONTROLS, STAND_INS, TWINS, Exhibit, Row, datasets_of
 from .method import Detector, Prediction, Reference, build, fit, pick
-from .metrics import (METRICS, Pixels, Protocol, auroc, check_shapes, group_counts, image_counts,
+from .metrics import (METRICS, Protocol, auroc, check_shapes, group_counts, image_counts,
                           measure_set, metric_unit, pixel_arrays, pro, reason, resize_mask, sorted_counts)
 from .prompts import prompt_set, sentences
 from .store import encode_missing, held, recall, streams_of
@@ -75,12 +75,16 @@ def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
     check_shapes(maps, masks, scores, t.labels, t.foreground, p.size)
     asked = any(metric_unit(k) == 'pixel' for k in p.metrics)
     pixels = pixel_arrays(maps, masks, p, t.foreground) if asked else 'no pixel metric asked for'
-    weights = resample_weights(len(t.labels), key)
-    values, why, again = measure_set(pixels, scores, t.labels, p, weights)
+    weights, kinds = resample_weights(len(t.labels), key), defect_groups(t)
+    counted, each = pixels, [pixels] * len(kinds)
+    if not isinstance(pixels, str):
+        groups = (np.flatnonzero(t.labels == 0), *kinds.values())
+        counted, each = group_counts(pixels.maps, pixels.regions, groups, pixels.within)
+    values, why, again = measure_set(pixels, scores, t.labels, p, weights, counted)
     if set(p.metrics) == set(METRICS):
         values['pixel_auroc_within'], reason_ = measure_within(pixels, t, p)
         if reason_: why['pixel_auroc_within'] = reason_
-    return values, again, why, measure_defects(pixels, scores, t, p)
+    return values, again, why, measure_defects(kinds, each, scores, t, p)
 
 def measure_within(pixels, t:Truth, protocol)->tuple:      # value, reason of NaN
     "Compute pixel AUROC over the pixels of the object."
@@ -91,30 +95,27 @@ def measure_within(pixels, t:Truth, protocol)->tuple:      # value, reason of Na
     return auroc(c), reason(c)
 
 # %% ../nbs/23_bench.ipynb #d2f08e61
-def measure_defects(pixels, scores, t:Truth, protocol=Protocol())->dict:
+def defect_groups(t:Truth)->dict:      # {kind: its images}
+    "List the anomalous images of every kind of defect."
+    defects = np.array([s.defect for s in t.samples])
+    anomalous = np.flatnonzero(t.labels == 1)
+    return {str(k): anomalous[defects[anomalous] == k] for k in sorted(set(defects[anomalous]))}
+
+def measure_defects(kinds:dict, counts, scores, t:Truth, protocol=Protocol())->dict:
     """Compute image AUROC, pixel AUROC and PRO of every kind of defect beside all normal images.
 
-    The values are exact, and NaN where maps, masks or scores lack or hold NaN.
+    `counts` holds the pixels' Counts of every kind, or why there are none. The values are exact, and
+    NaN where maps, masks or scores lack or hold NaN.
     """
-    labels, defects = np.asarray(t.labels), np.array([s.defect for s in t.samples])
-    kinds, normal = sorted(set(defects[labels == 1])), np.flatnonzero(labels == 0)
-    groups = [np.flatnonzero((labels == 1) & (defects == k)) for k in kinds]
-    out = {k: dict(n=len(g)) for k, g in zip(kinds, groups)}
-    units = {metric_unit(k) for k in protocol.metrics}
-    for k, g in zip(kinds, groups):
-        if 'image' not in units: break
+    units, normal = {metric_unit(k) for k in protocol.metrics}, np.flatnonzero(t.labels == 0)
+    out = {k: dict(n=len(g)) for k, g in kinds.items()}
+    for (k, g), c in zip(kinds.items(), counts):
         own = np.concatenate([normal, g])
-        c = image_counts(None if scores is None else np.asarray(scores)[own], labels[own])
-        out[k]['image_auroc'] = auroc(c)
-    if not kinds or 'pixel' not in units: return out
-    for k, v in zip(kinds, defect_pixels(pixels, groups, normal, protocol)): out[k].update(v)
+        if 'image' in units:
+            image = image_counts(None if scores is None else np.asarray(scores)[own], t.labels[own])
+            out[k]['image_auroc'] = auroc(image)
+        if 'pixel' in units: out[k] |= dict(pixel_auroc=auroc(c), pro=pro(c, protocol.pro_limit))
     return out
-
-def defect_pixels(pixels, groups, normal, protocol)->list:      # {metric: value} of every group
-    "Compute pixel AUROC and PRO of groups of images beside the normal ones."
-    if isinstance(pixels, str): return [dict(pixel_auroc=float('nan'), pro=float('nan'))] * len(groups)
-    counts = group_counts(pixels.maps, pixels.regions, groups, normal, pixels.within)
-    return [dict(pixel_auroc=auroc(c), pro=pro(c, protocol.pro_limit)) for c in counts]
 
 # %% ../nbs/23_bench.ipynb #27c6bcb9
 LINE = code_digest('bench', 'bootstrap', 'clip', 'core', 'data', 'method', 'metrics', 'prompts', 'store', 'vv')      # what turns an image into a number, as it was when this process began

@@ -26,8 +26,8 @@ def resample_weights(
     rows = [np.bincount(p, minlength=n) for p in picks]
     return np.stack([np.ones(n, int), *rows])
 
-# %% ../nbs/05_bootstrap.ipynb #ffc7efd6
-BINS = 4096
+# %% ../nbs/05_bootstrap.ipynb #372586e0
+BINS = 3072
 
 def bin_ends(
     c,          # Counts of the set itself

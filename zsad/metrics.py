@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRIC_OPERATIONS', 'MASK_RULES', 'METRICS', 'PROTOCOLS', 'as_array', 'Counts', 'sorted_counts', 'chosen_values',
-           'counts_of', 'reason', 'metric', 'auroc', 'average_precision', 'f1max', 'components', 'pro_curve', 'pro',
-           'field_curve', 'field_area', 'pro_field', 'pixel_auroc_within', 'group_counts', 'resize_weights', 'resize',
-           'resize_mask', 'Protocol', 'check_shapes', 'image_counts', 'Pixels', 'pixel_arrays', 'pixel_counts',
-           'measure', 'takes_limit', 'measure_set', 'metric_unit', 'image_draws', 'pixel_draws', 'evaluate',
-           'intervals_of']
+           'sort_normal', 'counts_of', 'reason', 'metric', 'auroc', 'average_precision', 'f1max', 'components',
+           'pro_curve', 'pro', 'field_curve', 'field_area', 'pro_field', 'pixel_auroc_within', 'group_counts',
+           'resize_weights', 'resize', 'resize_mask', 'Protocol', 'check_shapes', 'image_counts', 'Pixels',
+           'pixel_arrays', 'pixel_counts', 'measure', 'takes_limit', 'measure_set', 'metric_unit', 'image_draws',
+           'pixel_draws', 'evaluate', 'intervals_of']
 
 # %% ../nbs/03_metrics.ipynb #622a5f2b
 import inspect
@@ -38,11 +38,11 @@ class Counts:
     fp: np.ndarray      # normal pixels at or above each score [T]
     above: np.ndarray   # normal pixels strictly above each score [T]
     cover: np.ndarray   # mean covered fraction of the regions at each score [T]
-    normal: np.ndarray  # scores of the normal pixels, ascending [negatives]
+    normal: tuple       # scores of the normal pixels, in one or more ascending arrays
     nans: int = 0       # NaN among all values; the arrays are empty then
     total: int = 0      # number of values
     positives = property(lambda c: int(c.tp[-1]) if len(c.tp) else 0)
-    negatives = property(lambda c: len(c.normal))
+    negatives = property(lambda c: sum(map(len, c.normal)))
 
 # %% ../nbs/03_metrics.ipynb #d9e5486e
 def sorted_counts(
@@ -52,9 +52,8 @@ def sorted_counts(
 ) -> Counts:
     "Sort the scores once and count anomalous and normal ones at every distinct anomalous score."
     s, r = chosen_values(maps, regions, within)
-    if nans := int(np.isnan(s).sum()): return Counts(*[np.empty(0)] * 6, nans=nans, total=s.size)
-    hit = r > 0
-    return counts_of(np.sort(s[~hit]), s[hit], r[hit])
+    if nans := int(np.isnan(s).sum()): return Counts(*[np.empty(0)] * 5, (), nans=nans, total=s.size)
+    return counts_of(sort_normal(s, r))
 
 def chosen_values(maps, regions, within=None) -> tuple:
     "Return scores and regions where `within` is True, flat; raises ValueError for other shapes."
@@ -65,21 +64,27 @@ def chosen_values(maps, regions, within=None) -> tuple:
             raise ValueError(f'maps {s.shape} and {name} {a.shape} must have the same shape')
     return (s.ravel(), r.ravel()) if w is None else (s[w], r[w])
 
-# %% ../nbs/03_metrics.ipynb #c0192e0c
+# %% ../nbs/03_metrics.ipynb #bd915c68
+def sort_normal(s, r) -> tuple:
+    "Split flat scores by regions: normal ones ascending, anomalous ones, regions of those."
+    hit = r > 0
+    return np.sort(s[~hit]), s[hit], r[hit].astype(np.int32)
+
 def counts_of(
-    normal, # scores of normal pixels, ascending
-    s, r,   # scores of anomalous pixels and their regions
+    *parts, # from `sort_normal`, without NaN
 ) -> Counts:
-    "Count scores that hold no NaN."
+    "Count the parts together."
+    normal, s, r = zip(*parts)
+    s, r = np.concatenate(s), np.concatenate(r)
     order = np.argsort(s)[::-1]
-    s, r = s[order], r[order].astype(np.int32)
+    s, r = s[order], r[order]
     last = np.flatnonzero(np.append(s[1:] != s[:-1], True)[:len(s)])    # the last pixel of each tie
     area = np.bincount(r)
     share = 1 / (np.maximum(area, 1) * max(1, np.count_nonzero(area)))  # a pixel adds it to cover
     at = s[last[::-1]]
-    above, below = (np.searchsorted(normal, at, side)[::-1] for side in ('right', 'left'))
-    cover, n = np.cumsum(share[r])[last], len(normal)
-    return Counts(s[last], last + 1, n - below, n - above, cover, normal, total=n + len(s))
+    fp, above = (sum(len(n) - np.searchsorted(n, at, side)[::-1] for n in normal) for side in ('left', 'right'))
+    total = len(s) + sum(map(len, normal))
+    return Counts(s[last], last + 1, fp, above, np.cumsum(share[r])[last], normal, total=total)
 
 # %% ../nbs/03_metrics.ipynb #47235205
 def reason(
@@ -145,7 +150,10 @@ def components(
     if connectivity not in (4, 8): raise ValueError(f'connectivity {connectivity}: choose 4 or 8')
     if (masks := as_array(masks)).ndim != 3: raise ValueError(f'masks {masks.shape}: give a stack [M,H,W]')
     plane = ndimage.generate_binary_structure(2, connectivity // 4)
-    return ndimage.label(masks > 0, np.pad(plane[None], ((1, 1), (0, 0), (0, 0))))[0]
+    flat, on = np.pad(plane[None], ((1, 1), (0, 0), (0, 0))), masks > 0
+    out, some = np.zeros(masks.shape, np.int32), on.any((1, 2))
+    if some.any(): out[some] = ndimage.label(on[some], flat)[0]
+    return out
 
 # %% ../nbs/03_metrics.ipynb #38c50f34
 def pro_curve(
@@ -176,11 +184,12 @@ def field_curve(
     steps=200, # number of thresholds
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Sample FPR and mean covered fraction strictly above evenly spaced thresholds (CFLOW-AD's routine)."
-    low, high = float(min(c.normal[0], c.score[-1])), float(max(c.normal[-1], c.score[0]))
+    ends = [v for n in c.normal if len(n) for v in (n[0], n[-1])] + [c.score[0], c.score[-1]]
+    low, high = float(min(ends)), float(max(ends))
     step = (high - low) / steps
     if not (step > 0 and np.isfinite(step)): return (np.empty(0),) * 3
     t = np.arange(low, high, step)
-    fpr = (c.negatives - np.searchsorted(c.normal, t, 'right')) / c.negatives
+    fpr = sum(len(n) - np.searchsorted(n, t, 'right') for n in c.normal) / c.negatives
     passed = len(c.score) - np.searchsorted(c.score[::-1], t, 'right')
     return t, fpr, np.append(0, c.cover)[passed]
 
@@ -219,22 +228,18 @@ def pixel_auroc_within(
     "Compute pixel AUROC over foreground pixels only, NaN when one class is missing there."
     return auroc(sorted_counts(maps, components(masks) > 0, foreground))
 
-# %% ../nbs/03_metrics.ipynb #95ac296e
+# %% ../nbs/03_metrics.ipynb #b740f371
 def group_counts(
-    maps, regions, # scores without NaN and regions, [M,...]
-    groups,        # lists of the images of every group
-    shared,        # the images that stand beside each
+    maps, regions, # scores without NaN and regions [M,...]
+    groups,        # lists of images, which together are the whole set; the first stands beside each
     within=None,   # count only where True [M,...]
-) -> list:         # Counts of every group
-    "Count each group of images together with the shared ones, which are sorted once."
-    def parts(images):
-        s, r = chosen_values(maps[images], regions[images], None if within is None else within[images])
-        return np.sort(s[r == 0]), s[r > 0], r[r > 0]
-    beside, out = parts(shared), []
+) -> tuple:        # Counts of the set, [Counts of the first group with each other one]
+    "Count a set of images, and each group beside the first, from one sort of every group."
+    parts = []
     for images in groups:
-        normal, s, r = (np.concatenate(pair) for pair in zip(beside, parts(images)))
-        out.append(counts_of(np.sort(normal, kind='stable'), s, r))    # merges two sorted runs
-    return out
+        inside = None if within is None else within[images]
+        parts.append(sort_normal(*chosen_values(maps[images], regions[images], inside)))
+    return counts_of(*parts), [counts_of(parts[0], part) for part in parts[1:]]
 
 # %% ../nbs/03_metrics.ipynb #77bf71fd
 def resize_weights(
@@ -392,27 +397,25 @@ def takes_limit(operation) -> bool:
     "Tell whether a metric has an argument `limit`."
     return 'limit' in inspect.signature(operation.function).parameters
 
-# %% ../nbs/03_metrics.ipynb #fbe320f1
+# %% ../nbs/03_metrics.ipynb #c2991a74
 def measure_set(
     pixels,         # Pixels, or a str: why there are none
     scores, labels, # [M] or None
     protocol,       # Protocol
     weights=None,   # how often each image is drawn [R,M], the first row all ones; None: no draws
+    counted=None,   # Counts of the pixels where they are known
 ) -> tuple:         # {metric: value}, {metric: reason of NaN}, {metric: values of draws [R]}
     "Compute the metrics of one category and those of draws of its images."
-    p, counts = protocol, {}
-    for k in p.metrics:
-        unit = metric_unit(k)
-        if unit in counts: continue
-        counts[unit] = image_counts(scores, labels) if unit == 'image' else pixel_counts(pixels)
+    p, units = protocol, {metric_unit(k) for k in protocol.metrics}
+    image = image_counts(scores, labels) if 'image' in units else 'no image metric asked for'
+    pixel = pixel_counts(pixels) if counted is None else counted
+    counts, draws = dict(image=image, pixel=pixel), {}
     measured = {k: measure(k, counts[metric_unit(k)], p.pro_limit) for k in p.metrics}
     values, why = {k: v for k, (v, _) in measured.items()}, {k: w for k, (_, w) in measured.items() if w}
-    if weights is None: return values, why, {}
-    draws = {}
-    if 'image' in counts and not reason(counts['image']):
-        draws |= image_draws(scores, labels, counts['image'], weights)
-    if 'pixel' in counts and not reason(counts['pixel']):
-        draws |= pixel_draws(pixels, counts['pixel'], p.pro_limit, weights)
+    if weights is not None and not reason(image):
+        draws |= image_draws(scores, labels, image, weights)
+    if weights is not None and not reason(pixel):
+        draws |= pixel_draws(pixels, pixel, p.pro_limit, weights)
     return values, why, {k: draws[k] for k in p.metrics if k in draws}
 
 def metric_unit(name) -> str:
@@ -449,7 +452,7 @@ def evaluate(
         raise ValueError(f'draws={draws!r}: give 0 for no intervals, or a number such as 200')
     weights = resample_weights(n, ('evaluate', seed), int(draws)) if draws else None
     asked = any(metric_unit(k) == 'pixel' for k in p.metrics)
-    pixels = pixel_arrays(maps, masks, p, foreground) if asked else ''
+    pixels = pixel_arrays(maps, masks, p, foreground) if asked else 'no pixel metric asked for'
     values, why, again = measure_set(pixels, scores, labels, p, weights)
     if weights is None: return values | {'why': why}
     return values | {'why': why, 'interval': intervals_of(values, again)}
