@@ -245,9 +245,6 @@ def reference_of(job:Job, key, m, encoder:Encoder, tokens):
     if not m.reference: return None
     return Reference(tokens, draw_references([s.id for s in job.samples], m.seed, labels=[s.label for s in job.samples], category=job.category, **m.reference[1]))
 
-# %% ../nbs/23_bench.ipynb #8240c917
-#| exports
-
 # %% ../nbs/23_bench.ipynb #fab5991a
 def run_job(job:Job)->dict:      # {key: result}
     "Compute what the cache lacks of a job."
