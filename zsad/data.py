@@ -9,7 +9,7 @@ __all__ = ['TURNS', 'LEVELS', 'IMAGES', 'NORMAL', 'MVTEC_TEXTURES', 'MASKS', 'SO
            'read_json', 'kinds_of', 'check_category', 'gather', 'scan_mvtec', 'read_rows', 'scan_visa', 'is_nothing',
            'as_text', 'meta_row', 'meta_part', 'read_meta', 'write_meta', 'sort_by_masks', 'scan_plain', 'layout_of',
            'places', 'settle', 'read_folder', 'Source', 'render_named', 'set_name', 'load_dataset', 'check_dataset',
-           'role_of', 'find_sets', 'Survey', 'look', 'survey', 'data_hash']
+           'role_of', 'find_sets', 'Survey', 'look', 'survey', 'lost_at', 'vanishing', 'data_hash']
 
 # %% ../nbs/02_data.ipynb #782c1e10
 import csv, json, os
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 from .core import digest, on_cores, write_atomic
-from .metrics import MASK_RULES, resize_mask
+from .metrics import MASK_RULES, resize_bilinear, resize_mask
 
 # %% ../nbs/02_data.ipynb #33bcbbbe
 @dataclass(frozen=True)
@@ -487,6 +487,17 @@ def survey(ds:Dataset, workers:int=None)->Survey:
     left = replace(left, kinds={c: k for c, k in ds.kinds.items() if c in left.categories}, skipped=(*ds.skipped, *lost, *gone))
     parts = {c: digest(left.kinds[c], *(a for s, names in fine if s.category == c for a in (s.id, s.label, *names))) for c in left.categories}
     return Survey(left, {s.id: names[0] for s, names in fine}, parts)
+
+def lost_at(job)->bool:
+    "Tell whether a mask file, with a side in pixels, marks something that is gone when it is brought to that size."
+    path, size = job
+    m = read_mask(path)
+    return bool(m.any() and m.shape != (size, size) and not resize_bilinear(m[None], size).any())
+
+def vanishing(ds:Dataset, size:int=240, workers:int=None)->list:      # ids
+    "List the samples whose defect is smaller than a pixel at `size`; `load_mask` keeps the pixels that it touches."
+    bad = [s for s in ds.samples if s.mask]
+    return [s.id for s, lost in zip(bad, on_cores(lost_at, [(s.mask, size) for s in bad], workers, 8)) if lost]
 
 def data_hash(ds:Dataset)->str:
     "Hash what a data set's numbers depend on: decoded images, masks, outlines, labels, kinds, ids."
