@@ -68,7 +68,7 @@ def turn_upright(im):
 def decode(path, f):
     "Open an image file and apply `f` to its first frame, turned upright; errors name the file."
     try:
-        with Image.open(path) as im:
+        with open(path, 'rb') as file, Image.open(file) as im:      # a path would map turned TIFF pixels in the wrong shape
             im.load()
             return f(turn_upright(im))
     except FileNotFoundError: raise
