@@ -712,7 +712,8 @@ def zsad(files, rendered, tmp_path, monkeypatch, capsys):
         out = tmp_path/'out'; shutil.rmtree(out, ignore_errors=True); capsys.readouterr()
         code = main(['score', *map(str, args), '--category', 'pill', '--out', str(out), '--backbone', files[0], '--weights', files[1]])
         rows = list(csv.DictReader((out/'scores.csv').open(newline=''))) if (out/'scores.csv').exists() else []
-        return code, [float(r['score']) for r in rows], [np.load(p) for p in sorted((out/'maps').glob('*.npy'))] if rows else [], capsys.readouterr().err.splitlines()
+        maps = [np.load(out/'maps'/f"{r['id']}.npy") for r in rows]
+        return code, [float(r['score']) for r in rows], maps, capsys.readouterr().err.splitlines()
     return f
 
 @pytest.fixture

@@ -59,10 +59,10 @@ class Truth:
     masks: np.ndarray         # [M,H,W] bool
     foreground: np.ndarray    # [M,H,W] bool, None if the set has none or the category is a texture
 
-def read_truth(samples, size:int)->Truth:
+def read_truth(samples, size:int, rule:str='bilinear>0.5')->Truth:
     "Read masks and outlines of samples."
     fg = np.stack([load_mask(s.foreground, size, 'nearest') for s in samples]) if all(s.foreground for s in samples) else None
-    return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size) for s in samples]), fg)
+    return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size, rule) for s in samples]), fg)
 
 # %% ../nbs/23_bench.ipynb #a51424e4
 def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
@@ -251,9 +251,10 @@ def run_job(job:Job)->dict:      # {key: result}
     if job.code != CODE: raise ValueError(f'the run began with code {job.code} and this process has {CODE}; give every process the same version of zsad')
     todo = [(key, r) for key, r in job.rows if read_result(job.result(key)) is None]
     if todo:
-        encoder = open_model(job.model); truth = read_truth(job.samples, encoder.preprocess.size)
-        for key, maps, scores, seconds in predictions(job, todo, encoder, truth):
-            values, again, why, defects = measure_row(maps, scores, truth, (job.dataset, job.category), job.protocols[key])
+        encoder = open_model(job.model)
+        truth = {rule: read_truth(job.samples, encoder.preprocess.size, rule) for rule in {p.mask_rule for p in job.protocols.values()}}
+        for key, maps, scores, seconds in predictions(job, todo, encoder, next(iter(truth.values()))):
+            values, again, why, defects = measure_row(maps, scores, truth[job.protocols[key].mask_rule], (job.dataset, job.category), job.protocols[key])
             write_atomic(job.result(key), json.dumps(dict(values={k: float(v) for k, v in values.items()}, again={k: list(map(float, v)) for k, v in again.items()}, why=why, defects=defects,
                                                      n=len(job.samples), kind=job.kind, seconds=seconds, machine=machine(encoder))))
     return {key: read_result(job.result(key)) for key, _ in job.rows}
