@@ -37,7 +37,8 @@ def span(seconds)->str:
 def cores(workers:int)->int:
     "Give the number of processes that was asked for, or one per core; a GPU is not shared."
     from zsad.clip import choose_device
-    return workers or (1 if choose_device() != 'cpu' else os.cpu_count() or 1)
+    from zsad.core import available_cores
+    return workers or (1 if choose_device() != 'cpu' else available_cores())
 
 def announce_data(sets, lacking)->list:
     "Say which data sets are there, what is not as published, and where missing ones come from."
