@@ -572,7 +572,7 @@ def standing_set(root:Path, spec:str)->Path:
     "Give the folder of a set that is there already; a ValueError if it holds another one."
     try:
         found = json.loads((root/'dataset.json').read_text()).get('spec')
-    except FileNotFoundError:
+    except (OSError, ValueError, AttributeError):
         found = None
     if found != spec:
         raise ValueError(f'{root}: holds something else than was asked for (dataset.json says {found}, '
