@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENCODE_REV', 'WINDOWS_REV', 'TORCH', 'TRIES', 'rev_of', 'Stream', 'streams_of', 'split', 'join', 'DamagedShard',
-           'mark_used', 'write_shard', 'check_names', 'read_shard', 'read_header', 'rows_in', 'headers', 'held',
-           'read_stream', 'load_known', 'encode_missing', 'lost', 'recall', 'described', 'sizes_of', 'streams_in',
-           'verify', 'prune']
+           'mark_used', 'shard_bytes', 'write_shard', 'check_names', 'read_shard', 'read_header', 'rows_in', 'headers',
+           'held', 'read_stream', 'load_known', 'encode_missing', 'lost', 'recall', 'described', 'sizes_of',
+           'streams_in', 'verify', 'prune']
 
 # %% ../nbs/21_store.ipynb #e7bdd6ba
 import hashlib, json, os, sys, time
@@ -94,11 +94,20 @@ def mark_used(root, s:Stream)->Path:
     except FileNotFoundError: write_atomic(folder/'stream.json', json.dumps(asdict(s), indent=1))
     return folder
 
+# %% ../nbs/21_store.ipynb #fc6b0eac
+def shard_bytes(images:list, tokens:Tensor)->bytes:
+    "Give a shard's bytes; the entries of its header are sorted, which safetensors leaves to chance."
+    t = tokens.contiguous()
+    about = dict(images=json.dumps(images), sha256=hashlib.sha256(t.numpy().data).hexdigest())
+    raw = save({'tokens': t}, about)
+    end = 8 + int.from_bytes(raw[:8], 'little')
+    header = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(',', ':')).encode()
+    header += b' '*(-len(header) % 8)
+    return len(header).to_bytes(8, 'little') + header + raw[end:]
+
 def write_shard(root, s:Stream, images:list, tokens:Tensor)->Path:
     "Store tokens [M,...] of images (their pixel hashes) in a stream."
-    folder, t = mark_used(root, s), tokens.contiguous()
-    about = dict(images=json.dumps(images), sha256=hashlib.sha256(t.numpy().data).hexdigest())
-    return write_atomic(folder/f'{digest(*images, n=16)}.safetensors', save({'tokens': t}, about))
+    return write_atomic(mark_used(root, s)/f'{digest(*images, n=16)}.safetensors', shard_bytes(images, tokens))
 
 # %% ../nbs/21_store.ipynb #7fe9e2f2
 def check_names(file, images:list, rows:int)->None:
