@@ -41,7 +41,8 @@ def span(seconds)->str:
 def cores(workers:int)->int:
     "Give the number of processes that was asked for, or one per core; a GPU is not shared."
     from zsad.clip import choose_device
-    return workers or (1 if choose_device() != 'cpu' else os.cpu_count() or 1)
+    from zsad.core import available_cores
+    return workers or (1 if choose_device() != 'cpu' else available_cores())
 
 def announce_data(sets, lacking)->list:
     "Say which data sets are there, what is not as published, and where missing ones come from."
@@ -534,7 +535,7 @@ def list_store(a):
     from zsad.store import streams_in
     rows = streams_in(cache_dir('tokens'))
     for s, folder, shards, images, size in rows:
-        what = 'unreadable' if s is None else f"{s.backbone} {s.weights} {s.dtype} {s.part}{'' if s.depth is None else f' depth {s.depth}'}{'' if s.layer is None else f' layer {s.layer}'}"
+        what = 'unusable: unreadable or of another version' if s is None else ('' if s.usable else 'unusable: ') + f"{s.backbone} {s.weights} {s.dtype} {s.part}{'' if s.depth is None else f' depth {s.depth}'}{'' if s.layer is None else f' layer {s.layer}'}"
         print(f'{folder.name}  {images:6d} images  {shards:4d} shards  {size/1e6:8.1f} MB  {what}')
     print(f'{sum(r[-1] for r in rows)/1e9:.2f} GB in {cache_dir("tokens")}')
 
