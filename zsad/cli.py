@@ -362,12 +362,12 @@ def train_course(a):
     from zsad.core import cache_dir
     from zsad.data import load_dataset, survey
     from zsad.courses import find_course
-    from zsad.learn import check_target, curves, learn
-    from zsad.trained import artifact_name
+    from zsad.learn import check_target, curves, learn, rank_device
+    from zsad.trained import artifact_name, cached_artifact
     check_target(a.method, a.on, a.target)
     course = replace(find_course(a.method), seed=a.seed, **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v})
-    enc, s = load_encoder(a.backbone, a.weights, device=a.device), survey(load_dataset(a.on, a.data))
-    path = Path(a.out) if a.out else cache_dir('trained')/artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed)
+    enc, s = load_encoder(a.backbone, a.weights, device=rank_device(a.device)), survey(load_dataset(a.on, a.data))
+    path = Path(a.out) if a.out else cached_artifact(artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed), enc)
     key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
     if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
 
@@ -417,7 +417,7 @@ def store_options(command, o, under):
 # %% ../nbs/25_cli.ipynb #10784fe9
 def train_options(command, o, model):
     "Describe `zsad train`."
-    command('train', train_any, 'train learned prompts, heads, or the mini encoder', o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'), o('--seed', type=int, default=0), o('--batch', type=int), o('--device', default='cpu'), o('--out'),
+    command('train', train_any, 'train learned prompts, heads, or the mini encoder', o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'), o('--seed', type=int, default=0), o('--batch', type=int), o('--device', default='auto'), o('--out'),
             o('--on', default='procad-aux', help='auxiliary set to learn from'), o('--data', help='its folder'), o('--target', nargs='+', default=(), help='sets it will be asked about; refused if it learns from one of them'),
             o('--epochs', type=int), o('--lr', type=float), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
             o('--steps', type=int, help='of an encoder'), o('--pairs', type=int, help='of an encoder'), o('--start', help='weights file of the stage before, of an encoder'))

@@ -10,7 +10,7 @@ __all__ = ['RECIPES', 'AXES', 'TRAINING_REV', 'TERMS', 'Recipe', 'mini_config', 
            'note_validation', 'run_figure', 'export_weights', 'answers', 'validate']
 
 # %% ../nbs/26_train.ipynb #0cf2536b
-import io, json, math, os, tempfile, time
+import io, json, math, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, torch
