@@ -569,13 +569,13 @@ def train_course(a):
     from zsad.core import cache_dir
     from zsad.data import load_dataset, survey
     from zsad.courses import find_course
-    from zsad.learn import check_target, curves, learn
-    from zsad.trained import artifact_name
+    from zsad.learn import check_target, curves, learn, rank_device
+    from zsad.trained import artifact_name, cached_artifact
     check_target(a.method, a.on, a.target)
     course = replace(find_course(a.method), seed=a.seed, **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v})
     check_device(choose_device(a.device))
-    enc, s = load_encoder(a.backbone, a.weights, device=a.device), survey(load_dataset(a.on, a.data))
-    path = Path(a.out) if a.out else cache_dir('trained')/artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed)
+    enc, s = load_encoder(a.backbone, a.weights, device=rank_device(a.device)), survey(load_dataset(a.on, a.data))
+    path = Path(a.out) if a.out else cached_artifact(artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed), enc)
     key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
     if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
 
