@@ -130,8 +130,8 @@ def test_the_order_of_the_shots_does_not_matter_and_their_number_does(det, x, re
 @torch.inference_mode()
 def dual_by_hand(enc, x, refs):
     "Text map, pair map [B,36] and class score [B]; every image with all references."
-    text, p = encode_prompts(enc, 'anoclip', 'pill'), enc.encode(x).patches[0]
-    return probability(p, text, .07), pair_map(p, enc.encode(refs).patches[0].flatten(0, 1)), probability(class_token(enc, x), text, .07)
+    text, p = encode_prompts(enc, 'anoclip', 'pill'), enc.encode(x).single[0]
+    return probability(p, text, .07), pair_map(p, enc.encode(refs).single[0].flatten(0, 1)), probability(class_token(enc, x), text, .07)
 
 def test_dual_without_reference_is_its_sentences_alone(enc, det, x):
     text, _, cls = dual_by_hand(enc, x, x)
@@ -145,7 +145,7 @@ def test_dual_joins_its_maps_as_by_hand(enc, det, x, refs):
     p = det('dual')(x, C*4, refs[:1])
     assert gap(p.map, enlarge(a)) < 1e-5 and gap(p.score, dual_score(cls, a)) < 1e-5
     i, j = 2, 17                                                                                   # one patch, one cosine after another
-    f, r = enc.encode(x).patches[0][i, j], enc.encode(refs[:1]).patches[0][0]
+    f, r = enc.encode(x).single[0][i, j], enc.encode(refs[:1]).single[0][0]
     assert abs(float(a[i, j]) - (float(text[i, j]) + min(1 - float(f @ b) for b in r))/2) < 1e-5
 
 def test_dual_gives_every_image_its_own_reference(enc, det, x):
