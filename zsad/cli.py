@@ -227,7 +227,7 @@ def predict_set(det, named, category, known, left_out, batch:int=16):
     def encode():
         x = torch.cat(waiting); waiting.clear()
         tokens.append(det.encoder.tokens(x, det.method.encode))
-        if det.method.pixels: kept.append(x)
+        if det.method.needs_images: kept.append(x)
     for i, f, image in read_images(named, left_out):
         seen.append((i, f, digest(image, n=24))); waiting.append(det.encoder.preprocess([image]))
         if len(waiting) == batch: encode()
@@ -241,7 +241,7 @@ def predict_files(det, named, category, reference=(), left_out=None):
     "Predict named files one by one or, if the method wants it, together: yields (id, file, score, map [H,W])."
     from zsad.core import digest
     left_out, known = [] if left_out is None else left_out, read_reference(det.encoder.preprocess, reference)
-    if det.method.whole: yield from predict_set(det, named, category, known, left_out); return
+    if det.method.transductive: yield from predict_set(det, named, category, known, left_out); return
     for i, f, image in read_images(named, left_out):
         p = det(det.encoder.preprocess([image]), [category], known, [digest(image, n=24)])
         yield i, f, float(p.score[0]), p.map[0].numpy()
@@ -269,7 +269,7 @@ def asked_row(a):
     row = find_method(a.method)
     check_reference(row, a.reference)
     if a.seed is None: return row
-    if not row.draws: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
+    if not row.stochastic: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
     return replace(row, seed=a.seed)
 
 def open_detector(a, row):
@@ -481,7 +481,7 @@ def list_exhibits(a):
 def list_methods(a):
     "Print the method rows."
     from zsad.method import METHODS
-    for m in METHODS.values(): print(f"{m.name:14s} {'+'.join(['windows']*bool(m.encode.windows) + [p.attention for p in m.encode.paths]):11s} text {m.text or 'none':14s} {'references: ' + m.reference[0] + '; ' if m.reference else ''}{m.source}")
+    for m in METHODS.values(): print(f"{m.name:14s} {'+'.join(['windows']*bool(m.encode.windows) + [p.attention for p in m.encode.paths]):11s} text {m.prompts or 'none':14s} {'references: ' + m.reference[0] + '; ' if m.reference else ''}{m.source}")
 
 # %% ../nbs/25_cli.ipynb #6372d5f3
 def list_datasets(a):
