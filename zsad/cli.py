@@ -41,7 +41,8 @@ def span(seconds)->str:
 def cores(workers:int)->int:
     "Give the number of processes that was asked for, or one per core; a GPU is not shared."
     from zsad.clip import choose_device
-    return workers or (1 if choose_device() != 'cpu' else os.cpu_count() or 1)
+    from zsad.core import available_cores
+    return workers or (1 if choose_device() != 'cpu' else available_cores())
 
 def announce_data(sets, lacking)->list:
     "Say which data sets are there, what is not as published, and where missing ones come from."
@@ -534,7 +535,7 @@ def list_store(a):
     from zsad.store import streams_in
     rows = streams_in(cache_dir('tokens'))
     for s, folder, shards, images, size in rows:
-        what = 'unreadable' if s is None else f"{s.backbone} {s.weights} {s.dtype} {s.part}{'' if s.depth is None else f' depth {s.depth}'}{'' if s.layer is None else f' layer {s.layer}'}"
+        what = 'unusable: unreadable or of another version' if s is None else ('' if s.usable else 'unusable: ') + f"{s.backbone} {s.weights} {s.dtype} {s.part}{'' if s.depth is None else f' depth {s.depth}'}{'' if s.layer is None else f' layer {s.layer}'}"
         print(f'{folder.name}  {images:6d} images  {shards:4d} shards  {size/1e6:8.1f} MB  {what}')
     print(f'{sum(r[-1] for r in rows)/1e9:.2f} GB in {cache_dir("tokens")}')
 
@@ -568,13 +569,13 @@ def train_course(a):
     from zsad.core import cache_dir
     from zsad.data import load_dataset, survey
     from zsad.courses import find_course
-    from zsad.learn import check_target, curves, learn
-    from zsad.trained import artifact_name
+    from zsad.learn import check_target, curves, learn, rank_device
+    from zsad.trained import artifact_name, cached_artifact
     check_target(a.method, a.on, a.target)
     course = replace(find_course(a.method), seed=a.seed, **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v})
     check_device(choose_device(a.device))
-    enc, s = load_encoder(a.backbone, a.weights, device=a.device), survey(load_dataset(a.on, a.data))
-    path = Path(a.out) if a.out else cache_dir('trained')/artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed)
+    enc, s = load_encoder(a.backbone, a.weights, device=rank_device(a.device)), survey(load_dataset(a.on, a.data))
+    path = Path(a.out) if a.out else cached_artifact(artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed), enc)
     key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
     if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
 
