@@ -270,7 +270,7 @@ def asked_row(a):
     row = find_method(a.method)
     check_reference(row, a.reference)
     if a.seed is None: return row
-    if not row.draws: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
+    if not row.stochastic: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
     return replace(row, seed=a.seed)
 
 def open_detector(a, row):
