@@ -31,7 +31,7 @@ from .core import cache_dir, code_digest, digest, keep_memory, write_atomic
 from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_image, load_mask, set_name, survey
 from .dual import draw_references
 from .exhibits import CONTROLS, STAND_INS, TWINS, Exhibit, Row, datasets_of
-from .method import Detector, Prediction, Reference, build, fit, pick
+from .method import Detector, Prediction, Reference, build, fit, select_images
 from .metrics import (METRICS, Protocol, auroc, check_shapes, group_counts, image_counts,
                           measure_set, metric_unit, pixel_arrays, pro, reason, resize_mask, sorted_counts)
 from .prompts import prompt_set, sentences
@@ -59,10 +59,10 @@ class Truth:
     masks: np.ndarray         # [M,H,W] bool
     foreground: np.ndarray    # [M,H,W] bool, None if the set has none or the category is a texture
 
-def read_truth(samples, size:int)->Truth:
+def read_truth(samples, size:int, rule:str='bilinear>0.5')->Truth:
     "Read masks and outlines of samples."
     fg = np.stack([load_mask(s.foreground, size, 'nearest') for s in samples]) if all(s.foreground for s in samples) else None
-    return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size) for s in samples]), fg)
+    return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size, rule) for s in samples]), fg)
 
 # %% ../nbs/23_bench.ipynb #a51424e4
 def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
@@ -119,7 +119,7 @@ def measure_defects(kinds:dict, counts, scores, t:Truth, protocol=Protocol())->d
 
 # %% ../nbs/23_bench.ipynb #27c6bcb9
 LINE = code_digest('bench', 'bootstrap', 'clip', 'core', 'data', 'method', 'metrics', 'prompts', 'store', 'vv')      # what turns an image into a number, as it was when this process began
-PARTS = {name: code_digest(*used) for name, used in dict(text=(), windows=('windows',), pair=('dual', 'windows'), memory=('windows',), mutual=('musc',), relevance=('relevance',), adapted=('tta',), painted=('dual', 'synth', 'tta', 'windows'), trained=('fusion', 'heads', 'knpl', 'trained', 'tta')).items()}
+PARTS = {name: code_digest(*used) for name, used in dict(text=(), windows=('windows',), pair=('dual', 'windows'), memory=('windows',), mutual=('musc',), relevance=('relevance',), adapted=('tta',), synthetic_adapted=('dual', 'synth', 'tta', 'windows'), trained=('fusion', 'heads', 'knpl', 'trained', 'tta')).items()}
 CODE = digest(LINE, *PARTS.values())
 
 def code_of(m)->str:
@@ -129,7 +129,7 @@ def code_of(m)->str:
 # %% ../nbs/23_bench.ipynb #a7f92711
 def run_record(row:Row, det:Detector, encoder:Encoder, s:Survey, shots:dict={}, protocol=Protocol())->tuple:      # record, key without data
     "Describe a run that is shown few-shot references {category: ((hash, file), ...)}; `run` is its key."
-    method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', artifact=det.trained and 'trained' or '', text=sentences_of(det.method.text)))
+    method = 'outline' if row.method is None else repr(replace(det.method, name='', source='', artifact=det.trained and 'trained' or '', prompts=sentences_of(det.method.prompts)))
     name, control = row.runs_as
     what = dict(method=name, control=control, dataset=s.dataset.name, data=s.hash, shown=digest(*(i for c, found in shots.items() for i in (c, *(h for h, _ in found)))) if shots else '', complete=complete(s.dataset), left_out=len(s.dataset.skipped), encoder=encoder.backbone,
                 weights='-' if row.method is None else encoder.weights, source='-' if row.method is None else encoder.source, size=encoder.preprocess.size,
@@ -226,8 +226,8 @@ def predict_job(job:Job, det:Detector, tokens, reference)->Prediction:
     "Predict the images of a job: together, or in batches where the row needs them as pixels."
     def part(at, x=None):
         own = reference and replace(reference, rows=reference.rows[at])
-        return det.predict(tokens if x is None else pick(tokens, at), [job.category]*len(job.samples[at]), {job.category: own}, x, [s.id for s in job.samples[at]])
-    if not det.method.pixels: return part(slice(None))
+        return det.predict(tokens if x is None else select_images(tokens, at), [job.category]*len(job.samples[at]), {job.category: own}, x, [s.id for s in job.samples[at]])
+    if not det.method.needs_images: return part(slice(None))
     prep = replace(det.encoder.preprocess, interpolation=det.method.interpolation)
     parts = [part(at, prep([load_image(s.path) for s in job.samples[at]])) for at in (slice(i, i + job.batch) for i in range(0, len(job.samples), job.batch))]
     return Prediction(*(torch.cat([getattr(p, k) for p in parts]) for k in ('score', 'map')))
@@ -235,7 +235,7 @@ def predict_job(job:Job, det:Detector, tokens, reference)->Prediction:
 def all_tokens(job:Job, encoder:Encoder, m, pixels, files:dict):
     "Recall the tokens of images by their hashes; one that is there twice was encoded once."
     t, place = recall(job.tokens, encoder, m.encode, m.interpolation, files, job.batch), {i: k for k, i in enumerate(files)}
-    return t if len(files) == len(pixels) else pick(t, [place[i] for i in pixels])
+    return t if len(files) == len(pixels) else select_images(t, [place[i] for i in pixels])
 
 def reference_of(job:Job, key, m, encoder:Encoder, tokens):
     "Give the references of a job's images for a row: drawn shots, or other images of the category; None if it has none."
@@ -245,18 +245,16 @@ def reference_of(job:Job, key, m, encoder:Encoder, tokens):
     if not m.reference: return None
     return Reference(tokens, draw_references([s.id for s in job.samples], m.seed, labels=[s.label for s in job.samples], category=job.category, **m.reference[1]))
 
-# %% ../nbs/23_bench.ipynb #8240c917
-#| exports
-
 # %% ../nbs/23_bench.ipynb #fab5991a
 def run_job(job:Job)->dict:      # {key: result}
     "Compute what the cache lacks of a job."
     if job.code != CODE: raise ValueError(f'the run began with code {job.code} and this process has {CODE}; give every process the same version of zsad')
     todo = [(key, r) for key, r in job.rows if read_result(job.result(key)) is None]
     if todo:
-        encoder = open_model(job.model); truth = read_truth(job.samples, encoder.preprocess.size)
-        for key, maps, scores, seconds in predictions(job, todo, encoder, truth):
-            values, again, why, defects = measure_row(maps, scores, truth, (job.dataset, job.category), job.protocols[key])
+        encoder = open_model(job.model)
+        truth = {rule: read_truth(job.samples, encoder.preprocess.size, rule) for rule in {p.mask_rule for p in job.protocols.values()}}
+        for key, maps, scores, seconds in predictions(job, todo, encoder, next(iter(truth.values()))):
+            values, again, why, defects = measure_row(maps, scores, truth[job.protocols[key].mask_rule], (job.dataset, job.category), job.protocols[key])
             write_atomic(job.result(key), json.dumps(dict(values={k: float(v) for k, v in values.items()}, again={k: list(map(float, v)) for k, v in again.items()}, why=why, defects=defects,
                                                      n=len(job.samples), kind=job.kind, seconds=seconds, machine=machine(encoder))))
     return {key: read_result(job.result(key)) for key, _ in job.rows}
@@ -341,7 +339,7 @@ def gather_rows(exhibits, role:str, seeds:int=1)->list:      # (Row, Protocol)
     "List the distinct rows that exhibits run on a role, those that draw something once per seed; of a row that only curves show, their metrics alone are measured."
     seen, wanted = {}, {}
     for e, r in ((e, r) for e in exhibits if role in e.roles for r in e.rows if not r.state):
-        for seed in range(seeds if r.method and r.method.draws else 1):
+        for seed in range(seeds if r.method and r.method.stochastic else 1):
             s = replace(r, method=replace(r.method, seed=r.method.seed + seed)) if r.method else r
             key = repr(s.method), s.control
             seen.setdefault(key, s); wanted.setdefault(key, set()).update(e.metrics if e.form == 'curve' else METRICS)
@@ -477,7 +475,7 @@ def seconds_per_sentence(encoder:Encoder)->float:
 
 def sentence_count(methods, job)->int:
     "Count the sentences that rows need for a job's category, each set once."
-    return sum(sum(map(len, sentences(text, job.category, job.kind))) for text in {repr(m.text): m.text for m in methods if m.text}.values())
+    return sum(sum(map(len, sentences(text, job.category, job.kind))) for text in {repr(m.prompts): m.prompts for m in methods if m.prompts}.values())
 
 # %% ../nbs/23_bench.ipynb #2958207a
 def compute(exhibits, sets:dict, model:Model, batch:int=16, scheduler=None, show=True, seeds:int=1, workers:int=1)->tuple:

@@ -6,14 +6,15 @@
 __all__ = ['METRIC_OPERATIONS', 'MASK_RULES', 'METRICS', 'PROTOCOLS', 'as_array', 'Counts', 'sorted_counts', 'chosen_values',
            'sort_normal', 'counts_of', 'reason', 'metric', 'auroc', 'average_precision', 'f1max', 'components',
            'pro_curve', 'pro', 'field_curve', 'field_area', 'pro_field', 'pixel_auroc_within', 'group_counts',
-           'resize_weights', 'resize', 'resize_mask', 'Protocol', 'check_shapes', 'image_counts', 'Pixels',
-           'pixel_arrays', 'pixel_counts', 'measure', 'takes_limit', 'measure_set', 'metric_unit', 'image_draws',
-           'pixel_draws', 'evaluate', 'intervals_of']
+           'resize_weights', 'resize', 'resize_bilinear', 'resize_mask', 'Protocol', 'check_shapes', 'image_counts',
+           'Pixels', 'pixel_arrays', 'pixel_counts', 'measure', 'takes_limit', 'measure_set', 'metric_unit',
+           'image_draws', 'pixel_draws', 'evaluate', 'intervals_of']
 
 # %% ../nbs/03_metrics.ipynb #622a5f2b
 import inspect
 from dataclasses import dataclass
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 from .bootstrap import corrected_interval, resample, resample_scores, resample_weights, threshold_bins
 from .identity import Registry
@@ -272,18 +273,30 @@ def resize(
 # %% ../nbs/03_metrics.ipynb #8f869e8d
 MASK_RULES = ('bilinear>0.5', 'nearest', 'any')
 
+def resize_bilinear(
+    on,   # boolean [M,H,W]
+    size, # new side in pixels, or (height, width)
+) -> np.ndarray:
+    "Resize binary masks bilinearly with Pillow and divide them at one half [M,h,w]."
+    h, w = map(int, np.broadcast_to(size, 2))
+    planes = (Image.fromarray(m.astype('u1') * 255).resize((w, h), Image.Resampling.BILINEAR) for m in on)
+    return np.stack([np.asarray(im) > 127 for im in planes]) if len(on) else np.empty((0, h, w), bool)
+
 def resize_mask(
     masks,               # boolean, 0/1, 0/255 or soft [M,H,W]
     size=None,           # new side in pixels; None = as it is
     rule='bilinear>0.5', # one of MASK_RULES
 ) -> np.ndarray:
-    "Resample masks to `size` and return them as booleans."
+    "Resample masks to `size` and return them as booleans; one that marks something stays so."
     x = as_array(masks)
     if rule not in MASK_RULES: raise ValueError(f'mask rule {rule!r}: choose one of {MASK_RULES}')
     if x.dtype.kind == 'f' and np.isnan(x).any(): raise ValueError(f'{np.isnan(x).sum()} mask values are NaN: pass 0 for normal, 1 for anomalous')
     on = x > (0 if rule == 'any' else .5)
     if size is None or on.shape[1:] == tuple(np.broadcast_to(size, 2)): return on
-    return resize(on, size, rule.split('>')[0]) > (0 if rule == 'any' else .5)
+    out = resize_bilinear(on, size) if rule == 'bilinear>0.5' else resize(on, size, rule) > 0
+    gone = on.any((1, 2)) & ~out.any((1, 2))
+    if gone.any(): out[gone] = resize(on[gone], size, 'any') > 0
+    return out
 
 # %% ../nbs/03_metrics.ipynb #157e2129
 METRICS = ('image_auroc', 'image_f1max', 'image_ap', 'pixel_auroc', 'pixel_f1max', 'pixel_ap', 'pro', 'pro_field')
