@@ -263,13 +263,13 @@ def max_score(s:ScoringInputs)->Tensor:      # [B]
 
 # %% ../nbs/20_method.ipynb #7e382da6
 GIVEN = ('names', 'ids', 'pool', 'labels', 'category', 'seed')      # arguments the pipeline passes
-REFERENCES = Registry('reference sampler', given=GIVEN)
+REFERENCES = Registry('reference', given=GIVEN)
 sampler = REFERENCES.register
 sampler('shots', rev=1, stochastic=True, ranges=dict(k=(1, None)))(choose_references)
 sampler('pair', rev=1, stochastic=True, ranges=dict(count=(1, None)),
         choices=dict(policy=('random', 'normal', 'anomalous', 'same')))(draw_references)
 
-SET_STEPS = Registry('set step', given=('scores', 'cls'))     # (scores [M], class tokens [M,C])
+SET_STEPS = Registry('set_step', given=('scores', 'cls'))     # (scores [M], class tokens [M,C])
 set_step = SET_STEPS.register
 set_step('rscin', rev=1, transductive=True)(rscin)
 
@@ -293,12 +293,14 @@ def check_needs(m):
     terms = [name for name, _ in m.terms]
     has = dict(text=m.prompts is not None or m.artifact, windows=m.encode.windows,
                reference=m.reference, views=m.encode.views != 'one', images=True)
-    for op in [TERMS[name] for name in terms] + ([SCORES[m.score[0]]] if m.terms else []):
-        for need in op.needs:
-            if need.startswith('map of '): check_earlier(m, op, need.removeprefix('map of '), terms)
-            elif need.startswith('stage '): check_stage(m, op, need.removeprefix('stage '))
-            elif not has[need]:
-                raise ValueError(f'{m.name}: {op.kind} {op.name!r} and {MISSING[need]}')
+    used = [TERMS[name] for name in terms] + ([SCORES[m.score[0]]] if m.terms else [])
+    for need in dict.fromkeys(n for op in used for n in op.needs):
+        ops = [op for op in used if need in op.needs]
+        if need.startswith('map of '): check_earlier(m, ops[0], need.removeprefix('map of '), terms)
+        elif need.startswith('stage '): check_stage(m, ops[0], need.removeprefix('stage '))
+        elif not has[need]:
+            names = ', '.join(f'{op.kind} {op.name!r}' for op in ops)
+            raise ValueError(f'{m.name}: {names} and {MISSING[need]}')
     for k, (name, params) in enumerate(m.terms):
         check_path(m, name, TERMS[name].resolve(params).get('path', 0))
         if name == 'synthetic_adapted' and 'pair' in terms[k:]:
