@@ -51,7 +51,7 @@ def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
     total = lambda s: sum(getattr(c, k)*v.item() for k, v in s(whole).items())
     assert total(own) < total(fresh)                                                                # on the images it learned from
     about = load_trained(tmp_path/'a', enc).about
-    assert (about['dataset'], about['data'], about['seed'], about['images']) == ('procad-aux', aux.hash, 0, 48) and about['course']['lr'] == c.lr and 'local' in about['losses']
+    assert (about['dataset'], about['data'], about['seed'], about['images']) == ('procad-aux', aux.hash, 0, 48) and about['config']['lr'] == c.lr and 'local' in about['losses']
     assert len(curves(tmp_path/'run').axes) == len(t.dtype.names) - 1
 
 @pytest.mark.parametrize('name', NAMES)
