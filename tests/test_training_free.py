@@ -130,8 +130,8 @@ def test_the_order_of_the_shots_does_not_matter_and_their_number_does(det, x, re
 @torch.inference_mode()
 def dual_by_hand(enc, x, refs):
     "Text map, pair map [B,36] and class score [B]; every image with all references."
-    text, p = encode_prompts(enc, 'anoclip', 'pill'), enc.encode(x).patches[0]
-    return probability(p, text, .07), pair_map(p, enc.encode(refs).patches[0].flatten(0, 1)), probability(class_token(enc, x), text, .07)
+    text, p = encode_prompts(enc, 'anoclip', 'pill'), enc.encode(x).single[0]
+    return probability(p, text, .07), pair_map(p, enc.encode(refs).single[0].flatten(0, 1)), probability(class_token(enc, x), text, .07)
 
 def test_dual_without_reference_is_its_sentences_alone(enc, det, x):
     text, _, cls = dual_by_hand(enc, x, x)
@@ -145,7 +145,7 @@ def test_dual_joins_its_maps_as_by_hand(enc, det, x, refs):
     p = det('dual')(x, C*4, refs[:1])
     assert gap(p.map, enlarge(a)) < 1e-5 and gap(p.score, dual_score(cls, a)) < 1e-5
     i, j = 2, 17                                                                                   # one patch, one cosine after another
-    f, r = enc.encode(x).patches[0][i, j], enc.encode(refs[:1]).patches[0][0]
+    f, r = enc.encode(x).single[0][i, j], enc.encode(refs[:1]).single[0][0]
     assert abs(float(a[i, j]) - (float(text[i, j]) + min(1 - float(f @ b) for b in r))/2) < 1e-5
 
 def test_dual_gives_every_image_its_own_reference(enc, det, x):
@@ -369,21 +369,21 @@ def test_a_damaged_shard_of_windows_is_encoded_again(enc, pictures, tmp_path, pa
     shard.write_bytes(shard.read_bytes()[:50]); seen.clear()                                       # cut in its header
     assert same(recall(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')]
 
-def test_pruning_keeps_windows_of_this_code_only(enc, pictures, tmp_path, passes):
+def test_pruning_keeps_windows_of_this_version_only(enc, pictures, tmp_path, passes):
     seen, _ = passes; root, spec = tmp_path/'t', spec_of('vv', windows=(2, 3))
     recall(root, enc, spec, 'bicubic', pictures); seen.clear()
     parts = lambda: sorted(s.part for s, *_ in streams_in(root))
     assert parts() == ['cls', 'vv', 'windows 2', 'windows 3'] and prune(root) == 0 and parts() == ['cls', 'vv', 'windows 2', 'windows 3']
     recall(root, enc, spec, 'bicubic', pictures); assert seen == []
     folder = next(f for s, f, *_ in streams_in(root) if s.part == 'windows 2'); told = json.loads((folder/'stream.json').read_text())
-    (folder/'stream.json').write_text(json.dumps({**told, 'code': 'an older one'}))
-    assert prune(root) > 1000 and parts() == ['cls', 'vv', 'windows 3']
+    (folder/'stream.json').write_text(json.dumps({k: v for k, v in told.items() if k != 'rev'} | {'code': 'of an older version'}))
+    assert None in [s for s, *_ in streams_in(root)] and prune(root) > 1000 and parts() == ['cls', 'vv', 'windows 3']
 
 def test_windows_have_streams_of_their_own(enc):
     by = lambda spec: {s.part: s for s in streams_of(enc, spec.resolved(enc.blocks), 'bicubic')}
     a, b = by(spec_of('vv', windows=(2, 3))), by(spec_of(windows=(2,), stage='raw'))
     assert set(a) == {'cls', 'windows 2', 'windows 3', 'vv'} and len({s.key for s in a.values()}) == 4
-    assert a['windows 2'].key == b['windows 2'].key and a['cls'].key == b['cls'].key and a['windows 2'].code != a['vv'].code == a['cls'].code
+    assert a['windows 2'].key == b['windows 2'].key and a['cls'].key == b['cls'].key and all(s.usable for s in a.values())
 
 
 # ---- data
@@ -712,7 +712,8 @@ def zsad(files, rendered, tmp_path, monkeypatch, capsys):
         out = tmp_path/'out'; shutil.rmtree(out, ignore_errors=True); capsys.readouterr()
         code = main(['score', *map(str, args), '--category', 'pill', '--out', str(out), '--backbone', files[0], '--weights', files[1]])
         rows = list(csv.DictReader((out/'scores.csv').open(newline=''))) if (out/'scores.csv').exists() else []
-        return code, [float(r['score']) for r in rows], [np.load(p) for p in sorted((out/'maps').glob('*.npy'))] if rows else [], capsys.readouterr().err.splitlines()
+        maps = [np.load(out/'maps'/f"{r['id']}.npy") for r in rows]
+        return code, [float(r['score']) for r in rows], maps, capsys.readouterr().err.splitlines()
     return f
 
 @pytest.fixture
