@@ -133,3 +133,24 @@ def test_an_encoder_is_trained_on_the_device(tmp_path, monkeypatch):
     assert len((folder/'curve.csv').read_text().splitlines()) == 2
     model = torch.load(folder/'checkpoint.pt', weights_only=True)['model']
     assert all(torch.isfinite(t.float()).all() for t in model.values() if t.ndim) and not (tmp_path/'checkpoint.pt.part').exists()
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+@pytest.mark.parametrize('name', LEARNED)
+def test_a_method_learns_on_a_gpu(name, files, small, aux, tmp_path):
+    "The same steps as on the CPU, in bfloat16; the artifact serves both."
+    there = load_encoder(*files, device='cuda', dtype='float32')
+    c = course_for(course(name), small)
+    key = learn(c, there, aux, tmp_path/'a', tmp_path/'run', show=False)
+    x = torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(3))
+    a, b = (build(name, ['pill'], e, artifact=tmp_path/'a.json')(x, ['pill']*2) for e in (there, small))
+    assert load_trained(tmp_path/'a', small).hash == key and (a.map - b.map).abs().max() < 2e-2*b.map.abs().max()
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+@pytest.mark.parametrize('name', list(METHODS))
+def test_a_row_predicts_on_a_gpu_what_it_predicts_on_the_cpu(name, files, small, cache, x):
+    there = load_encoder(*files, device='cuda', dtype='float32')
+    reference = x[:1] if METHODS[name].reference else None
+    a, b = (build(name, ['pill'], e)(x, ['pill']*3, reference) for e in (there, small))
+    assert (a.map - b.map).abs().max() < 1e-2*b.map.abs().max() and (a.score - b.score).abs().max() < 1e-2
