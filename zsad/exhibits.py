@@ -11,7 +11,7 @@ __all__ = ['STATES', 'TWINS', 'ROLES', 'STAND_INS', 'CONTROLS', 'ano', 'ATTENTIO
            'TRAINED', 'WRITTEN', 'PLAINLY', 'BY_HAND', 'FOUR_PAPERS', 'ADDED', 'LEFT_OUT', 'AWARE', 'KNOWN', 'RULED',
            'READ_AS', 'TRIED', 'LEARNED_FROM', 'IP', 'WORTH', 'KANOCLIP', 'LEARNING', 'EXHIBITS', 'PLUS', 'CABLE',
            'BOARDS', 'PICTURES', 'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots', 'switch', 'silent',
-           'course', 'seeded', 'Picture', 'reported', 'printed']
+           'course', 'seeds_of', 'Picture', 'reported', 'printed']
 
 # %% ../nbs/22_exhibits.ipynb #4a0f97db
 import csv
@@ -296,10 +296,11 @@ LEARNING = (
     Exhibit('transfer', 'Learned from one set, asked about the others', '', LEARNED_FROM, ('mvtec', 'visa', 'novel', 'brainmri'), IP, print_state='own', asked=True),)
 
 # %% ../nbs/22_exhibits.ipynb #9e7b3e77
-def seeded(e:Exhibit)->Exhibit:
-    "Give an exhibit that is about spread a row for each of its seeds; others are given back as they are."
-    again = lambda r: r.method is not None and r.method.draws and r.own
-    return e if e.seeds == 1 else replace(e, rows=tuple(r if k == 0 else replace(r, label=f'{r.label}, seed {k}', method=replace(r.method, seed=k)) for r in e.rows for k in range(e.seeds if again(r) else 1)))
+def seeds_of(e, row:Row, at_least:int=1)->tuple:
+    "List the seeds of an exhibit's row, from the row's own upwards; one where nothing is learned or drawn."
+    if row.method is None: return (0,)
+    count = max(getattr(e, 'seeds', 1), at_least) if row.method.stochastic else 1
+    return tuple(range(row.method.seed, row.method.seed + count))
 
 EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS, *KANOCLIP, *LEARNING)}
 
