@@ -165,7 +165,7 @@ def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_pa
     assert [n for n, *_ in missing(rows, enc, ['procad'])] == [f'{stem}-procad-b-s0']
     fits = [fit(m, enc, 'procad') for m in rows[:2]]
     assert fits[0][1].hash != fits[1][1].hash and [t.about['seed'] for _, t in fits] == [0, 1] and fits[0][1].about['dataset'] == 'procad-aux'
-    assert fits[0][0].encode == course_for(short, enc).encode and fits[0][0].text == 'april-gan'
+    assert fits[0][0].encode == course_for(short, enc).encode and fits[0][0].prompts == 'april-gan'
 
 def test_what_cannot_be_learned_is_refused(enc, aux, lessons, tmp_path):
     with pytest.raises(ValueError, match="'april-gan'"): course_for('aprilgan', enc)

@@ -18,7 +18,7 @@ from .bench import IDENTITY, Model, encoder_record, method_record, open_model, r
 from .core import write_atomic
 from .exhibits import EXHIBITS, seeds_of
 from .identity import PIPELINE_REV
-from .method import build, fit, method_identity
+from .method import build, fit
 from .metrics import Protocol
 from .report import FILES, UNACCEPTED, read_exhibit
 
@@ -169,7 +169,7 @@ def identity_of(row, dataset:str, model:Model=Model(device='cpu'))->dict:
     try: method, trained = fit(row.method, encoder, dataset)
     except FileNotFoundError: return {**shared, 'artifact': None, 'seed': row.method.seed}
     det = build(method, (), encoder)
-    return {**shared, **method_record(row, det.method, trained.hash if trained else '')}
+    return {**shared, **method_record(row, det.method, trained)}
 
 def differs(line:dict, row, dataset:str)->list:
     "Name the parts of a run's identity that are not those of today's code; the kind of device is not looked at."

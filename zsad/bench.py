@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['TORCH', 'IDENTITY', 'PROFILES', 'SCORING', 'RUN_COLUMNS', 'COLUMNS', 'merge_specs', 'Truth', 'read_truth',
            'measure_row', 'measure_draws', 'measure_defects', 'revisions', 'run_key', 'rules_of', 'method_record',
-           'encoder_record', 'run_record', 'row_key', 'complete', 'machine', 'Model', 'load_model', 'open_model', 'Job',
-           'read_result', 'stored_result', 'protocol_of', 'predictions', 'predict_job', 'on_device', 'all_tokens',
-           'reference_of', 'check_revisions', 'run_job', 'result_of', 'bare', 'run_local', 'run_processes',
-           'run_cluster', 'keep_here', 'run_on', 'run_all', 'keep_answer', 'Profile', 'open_sets', 'Asked', 'content',
-           'gather_rows', 'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted', 'enough', 'readable_shots', 'Plan',
-           'runnable', 'record_of', 'plan_jobs', 'plan_encoder', 'add_jobs', 'collect', 'Forecast', 'forecast',
-           'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count', 'compute', 'defined',
-           'seed_draws', 'RowResults', 'rows_of', 'datasets_shown', 'metrics_of', 'spans_of', 'decimals', 'percent_of',
-           'metric_line', 'metric_rows', 'defect_rows', 'defect_line', 'contrasts_of', 'contrast_line', 'contrast_rows',
-           'machine_of', 'run_rows', 'to_csv', 'exhibit_files', 'write_results']
+           'head_of', 'encoder_record', 'run_record', 'row_key', 'complete', 'machine', 'Model', 'load_model',
+           'open_model', 'Job', 'read_result', 'stored_result', 'protocol_of', 'predictions', 'predict_job',
+           'on_device', 'all_tokens', 'reference_of', 'check_revisions', 'run_job', 'result_of', 'bare', 'run_local',
+           'run_processes', 'run_cluster', 'keep_here', 'run_on', 'run_all', 'keep_answer', 'Profile', 'open_sets',
+           'Asked', 'content', 'gather_rows', 'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted', 'enough',
+           'readable_shots', 'Plan', 'runnable', 'record_of', 'plan_jobs', 'plan_encoder', 'add_jobs', 'collect',
+           'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count', 'compute',
+           'defined', 'seed_draws', 'RowResults', 'rows_of', 'datasets_shown', 'metrics_of', 'spans_of', 'decimals',
+           'percent_of', 'metric_line', 'metric_rows', 'defect_rows', 'defect_line', 'contrasts_of', 'contrast_line',
+           'contrast_rows', 'machine_of', 'run_rows', 'to_csv', 'exhibit_files', 'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, math, os, platform, shutil, sys, time
@@ -35,10 +35,11 @@ from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_
 from .dual import draw_references
 from .exhibits import CONTROLS, STAND_INS, TWINS, Exhibit, Row, datasets_of, seeds_of
 from .identity import PIPELINE_REV, canonical, identity_key
-from .method import Detector, Prediction, Reference, build, fit, method_identity, pick, uses_unimportable
+from .method import Detector, Prediction, Reference, build, fit, local_operations, method_identity, select_images
 from .metrics import METRICS, Protocol, evaluate, pixel_auroc_within
 from .prompts import sentences
 from .store import encode_missing, held, recall, streams_of
+from .trained import HEAD_REVS
 from .windows import choose_references
 
 # %% ../nbs/23_bench.ipynb #c8667495
@@ -100,7 +101,9 @@ def revisions(rows)->dict:
     "List what has to be the same in every process that computes `rows`: {name: revision}, with torch's minor version."
     revs = {'torch': TORCH, 'pipeline': PIPELINE_REV}
     for row in rows:
-        if row.method is not None: revs |= method_identity(row.method)['revs']
+        if row.method is None: continue
+        known = {h: method_identity(row.method, h)['revs'] for h in ([''] if row.method.terms else HEAD_REVS)}
+        for found in known.values(): revs |= found
     return revs
 
 def run_key(record:dict, *without)->str:
@@ -112,12 +115,17 @@ def rules_of(protocol:Protocol)->str:
     return canonical({k: v for k, v in vars(protocol).items() if k not in ('name', 'metrics')})
 
 # %% ../nbs/23_bench.ipynb #a7f92711
-def method_record(row:Row, method, artifact:str='')->dict:
-    "Describe the method of a run: `method` is resolved for an encoder (None for the outline), `artifact` the hash of what was trained."
+def method_record(row:Row, method, trained=None)->dict:
+    "Describe the method of a run: `method` is resolved for an encoder (None for the outline), `trained` what its artifact holds."
     if method is None:
         return dict(method_key=identity_key(row.control), revs='{}', artifact='', seed=0)
-    what = method_identity(method, artifact)
+    what = method_identity(method, head_of(trained))
+    artifact = trained.hash if trained else ''
     return dict(method_key=identity_key(what), revs=canonical(what['revs']), artifact=artifact, seed=method.seed)
+
+def head_of(trained)->str:
+    "Name the head of what was trained, '' where there is none."
+    return (trained and trained.about['head']) or ''
 
 def encoder_record(row:Row, encoder:Encoder)->dict:
     "Describe the encoder of a run; the outline has none."
@@ -127,20 +135,20 @@ def encoder_record(row:Row, encoder:Encoder)->dict:
     return dict(encoder=encoder.backbone, weights=encoder.weights, source=encoder.source, size=size,
                 dtype=str(encoder.dtype).removeprefix('torch.'), device_kind=encoder.device.split(':')[0])
 
-def run_record(row:Row, method, artifact:str, encoder:Encoder, s:Survey, shots:dict={}, protocol=Protocol())->dict:
+def run_record(row:Row, method, trained, encoder:Encoder, s:Survey, shots:dict={}, protocol=Protocol())->dict:
     "Describe a run that is shown few-shot references {category: ((hash, file), ...)}; `run` is its key, `row_key` what its seeds share."
     shown = digest(*(i for c, found in shots.items() for i in (c, *(h for h, _ in found))), n=16) if shots else ''
     record = dict(control=row.control, dataset=s.dataset.name, data=s.hash, references=shown,
                   complete=complete(s.dataset), left_out=len(s.dataset.skipped), pipeline_rev=PIPELINE_REV,
-                  protocol=rules_of(protocol), **encoder_record(row, encoder), **method_record(row, method, artifact))
-    return dict(run=run_key(record), row_key=row_key(row, record), **record)
+                  protocol=rules_of(protocol), **encoder_record(row, encoder), **method_record(row, method, trained))
+    return dict(run=run_key(record), row_key=row_key(row, trained, record), **record)
 
-def row_key(row:Row, record:dict)->str:
+def row_key(row:Row, trained, record:dict)->str:
     "Hash what all seeds of a row on a data set have in common; `row` still has the pattern of its artifact's name."
     pattern = row.method and row.method.artifact
-    seedless = row.method and method_identity(replace(row.method, seed=0))
+    method = row.method and method_identity(row.method, head_of(trained))
     rest = {k: str(record[k]) for k in IDENTITY if k not in ('method_key', 'seed', 'artifact', 'references')}
-    return identity_key([seedless, pattern, row.control, rest])
+    return identity_key([method, pattern, row.control, rest])
 
 # %% ../nbs/23_bench.ipynb #b1c2d301
 def complete(ds)->str:
@@ -246,7 +254,7 @@ def predict_job(job:Job, det:Detector, tokens, reference)->Prediction:
     "Predict the images of a job: together, or in batches where the row needs them as pixels."
     def part(at, x=None):
         own = reference and replace(reference, rows=reference.rows[at])
-        return det.predict(tokens if x is None else pick(tokens, at), [job.category]*len(job.samples[at]), {job.category: own}, x, [s.id for s in job.samples[at]])
+        return det.predict(tokens if x is None else select_images(tokens, at), [job.category]*len(job.samples[at]), {job.category: own}, x, [s.id for s in job.samples[at]])
     if not det.method.needs_images: return part(slice(None))
     prep = replace(det.encoder.preprocess, interpolation=det.method.interpolation)
     parts = [part(at, prep([load_image(s.path) for s in job.samples[at]])) for at in (slice(i, i + job.batch) for i in range(0, len(job.samples), job.batch))]
@@ -262,7 +270,7 @@ def on_device(t:Tokens, device)->Tokens:
 def all_tokens(job:Job, encoder:Encoder, m, pixels, files:dict):
     "Recall the tokens of images by their hashes, on the encoder's device; an image that is there twice was encoded once."
     t, place = recall(job.tokens, encoder, m.encode, m.interpolation, files, job.batch), {i: k for k, i in enumerate(files)}
-    return on_device(t if len(files) == len(pixels) else pick(t, [place[i] for i in pixels]), encoder.device)
+    return on_device(t if len(files) == len(pixels) else select_images(t, [place[i] for i in pixels]), encoder.device)
 
 def reference_of(job:Job, key, m, encoder:Encoder, tokens):
     "Give the references of a job's images for a row: drawn shots, or other images of the category; None if it has none."
@@ -339,7 +347,7 @@ def run_cluster(jobs, scheduler):
 # %% ../nbs/23_bench.ipynb #d4bbbad9
 def keep_here(jobs, elsewhere:bool, scheduler=None)->tuple:      # jobs to hand out, jobs of this process, in the same order
     "Split jobs by what another process can compute; a scheduler refuses rows that it cannot."
-    home = {(n, key): names for n, j in enumerate(jobs) for key, r in j.rows if elsewhere and r.method and (names := uses_unimportable(r.method))}
+    home = {(n, key): names for n, j in enumerate(jobs) for key, r in j.rows if elsewhere and r.method and (names := local_operations(r.method))}
     if home and scheduler:
         raise ValueError(f'--scheduler {scheduler}: {sorted({n for names in home.values() for n in names})} were registered outside a module that can be imported, and other processes do not have them: move them to a module, or leave the scheduler out')
     if home: print(f'computed in this process: rows that use {sorted({n for names in home.values() for n in names})}, which no module holds', file=sys.stderr)
@@ -491,8 +499,7 @@ def runnable(asked, ds, model:Model)->list:      # (Asked, Row with its artifact
 def record_of(a:Asked, row:Row, shots:dict, encoder:Encoder, s:Survey)->dict:
     "Describe the run of a row on a data set; `row` has the artifact that it means."
     det = None if row.method is None else build(row.method, (), encoder)
-    trained = det.trained.hash if det and det.trained else ''
-    return run_record(a.row, det and det.method, trained, encoder, s, shots)
+    return run_record(a.row, det and det.method, det and det.trained, encoder, s, shots)
 
 def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None, seeds:int=1)->Plan:
     "Expand exhibits on data sets ({role: Survey}) into runs and jobs."

@@ -188,7 +188,7 @@ def predict_files(det, files, category, reference=())->tuple:
     shown, unread = read_images(reference)
     if unread: raise ValueError('references: ' + '; '.join(unread))
     prep, known = det.encoder.preprocess, det.encoder.preprocess(list(shown.values())) if shown else None
-    for group in ([list(fine)] if det.method.whole else [[f] for f in fine]) if fine else ():
+    for group in ([list(fine)] if det.method.transductive else [[f] for f in fine]) if fine else ():
         p = det(prep([fine[f] for f in group]), [category]*len(group), known)
         for f, score, m in zip(group, p.score, p.map):
             maps[unique_stem(f, maps)] = (f, m.numpy()); rows.append((str(f), category, f'{float(score):.6f}'))
@@ -282,7 +282,7 @@ def list_exhibits(a):
 def list_methods(a):
     "Print the method rows."
     from zsad.method import METHODS
-    for m in METHODS.values(): print(f"{m.name:14s} {'+'.join(['windows']*bool(m.encode.windows) + [p.attention for p in m.encode.paths]):11s} text {m.text or 'none':14s} {'references: ' + m.reference[0] + '; ' if m.reference else ''}{m.source}")
+    for m in METHODS.values(): print(f"{m.name:14s} {'+'.join(['windows']*bool(m.encode.windows) + [p.attention for p in m.encode.paths]):11s} text {m.prompts or 'none':14s} {'references: ' + m.reference[0] + '; ' if m.reference else ''}{m.source}")
 
 # %% ../nbs/25_cli.ipynb #6372d5f3
 def list_datasets(a):
