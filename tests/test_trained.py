@@ -102,7 +102,7 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
 
 def test_musc_in_subsets_compares_each_image_within_its_own(enc, x):
     whole = METHODS['musc']; halves = replace(whole, terms=(('mutual', dict(subsets=2)),), set_steps=(), score=('max', {}))
-    assert halves.draws and halves.whole and not whole.draws
+    assert halves.stochastic and halves.transductive and not whole.stochastic
     x = torch.cat([x, torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(4))]); ids = [f'pill/{i}' for i in 'gfedcba']
     det = build(halves, ['pill'], enc); got = det(x, ['pill']*7, ids=ids)
     layers = enc.tokens(x, det.method.encode).patches[AttentionPath('qkv')]

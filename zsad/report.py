@@ -396,13 +396,13 @@ STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem a
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string('''\
 <!doctype html><meta charset="utf-8"><title>zsad results</title><style>{{ style|safe }}</style><h1>zsad results</h1>
 {% if made %}<p>{{ made }}</p>{% endif %}
-{% for file, title, *said in pictures %}
-<h2>{{ title }}</h2>{% for c in said %}<p class="cap">{{ c }}</p>{% endfor %}<img src="figures/{{ file }}" alt="{{ title }}">
+{% for picture in pictures %}
+<h2>{{ picture[1] }}</h2>{% for said in picture[2:] %}<p class="cap">{{ said }}</p>{% endfor %}<img src="figures/{{ picture[0] }}" alt="{{ picture[1] }}">
 {% endfor %}
 {% for name, title, d, said in tables %}
 <h2 id="{{ name }}">{{ title }}</h2>
 <table><tr><th></th>{% for c in d.columns %}<th class="{{ 'paper' if c.startswith('paper') else '' }}">{{ c }}</th>{% endfor %}</tr>
-{% for label, *cells in d.itertuples() %}<tr><td>{{ label }}</td>{% for c, v in zip(d.columns, cells) %}<td class="{{ 'paper' if c.startswith('paper') else '' }}">{{ v }}</td>{% endfor %}</tr>
+{% for label, cells in zip(d.index, d.to_numpy()) %}<tr><td>{{ label }}</td>{% for c, v in zip(d.columns, cells) %}<td class="{{ 'paper' if c.startswith('paper') else '' }}">{{ v }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 <p class="cap">{{ said }}</p><img src="figures/{{ name }}.png" alt="{{ title }}">
 {% endfor %}
