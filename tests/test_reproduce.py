@@ -239,13 +239,21 @@ def test_sets_without_masks_or_without_defects_end_with_a_report(bench, tmp_path
 
 def test_scores_meet_masks_in_mvtec_layout(bench, tmp_path, capsys):
     d, _, _ = bench
-    images = sorted((d/'data'/'pill'/'test').glob('*/000.png'))          # the same stem in every folder
+    test, truth = d/'data'/'pill'/'test', d/'data'/'pill'/'ground_truth'
+    images = sorted(test.glob('*/000.png'))                              # the same stem in every folder
     assert len(images) > 2
     assert main(['score', 'anoclip', *map(str, images), '--category', 'pill', '--out', str(tmp_path/'o')]) == 0
-    (tmp_path/'m').mkdir(); shutil.copy(next((d/'data'/'pill'/'ground_truth').glob('*/000_mask.png')), tmp_path/'m'/'000_mask.png')
-    assert main(['evaluate', '--maps', str(tmp_path/'o'/'maps'), '--masks', str(tmp_path/'m'), '--scores', str(tmp_path/'o'/'scores.csv')]) == 0
-    assert main(['evaluate', '--maps', str(tmp_path/'o'/'maps'), '--masks', str(tmp_path/'nowhere')]) == 2
-    assert 'no such folder' in capsys.readouterr().err
+    assert {p.relative_to(tmp_path/'o'/'maps').with_suffix('') for p in (tmp_path/'o'/'maps').rglob('*.npy')} == {p.relative_to(test).with_suffix('') for p in images}
+    (tmp_path/'m').mkdir(); shutil.copy(next(truth.glob('*/000_mask.png')), tmp_path/'m'/'000_mask.png')
+    command = ['evaluate', '--maps', str(tmp_path/'o'/'maps'), '--scores', str(tmp_path/'o'/'scores.csv'), '--masks']
+    capsys.readouterr()
+    assert main([*command, str(tmp_path/'m')]) == 2 and 'names repeat' in capsys.readouterr().err
+    one = next(p.parent.name for p in truth.glob('*/000_mask.png'))
+    assert main([*command, str(truth/one)]) == 2 and 'no mask for' in capsys.readouterr().err       # other kinds would count as normal
+    assert main([*command, str(tmp_path/'nowhere')]) == 2 and 'no such folder' in capsys.readouterr().err
+    wanted = {f'{p.parent.name}/000_mask.png' for p in images if p.parent.name != 'good'}
+    for m in wanted: (tmp_path/'g'/m).parent.mkdir(parents=True); shutil.copy(truth/m, tmp_path/'g'/m)
+    assert main([*command, str(tmp_path/'g')]) == 0
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):

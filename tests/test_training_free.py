@@ -130,8 +130,8 @@ def test_the_order_of_the_shots_does_not_matter_and_their_number_does(det, x, re
 @torch.inference_mode()
 def dual_by_hand(enc, x, refs):
     "Text map, pair map [B,36] and class score [B]; every image with all references."
-    text, p = encode_prompts(enc, 'anoclip', 'pill'), enc.encode(x).patches[0]
-    return probability(p, text, .07), pair_map(p, enc.encode(refs).patches[0].flatten(0, 1)), probability(class_token(enc, x), text, .07)
+    text, p = encode_prompts(enc, 'anoclip', 'pill'), enc.encode(x).single[0]
+    return probability(p, text, .07), pair_map(p, enc.encode(refs).single[0].flatten(0, 1)), probability(class_token(enc, x), text, .07)
 
 def test_dual_without_reference_is_its_sentences_alone(enc, det, x):
     text, _, cls = dual_by_hand(enc, x, x)
@@ -145,7 +145,7 @@ def test_dual_joins_its_maps_as_by_hand(enc, det, x, refs):
     p = det('dual')(x, C*4, refs[:1])
     assert gap(p.map, enlarge(a)) < 1e-5 and gap(p.score, dual_score(cls, a)) < 1e-5
     i, j = 2, 17                                                                                   # one patch, one cosine after another
-    f, r = enc.encode(x).patches[0][i, j], enc.encode(refs[:1]).patches[0][0]
+    f, r = enc.encode(x).single[0][i, j], enc.encode(refs[:1]).single[0][0]
     assert abs(float(a[i, j]) - (float(text[i, j]) + min(1 - float(f @ b) for b in r))/2) < 1e-5
 
 def test_dual_gives_every_image_its_own_reference(enc, det, x):
@@ -168,7 +168,7 @@ def test_a_copy_of_itself_as_reference_leaves_the_share_of_the_sentences(enc, de
 def test_weights_of_one_and_zero_leave_one_map(enc, det, x, refs):
     text, vis, cls = dual_by_hand(enc, x, refs)
     for weights, a in (((1., 0.), text), ((0., 1.), vis)):
-        p = det(replace(METHODS['dual'], weights=weights))(x, C*4, refs)
+        p = det(replace(METHODS['dual'], term_weights=weights))(x, C*4, refs)
         assert gap(p.map, enlarge(a)) < 1e-5 and gap(p.score, (cls + a.amax(1))/2) < 1e-5
     assert gap(text, vis) > .1
     one = det(replace(METHODS['dual'], terms=METHODS['dual'].terms[1:], term_weights=()))(x, C*4, refs)           # the term alone, and no weights: the mean
@@ -265,11 +265,11 @@ def test_images_are_picked_by_number(enc, x):
 
 WRONG = [('dual', dict(terms=(('txt', {}),), term_weights=()), r"term='txt'.*'text'"), ('dual', dict(terms=(('text', dict(temperature=1)), ('pair', {}))), r"term 'text'.*'temperature'.*'tau'"),
          ('dual', dict(terms=(('text', {}), ('pair', dict(mean=1)))), r"term 'pair'.*'mean'.*'join'"), ('winclip', dict(terms=(('windows', dict(k=2)),)), r"term 'windows'.*'k'.*'tau'"),
-         ('winclip+', dict(terms=(('windows', {}), ('memory', dict(tau=1)))), r"term 'memory'.*'tau'.*'path', 'layer'"), ('musc', dict(terms=(('mutual', dict(r=3)),)), r"term 'mutual'.*'r'.*'scales', 'share'"),
+         ('winclip+', dict(terms=(('windows', {}), ('memory', dict(tau=1)))), r"term 'memory'.*'tau'.*'path', 'layer'"), ('musc', dict(terms=(('mutual', dict(r=3)),)), r"term 'mutual'.*'r'.*'scales', 'fraction'"),
          ('winclip+', dict(score=('worst', {})), r"score='worst'.*'memory'"), ('winclip+', dict(score=('memory', dict(beta=1.))), r"score 'memory'.*'beta'.*'tau'"), ('dual', dict(score=('joint', dict(alpha=1.))), r"score 'joint'.*'alpha'.*'beta'"),
          ('musc', dict(score=('max', dict(tau=1.))), r"score 'max'.*'tau'"), ('winclip+', dict(reference=('shot', {})), r"reference='shot'.*'shots', 'pair'"), ('winclip+', dict(reference=('shots', dict(count=1))), r"reference 'shots'.*'count'.*'k', 'replace'"),
-         ('dual', dict(reference=('pair', dict(k=1))), r"sampler 'pair'.*'k'.*'count', 'policy'"), ('dual', dict(reference=('pair', dict(seed=1))), r"sampler 'pair'.*'seed'"), ('musc', dict(set_steps=(('softmax', {}),)), r"set_steps='softmax'.*'rscin'"),
-         ('musc', dict(set_steps=(('rscin', dict(k=3)),)), r"set step 'rscin'.*'k'.*'neighbours', 'most'"), ('dual', dict(term_weights=(1.,)), r"term_weights=\(1.0,\).*'text', 'pair'"), ('musc', dict(prompts='win'), r"prompts='win'.*'winclip'")]
+         ('dual', dict(reference=('pair', dict(k=1))), r"reference 'pair'.*'k'.*'count', 'policy'"), ('dual', dict(reference=('pair', dict(seed=1))), r"reference 'pair'.*'seed'"), ('musc', dict(set_steps=(('softmax', {}),)), r"set_step='softmax'.*'rscin'"),
+         ('musc', dict(set_steps=(('rscin', dict(k=3)),)), r"set_step 'rscin'.*'k'.*'neighbours', 'most'"), ('dual', dict(term_weights=(1.,)), r"term_weights=\(1.0,\).*'text', 'pair'"), ('musc', dict(prompts='win'), r"prompts='win'.*'winclip'")]
 
 @pytest.mark.parametrize('name,wrong,says', WRONG, ids=lambda v: str(v) if isinstance(v, dict) else '')
 def test_unknown_parts_and_parameters_are_refused_by_name(name, wrong, says):
@@ -369,21 +369,21 @@ def test_a_damaged_shard_of_windows_is_encoded_again(enc, pictures, tmp_path, pa
     shard.write_bytes(shard.read_bytes()[:50]); seen.clear()                                       # cut in its header
     assert same(recall(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')]
 
-def test_pruning_keeps_windows_of_this_code_only(enc, pictures, tmp_path, passes):
+def test_pruning_keeps_windows_of_this_version_only(enc, pictures, tmp_path, passes):
     seen, _ = passes; root, spec = tmp_path/'t', spec_of('vv', windows=(2, 3))
     recall(root, enc, spec, 'bicubic', pictures); seen.clear()
     parts = lambda: sorted(s.part for s, *_ in streams_in(root))
     assert parts() == ['cls', 'vv', 'windows 2', 'windows 3'] and prune(root) == 0 and parts() == ['cls', 'vv', 'windows 2', 'windows 3']
     recall(root, enc, spec, 'bicubic', pictures); assert seen == []
     folder = next(f for s, f, *_ in streams_in(root) if s.part == 'windows 2'); told = json.loads((folder/'stream.json').read_text())
-    (folder/'stream.json').write_text(json.dumps({**told, 'code': 'an older one'}))
-    assert prune(root) > 1000 and parts() == ['cls', 'vv', 'windows 3']
+    (folder/'stream.json').write_text(json.dumps({k: v for k, v in told.items() if k != 'rev'} | {'code': 'of an older version'}))
+    assert None in [s for s, *_ in streams_in(root)] and prune(root) > 1000 and parts() == ['cls', 'vv', 'windows 3']
 
 def test_windows_have_streams_of_their_own(enc):
     by = lambda spec: {s.part: s for s in streams_of(enc, spec.resolved(enc.blocks), 'bicubic')}
     a, b = by(spec_of('vv', windows=(2, 3))), by(spec_of(windows=(2,), stage='raw'))
     assert set(a) == {'cls', 'windows 2', 'windows 3', 'vv'} and len({s.key for s in a.values()}) == 4
-    assert a['windows 2'].key == b['windows 2'].key and a['cls'].key == b['cls'].key and a['windows 2'].code != a['vv'].code == a['cls'].code
+    assert a['windows 2'].key == b['windows 2'].key and a['cls'].key == b['cls'].key and all(s.usable for s in a.values())
 
 
 # ---- data
@@ -712,7 +712,8 @@ def zsad(files, rendered, tmp_path, monkeypatch, capsys):
         out = tmp_path/'out'; shutil.rmtree(out, ignore_errors=True); capsys.readouterr()
         code = main(['score', *map(str, args), '--category', 'pill', '--out', str(out), '--backbone', files[0], '--weights', files[1]])
         rows = list(csv.DictReader((out/'scores.csv').open(newline=''))) if (out/'scores.csv').exists() else []
-        return code, [float(r['score']) for r in rows], [np.load(p) for p in sorted((out/'maps').glob('*.npy'))] if rows else [], capsys.readouterr().err.splitlines()
+        maps = [np.load(out/'maps'/f"{r['id']}.npy") for r in rows]
+        return code, [float(r['score']) for r in rows], maps, capsys.readouterr().err.splitlines()
     return f
 
 @pytest.fixture

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'IDENTITY', 'PROFILES', 'SCORING', 'RUN_COLUMNS', 'COLUMNS', 'merge_specs', 'Truth', 'read_truth',
-           'measure_row', 'measure_draws', 'measure_defects', 'revisions', 'run_key', 'rules_of', 'method_record',
-           'head_of', 'encoder_record', 'run_record', 'row_key', 'complete', 'machine', 'Model', 'load_model',
-           'open_model', 'Job', 'read_result', 'stored_result', 'protocol_of', 'predictions', 'predict_job',
-           'on_device', 'all_tokens', 'reference_of', 'check_revisions', 'run_job', 'result_of', 'bare', 'run_local',
-           'run_processes', 'run_cluster', 'keep_here', 'run_on', 'run_all', 'keep_answer', 'Profile', 'open_sets',
-           'Asked', 'content', 'gather_rows', 'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted', 'enough',
-           'readable_shots', 'Plan', 'runnable', 'record_of', 'plan_jobs', 'plan_encoder', 'add_jobs', 'collect',
-           'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count', 'compute',
-           'defined', 'seed_draws', 'RowResults', 'rows_of', 'datasets_shown', 'metrics_of', 'spans_of', 'decimals',
-           'percent_of', 'metric_line', 'metric_rows', 'defect_rows', 'defect_line', 'contrasts_of', 'contrast_line',
-           'contrast_rows', 'machine_of', 'run_rows', 'to_csv', 'exhibit_files', 'write_results']
+           'measure_row', 'measure_within', 'defect_groups', 'measure_defects', 'revisions', 'run_key', 'rules_of',
+           'method_record', 'head_of', 'encoder_record', 'run_record', 'row_key', 'complete', 'machine', 'Model',
+           'load_model', 'open_model', 'Job', 'read_result', 'stored_result', 'protocol_of', 'predictions',
+           'predict_job', 'on_device', 'all_tokens', 'reference_of', 'check_revisions', 'run_job', 'result_of', 'bare',
+           'run_local', 'run_processes', 'run_cluster', 'keep_here', 'run_on', 'run_all', 'keep_answer', 'Profile',
+           'open_sets', 'Asked', 'content', 'gather_rows', 'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted',
+           'enough', 'readable_shots', 'Plan', 'runnable', 'record_of', 'plan_jobs', 'plan_encoder', 'add_jobs',
+           'collect', 'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count',
+           'compute', 'defined', 'seed_draws', 'RowResults', 'rows_of', 'datasets_shown', 'metrics_of', 'spans_of',
+           'decimals', 'percent_of', 'metric_line', 'metric_rows', 'defect_rows', 'defect_line', 'contrasts_of',
+           'contrast_line', 'contrast_rows', 'machine_of', 'run_rows', 'to_csv', 'exhibit_files', 'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, math, os, platform, shutil, sys, time
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .bootstrap import draws, histograms, interval, resample, resample_scores
+from .bootstrap import interval, resample_weights
 from .clip import SHIPPED, Encoder, Tokens, choose_device, choose_dtype, find_config, load_encoder, untrained, vision_weights
 from .core import cache_dir, digest, keep_memory, keyed, safe_name, write_atomic
 from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_image, load_mask, set_name, survey
@@ -36,7 +36,8 @@ from .dual import draw_references
 from .exhibits import CONTROLS, STAND_INS, TWINS, Exhibit, Row, datasets_of, seeds_of
 from .identity import PIPELINE_REV, canonical, identity_key
 from .method import Detector, Prediction, Reference, build, fit, local_operations, method_identity, select_images
-from .metrics import METRICS, Protocol, evaluate, pixel_auroc_within
+from .metrics import (METRICS, Protocol, auroc, check_shapes, group_counts, image_counts,
+                          measure_set, metric_unit, pixel_arrays, pro, reason, resize_mask, sorted_counts)
 from .prompts import sentences
 from .store import encode_missing, held, recall, streams_of
 from .trained import HEAD_REVS
@@ -63,34 +64,63 @@ class Truth:
     masks: np.ndarray         # [M,H,W] bool
     foreground: np.ndarray    # [M,H,W] bool, None if the set has none or the category is a texture
 
-def read_truth(samples, size:int)->Truth:
+def read_truth(samples, size:int, rule:str='bilinear>0.5')->Truth:
     "Read masks and outlines of samples."
     fg = np.stack([load_mask(s.foreground, size, 'nearest') for s in samples]) if all(s.foreground for s in samples) else None
-    return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size) for s in samples]), fg)
+    return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size, rule) for s in samples]), fg)
 
 # %% ../nbs/23_bench.ipynb #a51424e4
 def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
-    "Compute the metrics of one category, their resampled values and those by kind of defect: ({metric: value}, {metric: [R]}, {metric: reason}, {kind: {metric: value}})."
-    has_masks, wanted = any(s.mask for s in t.samples), set(protocol.metrics)
-    r = evaluate(maps, t.masks if has_masks else None, scores, t.labels, protocol)
-    why = r.pop('why')
-    if wanted == set(METRICS):
-        r['pixel_auroc_within'] = pixel_auroc_within(maps, t.masks, t.foreground) if t.foreground is not None and has_masks else float('nan')
-        if t.foreground is None: why['pixel_auroc_within'] = 'no outline of an object here'
-    counts, seen = histograms(maps, t.masks) if has_masks and wanted & set(METRICS[3:]) else None, scores if wanted & set(METRICS[:3]) else None
-    again = {k: v for k, v in measure_draws(counts, seen, t.labels, draws(len(t.labels), key)).items() if k in wanted}
-    return r, again, why, measure_defects(counts, seen, t)
+    """Compute the metrics of one category from maps [M,H,W] and scores [M].
 
-def measure_draws(counts, scores, labels, w)->dict:
-    "Compute what maps' `counts` and `scores` allow (either may be None) for every draw in `w` [R,M]: {metric: [R]}."
-    return ({} if counts is None else resample(counts, w)) | ({} if scores is None else resample_scores(scores, labels, w))
+    Returns values {metric: value}, those of draws of the images {metric: [R]} (the first is the set
+    itself), reasons of NaN {metric: reason}, and metrics by kind of defect {kind: {metric: value}}.
+    """
+    p, masks = protocol, t.masks if any(s.mask for s in t.samples) else None
+    check_shapes(maps, masks, scores, t.labels, t.foreground, p.size)
+    asked = any(metric_unit(k) == 'pixel' for k in p.metrics)
+    pixels = pixel_arrays(maps, masks, p, t.foreground) if asked else 'no pixel metric asked for'
+    weights, kinds = resample_weights(len(t.labels), key), defect_groups(t)
+    counted, each = pixels, [pixels] * len(kinds)
+    if not isinstance(pixels, str):
+        groups = (np.flatnonzero(t.labels == 0), *kinds.values())
+        counted, each = group_counts(pixels.maps, pixels.regions, groups, pixels.within)
+    values, why, again = measure_set(pixels, scores, t.labels, p, weights, counted)
+    if set(p.metrics) == set(METRICS):
+        values['pixel_auroc_within'], reason_ = measure_within(pixels, t, p)
+        if reason_: why['pixel_auroc_within'] = reason_
+    return values, again, why, measure_defects(kinds, each, scores, t, p)
 
-def measure_defects(counts, scores, t:Truth)->dict:
-    "Compute metrics of every kind of defect beside all normal images: a draw that holds no other kind. Pixels are binned by rank, as in the bootstrap."
-    kinds = np.array([s.defect for s in t.samples]); names = sorted(set(kinds[t.labels == 1])); keep = ('image_auroc', 'pixel_auroc', 'pro')
-    if not names: return {}
-    again = measure_draws(counts, scores, t.labels, np.stack([(t.labels == 0) | (kinds == k) for k in names]).astype(int))
-    return {k: dict(n=int((kinds == k).sum()), **{m: float(again[m][i]) for m in keep if m in again}) for i, k in enumerate(names)}
+def measure_within(pixels, t:Truth, protocol)->tuple:      # value, reason of NaN
+    "Compute pixel AUROC over the pixels of the object."
+    if t.foreground is None: return float('nan'), 'no outline of an object here'
+    if isinstance(pixels, str): return float('nan'), pixels
+    inside = resize_mask(t.foreground, protocol.size, 'nearest')
+    c = sorted_counts(pixels.maps, pixels.regions, inside)
+    return auroc(c), reason(c)
+
+# %% ../nbs/23_bench.ipynb #d2f08e61
+def defect_groups(t:Truth)->dict:      # {kind: its images}
+    "List the anomalous images of every kind of defect."
+    defects = np.array([s.defect for s in t.samples])
+    anomalous = np.flatnonzero(t.labels == 1)
+    return {str(k): anomalous[defects[anomalous] == k] for k in sorted(set(defects[anomalous]))}
+
+def measure_defects(kinds:dict, counts, scores, t:Truth, protocol=Protocol())->dict:
+    """Compute image AUROC, pixel AUROC and PRO of every kind of defect beside all normal images.
+
+    `counts` holds the pixels' Counts of every kind, or why there are none. The values are exact, and
+    NaN where maps, masks or scores lack or hold NaN.
+    """
+    units, normal = {metric_unit(k) for k in protocol.metrics}, np.flatnonzero(t.labels == 0)
+    out = {k: dict(n=len(g)) for k, g in kinds.items()}
+    for (k, g), c in zip(kinds.items(), counts):
+        own = np.concatenate([normal, g])
+        if 'image' in units:
+            image = image_counts(None if scores is None else np.asarray(scores)[own], t.labels[own])
+            out[k]['image_auroc'] = auroc(image)
+        if 'pixel' in units: out[k] |= dict(pixel_auroc=auroc(c), pro=pro(c, protocol.pro_limit))
+    return out
 
 # %% ../nbs/23_bench.ipynb #27c6bcb9
 TORCH = '.'.join(torch.__version__.split('.')[:2])      # minor version; stored results are kept apart by it
@@ -294,9 +324,9 @@ def run_job(job:Job)->dict:      # {key: result}
     todo = [(key, r) for key, r in job.rows if stored_result(job, key) is None]
     if todo:
         encoder = open_model(job.model)
-        truth = read_truth(job.samples, encoder.preprocess.size)
-        for key, maps, scores, seconds in predictions(job, todo, encoder, truth):
-            measured = measure_row(maps, scores, truth, (job.dataset, job.category), protocol_of(job, key))
+        truth = {rule: read_truth(job.samples, encoder.preprocess.size, rule) for rule in {p.mask_rule for p in job.protocols.values()}}
+        for key, maps, scores, seconds in predictions(job, todo, encoder, next(iter(truth.values()))):
+            measured = measure_row(maps, scores, truth[job.protocols[key].mask_rule], (job.dataset, job.category), protocol_of(job, key))
             write_atomic(job.result(key), json.dumps(result_of(job, measured, seconds, encoder)))
     return {key: read_result(job.result(key)) for key, _ in job.rows}
 
