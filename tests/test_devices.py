@@ -84,9 +84,9 @@ def test_the_bench_computes_every_row_on_the_device(tmp_path, monkeypatch):
         monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/cache))
         import zsad.bench as B
         B.load_model.cache_clear()
-        records, results = compute((exhibit,), sets, Model('mini', dtype='float32'), show=False)
+        plan, results = compute((exhibit,), sets, Model('mini', dtype='float32'), show=False)
         B.load_model.cache_clear()
-        return {r['method']: results[r['run']]['pill'] for r in records}
+        return {label: results[run]['pill'] for (_, _, label), (run,) in plan.shown.items()}
     want = run('here')
     with faked(): got = run('there')
     assert set(got) == set(want) == set(METHODS)
