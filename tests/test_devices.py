@@ -98,9 +98,9 @@ def test_the_bench_computes_every_row_on_the_device(files, cache, tmp_path):
     def run():
         load_model.cache_clear()
         shutil.rmtree(cache/'runs', ignore_errors=True)
-        records, results = compute((exhibit,), sets, Model(*files, dtype='float32'), show=False)
+        plan, results = compute((exhibit,), sets, Model(*files, dtype='float32'), show=False)
         load_model.cache_clear()
-        return {r['method']: results[r['run']]['pill'] for r in records}
+        return {label: results[run]['pill'] for (_, _, label), (run,) in plan.shown.items()}
     want = run()
     with faked(): got = run()
     assert set(got) == set(want) == set(METHODS)

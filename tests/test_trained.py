@@ -1,10 +1,11 @@
 """Trained artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the key of a run; subsets of an unlabelled set."""
+import json
 from dataclasses import replace
 import copy, json
 from types import SimpleNamespace
 import pytest, torch
 from test_parity import gap
-from zsad.bench import Model, code_of, compute, plan_jobs
+from zsad.bench import Model, compute, plan_jobs
 from zsad.clip import AttentionPath, EncodeSpec, load_encoder
 from zsad.data import load_dataset, survey
 from zsad.exhibits import Row
@@ -83,16 +84,16 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
     "The bench gives what the detector gives; another artifact is another run, and rows without one are as they were."
     root = render_procad(('pill', 'wood'), good=2, bad=2, train=1, size=S, root=tmp_path/'procad', workers=1); m = rows(made)
     sets, model = dict(mvtec=survey(load_dataset('procad', root), 1)), Model(*files, dtype='float32')
-    shown = lambda *ms: (SimpleNamespace(rows=tuple(Row(k.name, k) for k in ms), roles=('mvtec',), form='table', metrics=()),)
-    records, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
-    told = {r['method']: r for r in records}
+    shown = lambda *ms: (SimpleNamespace(name='x', rows=tuple(Row(k.name, k) for k in ms), roles=('mvtec',), form='table', metrics=()),)
+    plan, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
+    told = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}
     assert {k: bool(r['artifact']) for k, r in told.items()} == dict.fromkeys(m, True) | dict(anoclip=False)
-    assert told['mvfa']['artifact'] == load_trained(m['mvfa'].artifact, enc).hash and code_of(m['mvfa']) != code_of(METHODS['anoclip'])
-    key = lambda row: plan_jobs(shown(row), sets, model, cache=tmp_path)[0][0]
+    assert told['mvfa']['artifact'] == load_trained(m['mvfa'].artifact, enc).hash and json.loads(told['mvfa']['revs']).keys() == {'head mvfa', 'encoding', 'pipeline'}
+    key = lambda row: next(iter(plan_jobs(shown(row), sets, model, cache=tmp_path).runs.values()))
     other = replace(m['kanoclip'], artifact=m['anomalyclip'].artifact)
-    assert key(other)['run'] != key(m['kanoclip'])['run'] and key(other)['resolved'] == key(m['kanoclip'])['resolved']
+    assert key(other)['run'] != key(m['kanoclip'])['run'] and key(other)['row_key'] != key(m['kanoclip'])['row_key']
     gone = replace(m['kanoclip'], name='gone', artifact='nowhere')
-    assert {r['method'] for r in plan_jobs(shown(gone, m['mvfa']), sets, model, cache=tmp_path)[0]} == {'mvfa'} and 'gone left out' in capsys.readouterr().err      # named, not fatal
+    assert {label for _, _, label in plan_jobs(shown(gone, m['mvfa']), sets, model, cache=tmp_path).shown} == {'mvfa'} and 'gone left out' in capsys.readouterr().err      # named, not fatal
     s = load_dataset('procad', root).of('pill'); prep = enc.preprocess
     from zsad.data import load_image, load_mask
     from zsad.metrics import evaluate
