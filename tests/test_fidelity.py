@@ -30,15 +30,15 @@ FIELD = {row[5]: row[4] for row in LEDGER}
 SWITCHES = {m.name: (base, m, metrics) for base, m, metrics in SILENT}
 
 
-def call(kind, parts, name, given): return {f'{kind}.{k}': v for k, v in {**{k: p.default for k, p in signature(parts[name]).parameters.items()}, **given}.items()}
+def call(kind, parts, name, given): return {f'{kind}.{k}': v for k, v in {**{k: p.default for k, p in parts[name].parameters.items()}, **given}.items()}
 
 def flat(m):
     "All that a row says, by dotted names, defaults filled in."
-    out = {f.name: getattr(m, f.name) for f in fields(m) if f.name in ('weights', 'smooth', 'align_corners', 'finish', 'seed', 'interpolation', 'artifact')} | {'terms': [n for n, _ in m.terms], 'score': m.score[0], 'reference': m.reference[:1]}
+    out = {f.name: getattr(m, f.name) for f in fields(m) if f.name in ('term_weights', 'smoothing', 'align_corners', 'set_steps', 'seed', 'interpolation', 'artifact')} | {'terms': [n for n, _ in m.terms], 'score': m.score[0], 'reference': m.reference[:1]}
     for n, given in m.terms: out |= call(n, TERMS, n, given)
     if m.reference: out |= call('reference', REFERENCES, *m.reference)
-    text = None if m.text is None else prompt_set(m.text)
-    out |= {f'encode.{f.name}': getattr(m.encode, f.name) for f in fields(m.encode)} | ({f'text.{f.name}': getattr(text, f.name) for f in fields(text) if f.name not in ('name', 'source')} if text else {'text': None})
+    text = None if m.prompts is None else prompt_set(m.prompts)
+    out |= {f'encode.{f.name}': getattr(m.encode, f.name) for f in fields(m.encode)} | ({f'prompts.{f.name}': getattr(text, f.name) for f in fields(text) if f.name not in ('name', 'source')} if text else {'prompts': None})
     return out | call('score', SCORES, *m.score)
 
 def changed(a, b):
@@ -57,7 +57,7 @@ def test_a_switched_row_differs_in_the_named_field_alone(name):
 def test_what_changed_is_seen():
     a = METHODS['dual']
     assert changed(a, replace(a, name='b', source='c')) == set() and changed(a, find_method('dual')) == set()
-    assert changed(a, replace(a, seed=1, weights=(.4, .6))) == {'seed', 'weights'} and changed(a, replace(a, reference=('pair', dict(count=2)))) == {'reference.count'}
+    assert changed(a, replace(a, seed=1, term_weights=(.4, .6))) == {'seed', 'term_weights'} and changed(a, replace(a, reference=('pair', dict(count=2)))) == {'reference.count'}
     assert changed(METHODS['winclip'], replace(METHODS['winclip'], score=('max', {}))) == {'score'} and changed(a, replace(a, reference=('pair', dict(count=1)))) == set()      # the default, spelled out
     assert changed(METHODS['anoclip'], switch('anoclip', 'x', ('pro',), tau=.3)[1]) == {'text.tau', 'score.tau'}
 
@@ -85,14 +85,14 @@ def test_the_exhibit_is_the_switches():
 
 
 IMAGES = ('image_auroc',)
-OF_MAPS = {'smooth', 'align_corners', 'weights', 'terms'} | {f'{t}.{k}' for t in TERMS for k in signature(TERMS[t]).parameters if k != 's'}
+OF_MAPS = {'smoothing', 'align_corners', 'term_weights', 'terms'} | {f'{t}.{k}' for t in TERMS for k in TERMS[t].parameters}
 
 @pytest.mark.parametrize('name', SWITCHES)
 def test_metrics_that_cannot_change_are_left_out_and_no_others(name):
     base, m, metrics = SWITCHES[name]; what = changed(base, m)
     apart = base.score[0] in ('class', 'views') and m.score[0] in ('class', 'views')                     # scores that read no map
     assert ('image_auroc' in metrics) == (not apart or not (what <= OF_MAPS | {'encode.paths', 'encode.stage', 'seed'}))
-    assert (metrics != IMAGES) == bool(what - {'score', 'score.beta', 'finish', 'encode.views'})
+    assert (metrics != IMAGES) == bool(what - {'score', 'score.beta', 'set_steps', 'encode.views'})
 
 
 @pytest.mark.parametrize('line', PARITY, ids=lambda l: l[0])
@@ -113,6 +113,6 @@ def test_stored_effects_are_those_of_the_results():
     printed = ''.join(t for c in json.loads(NOTEBOOK.read_text())['cells'] for o in c.get('outputs', []) for t in o.get('text', []))
     assert ('missing, make them with `zsad reproduce fidelity fidelity-views`' in printed) == bool(lacking) and all(name in PAGE for name in SWITCHES)
     for r in found.itertuples():
-        d, lo, hi = (round(v, 2) + 0. for v in (r.difference, r.lo, r.hi))
-        assert f'{NAMES[r.metric]} {d:+.2f} [{lo:.2f}, {hi:.2f}]' in PAGE, (r.better, r.metric)
-    for name, g in found.groupby('better') if len(found) else (): assert (g.difference.abs() + g.lo.abs() + g.hi.abs()).max() > 0, f'{name} changes nothing at all'
+        d, low, high = (round(v, 2) + 0. for v in (r.difference, r.low, r.high))
+        assert f'{NAMES[r.metric]} {d:+.2f} [{low:.2f}, {high:.2f}]' in PAGE, (r.better, r.metric)
+    for name, g in found.groupby('better') if len(found) else (): assert (g.difference.abs() + g.low.abs() + g.high.abs()).max() > 0, f'{name} changes nothing at all'

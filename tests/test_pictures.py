@@ -15,8 +15,8 @@ from zsad.bench import Model, all_tokens, open_model, plan_jobs, predict_job, re
 from zsad.clip import anomaly_score
 from zsad.data import Dataset, Sample, load_dataset, survey
 from zsad.exhibits import EXHIBITS, PICTURES, Row, printed
-from zsad.method import METHODS, TERMS, build, paint
-from zsad.pictures import (DRAWINGS, adapted_tokens, choose_categories, file_of, first_of_kinds, in_turn, jobs_of, look, maps_of, of_kinds, painted_twins, picture, redden, scene, split_patches,
+from zsad.method import METHODS, TERMS, adapted_tokens, build, synthetic_images, synthetic_tokens
+from zsad.pictures import (DRAWINGS, choose_categories, file_of, first_of_kinds, in_turn, jobs_of, look, maps_of, of_kinds, picture, redden, scene, split_patches,
                            text_before_after, walked, window_steps, write_pictures)
 from zsad.procad import render_procad
 from zsad.report import caption, figure, page, readable, read_results, table, time_of
@@ -101,13 +101,13 @@ def test_the_reference_shown_is_the_one_compared_with(world, texts):
 
 def test_adapted_tokens_are_those_that_are_scored(world, texts):
     s = scene(look(job_of(world, PICTURES['anoclip-f6']), 'AnoCLIP+', [6, 7], texts))
-    torch.testing.assert_close(anomaly_score(adapted_tokens(s), s.text, 1.), TERMS['adapted'](s), atol=1e-6, rtol=0)
+    torch.testing.assert_close(anomaly_score(adapted_tokens(s), s.class_embeddings, 1.), TERMS['adapted'](s), atol=1e-6, rtol=0)
     assert (adapted_tokens(s, steps=0) - adapted_tokens(s)).abs().max() > 1e-3
 
 
 def test_the_painted_twin_is_the_one_adapted_to(world, texts):
     l = look(job_of(world, PICTURES['dual-f4']), 'Ours+', [6, 7], texts); s = walked(l)
-    tokens, mask = paint(s, 0, -1); twins = painted_twins(l)
+    tokens, mask = synthetic_tokens(s, 0, -1); twins = synthetic_images(s)
     assert (mask.numpy() == np.stack([patch_mask(m, l.tokens.grid).numpy() for _, m in twins])).all()
     enc = l.det.encoder; mine = enc.tokens(enc.preprocess([im for im, _ in twins]), l.det.method.encode)
     torch.testing.assert_close(next(iter(mine.patches.values()))[-1], tokens, atol=1e-5, rtol=0)
@@ -116,10 +116,10 @@ def test_the_painted_twin_is_the_one_adapted_to(world, texts):
 def test_before_and_after_are_the_terms_of_the_row(world, texts):
     job = job_of(world, PICTURES['dual-f6a']); l = look(job, 'Ours+', [6, 9], texts); before, after = text_before_after(l)
     assert (before - after).abs().max() > 1e-4
-    plain = replace(METHODS['dual'], reference=(), terms=(('text', dict(tau=.07)),), weights=(), score=('class', {}))
+    plain = replace(METHODS['dual'], reference=(), terms=(('text', dict(tau=.07)),), term_weights=(), score=('class', {}))
     torch.testing.assert_close(before, TERMS['text'](scene(replace(l, det=build(plain, {job.category: job.kind}, l.det.encoder, texts), reference=None)), tau=.07))
-    row = dict(l.det.method.terms)['painted']; s = walked(l); torch.testing.assert_close(after, TERMS['painted'](s, **row))
-    joined = sum(w*s.parts[n] for w, (n, _) in zip(l.det.method.weights, l.det.method.terms)).unflatten(1, l.tokens.grid)
+    row = dict(l.det.method.terms)['synthetic_adapted']; s = walked(l); torch.testing.assert_close(after, TERMS['synthetic_adapted'](s, **row))
+    joined = sum(w*s.maps[n] for w, (n, _) in zip(l.det.method.term_weights, l.det.method.terms)).unflatten(1, l.tokens.grid)
     up = torch.nn.functional.interpolate(joined[:, None], size=(96, 96), mode='bilinear')[:, 0]
     np.testing.assert_allclose(maps_of(l), up.numpy(), atol=1e-5)
 
@@ -212,7 +212,7 @@ def test_steps_change_steps_alone():
 
 
 def test_no_step_is_the_row_without_adaptation(world, texts):
-    p = replace(PICTURES['dual-f4'], rows=(Row('dual', METHODS['dual']), Row('0', replace(METHODS['dual+'], name='dual+/0', terms=tuple((n, dict(k, steps=0) if n == 'painted' else k) for n, k in METHODS['dual+'].terms))),
+    p = replace(PICTURES['dual-f4'], rows=(Row('dual', METHODS['dual']), Row('0', replace(METHODS['dual+'], name='dual+/0', terms=tuple((n, dict(k, steps=0) if n == 'synthetic_adapted' else k) for n, k in METHODS['dual+'].terms))),
                                            Row('anoclip', METHODS['anoclip']), Row('+0', replace(METHODS['anoclip+'], name='anoclip+/0', terms=(('adapted', dict(steps=0)),)))))
     job = job_of(world, p); a, b, c, d = (maps_of(look(job, r.label, [6, 7], texts)) for r in p.rows)
     np.testing.assert_allclose(a, b, atol=1e-6); np.testing.assert_allclose(c, d, atol=1e-6)

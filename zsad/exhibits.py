@@ -11,14 +11,13 @@ __all__ = ['STATES', 'TWINS', 'ROLES', 'STAND_INS', 'CONTROLS', 'ano', 'ATTENTIO
            'TRAINED', 'WRITTEN', 'PLAINLY', 'BY_HAND', 'FOUR_PAPERS', 'ADDED', 'LEFT_OUT', 'AWARE', 'KNOWN', 'RULED',
            'READ_AS', 'TRIED', 'LEARNED_FROM', 'IP', 'WORTH', 'KANOCLIP', 'LEARNING', 'EXHIBITS', 'PLUS', 'CABLE',
            'BOARDS', 'PICTURES', 'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots', 'switch', 'silent',
-           'course', 'seeded', 'Picture', 'reported', 'printed']
+           'course', 'seeds_of', 'Picture', 'reported', 'printed']
 
 # %% ../nbs/22_exhibits.ipynb #4a0f97db
 import csv
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
-from inspect import signature
 from .method import METHODS, SCORES, TERMS, Method, find_method, learned, one_path, without_reference
 from .prompts import PROMPTS
 
@@ -34,6 +33,7 @@ class Row:
     control: str = ''            # '', one of TWINS, or 'foreground mask'
     note: str = ''
     state: str = ''              # '' = run here, else why not: one of STATES
+    seeds: int = 0               # how many, where it learns or draws something; 0: as many as the exhibit has
 
     def __post_init__(self):
         if self.state not in ('', *STATES): raise ValueError(f"row {self.label!r}: state={self.state!r}: choose '' or one of {STATES}")
@@ -86,7 +86,7 @@ class Exhibit:
     print_state: str = 'printed' # 'printed', 'lost', 'drawing' or 'own'
     axis: str = ''               # of a curve: what the rows count
     asked: bool = False          # long: run only when it is named
-    seeds: int = 1               # of its rows that draw something, where it is about their spread
+    seeds: int = 1               # of its rows that learn or draw something
 
     def __post_init__(self):
         object.__setattr__(self, 'rows', with_controls(self.rows, self.metrics))
@@ -117,7 +117,7 @@ ADAPTING = (Row('Linear Probe', PROBE, note="a linear layer with a random start,
 DETECTING = (Row('CLIP', METHODS['clip-ac'], note='normal and anomalous in every template (CLIP-AC)'), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', ano))
 
 # %% ../nbs/22_exhibits.ipynb #38076285
-PROMPTING = (Row('Base', replace(ano, name='anoclip/base', text='base')), Row('+CS Prompt', replace(ano, name='anoclip/cs', text='cs')), Row('+DA Prompt', ano))
+PROMPTING = (Row('Base', replace(ano, name='anoclip/base', prompts='base')), Row('+CS Prompt', replace(ano, name='anoclip/cs', prompts='cs')), Row('+DA Prompt', ano))
 DRAWN = tuple(Row(n, METHODS[n]) for n in ('winclip+', 'anoclip+', 'musc-2', 'dual', 'dual+'))
 DEPTHS = tuple(Row(str(d), replace(ano, name=f'anoclip/depth{d}', encode=one_path('vv', d))) for d in range(25))
 BASELINES = tuple(Row(n, METHODS[n]) for n in ('clip', 'clip-ac', 'transmm', 'maskclip', 'winclip', 'winclip+', 'anoclip', 'anoclip+', 'musc-2', 'dual', 'dual+'))
@@ -128,21 +128,21 @@ def shots(k:int)->Method:
     "Give WinCLIP+ with `k` normal images, WinCLIP with none."
     return replace(METHODS['winclip+'], name=f'winclip+/{k}', reference=('shots', dict(k=k))) if k else METHODS['winclip']
 
-STATES_OF_BOARDS = (Row('without', METHODS['winclip']), Row('with bad soldering', replace(METHODS['winclip'], name='winclip/task', text='winclip/task'), note='the word joins the sentences of boards alone'))
+STATES_OF_BOARDS = (Row('without', METHODS['winclip']), Row('with bad soldering', replace(METHODS['winclip'], name='winclip/task', prompts='winclip/task'), note='the word joins the sentences of boards alone'))
 SHOTS = (Row('Paper k=0', state='reported only'), Row('Reprod k=0', shots(0)), Row('Paper k=1', state='reported only'), Row('Reprod k=1', shots(1)),
          Row('Reprod k=2', shots(2), note='not printed'), Row('Paper k=4', state='reported only'), Row('Reprod k=4', shots(4)))
 
 # %% ../nbs/22_exhibits.ipynb #aa450d29
 dual = METHODS['dual']
-SEEN = (('text only', replace(without_reference(dual), name='dual/text')), ('reference only', replace(dual, name='dual/pair', terms=dual.terms[1:], weights=(1.,), score=('joint', dict(beta=0.)))), ('joint', dual))
+SEEN = (('text only', replace(without_reference(dual), name='dual/text')), ('reference only', replace(dual, name='dual/pair', terms=dual.terms[1:], term_weights=(1.,), score=('joint', dict(beta=0.)))), ('joint', dual))
 PAIRS = (Row('CLIP', ATTENTION[0].method, note="AnoCLIP's sentences on CLIP's own path; the paper's detection column is CLIP-AC"), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', METHODS['anoclip+'], note='localises as AnoCLIP+ in the paper, and so here'),
          Row('MuSc-2', METHODS['musc-2']), Row('Ours', dual, note='a reconstruction: the constants are lost'), Row('Ours+', METHODS['dual+']), *UNTRAINED[2:])
 SETTINGS = (Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP+', METHODS['anoclip+']), Row('MuSc-2', METHODS['musc-2']), Row('Ours', dual), Row('Ours+', METHODS['dual+']),
             Row('MuSc', METHODS['musc'], note='reads the whole unlabelled set, and scores one set at a time'), Row('UniAD', state='reported only'))
 TOGETHER = tuple(Row(label, m) for label, m in SEEN) + UNTRAINED[2:]
-MODULES = (Row('base', SEEN[0][1], note='not printed'), Row('TTA', replace(without_reference(METHODS['dual+']), name='dual+/alone', weights=(1.,)), note='not printed'), Row('reference', dual, note='not printed'), Row('reference + TTA', METHODS['dual+']))
+MODULES = (Row('base', SEEN[0][1], note='not printed'), Row('TTA', replace(without_reference(METHODS['dual+']), name='dual+/alone', term_weights=(1.,)), note='not printed'), Row('reference', dual, note='not printed'), Row('reference + TTA', METHODS['dual+']))
 COUNTS = (Row('0', SEEN[0][1]), Row('1', dual), *(Row(str(k), replace(dual, name=f'dual/{k}', reference=('pair', dict(count=k)))) for k in (2, 4, 8, 16)))
-steps = lambda s: replace(METHODS['dual+'], name=f'dual+/{s}', terms=(*dual.terms[1:], ('painted', dict(steps=s))))
+steps = lambda s: replace(METHODS['dual+'], name=f'dual+/{s}', terms=(*dual.terms[1:], ('synthetic_adapted', dict(steps=s))))
 DUAL_STEPS = tuple(Row(str(s), {0: dual, 2: METHODS['dual+']}.get(s) or steps(s), note='' if s else 'Ours, without adaptation') for s in range(7))
 policy = lambda m, p: replace(m, name=f'{m.name}/{p}', reference=('pair', dict(policy=p)))
 POLICIES = tuple(Row(f'{label}, {p}', policy(m, p)) for label, m in SEEN[1:] for p in ('normal', 'random', 'anomalous'))
@@ -150,7 +150,7 @@ POLICIES = tuple(Row(f'{label}, {p}', policy(m, p)) for label, m in SEEN[1:] for
 # %% ../nbs/22_exhibits.ipynb #c83e387b
 def switch(base, name:str, metrics:tuple, **changes)->tuple:      # base, the other row, metrics it can change
     "Give a row, or the one of a name, a twin under another name with fields changed, and parameters of those of its terms and of its score that know them."
-    base, known = find_method(base), lambda parts, part, had: {**had, **{k: v for k, v in changes.items() if k in signature(parts[part]).parameters}}
+    base, known = find_method(base), lambda parts, part, had: {**had, **{k: v for k, v in changes.items() if k in parts[part].parameters}}
     m = replace(base, terms=tuple((part, known(TERMS, part, had)) for part, had in base.terms), score=(base.score[0], known(SCORES, *base.score)))
     return base, replace(m, name=f'{base.name}/{name}', **{k: v for k, v in changes.items() if k in Method.__dataclass_fields__}), metrics
 
@@ -161,33 +161,33 @@ SILENT_TEXT = (
     switch('maskclip', 'no-mlp', MAP, encode=one_path('v', 1)),
     (METHODS['transmm'], METHODS['transmm@code'], MAP), switch('transmm', 'difference', MAP, target='difference'),
     *(switch('anoclip', f'tau{tau}', BOTH, tau=tau) for tau in (.07, .01)),
-    switch('anoclip', 'corners', MAP, align_corners=True), switch('anoclip', 'mean3', MAP, smooth='mean3'),
+    switch('anoclip', 'corners', MAP, align_corners=True), switch('anoclip', 'mean3', MAP, smoothing='mean3'),
     switch('anoclip', 'views', BOTH[:1], encode=one_path('vv', views='anovl'), score=('views', {})),
-    switch('anoclip', 'unit', BOTH, text=replace(WORDS, average='unit')), switch('anoclip', 'three-domains', BOTH, text=replace(WORDS, domains=CODED.domains, texture_domains=CODED.texture_domains)),
+    switch('anoclip', 'unit', BOTH, prompts=replace(WORDS, average='unit')), switch('anoclip', 'three-domains', BOTH, prompts=replace(WORDS, domains=CODED.domains, texture_domains=CODED.texture_domains)),
     (ano, METHODS['anoclip@code'], BOTH))
 
 # %% ../nbs/22_exhibits.ipynb #85986841
 SILENT_WINDOWS = (
     *(switch('winclip', f'tau{tau}', BOTH, tau=tau) for tau in (1., .01)), switch('winclip', 'max', BOTH[:1], score=('max', {})),
-    switch('winclip', '21', BOTH, text=replace(PROMPTS['winclip'], templates=PROMPTS['winclip@code'].templates)),
+    switch('winclip', '21', BOTH, prompts=replace(PROMPTS['winclip'], templates=PROMPTS['winclip@code'].templates)),
     *(switch('winclip+', stage, BOTH, encode=one_path('qkv', stage=stage, windows=(2, 3))) for stage in ('ln_post', 'proj')),
     switch('winclip+', 'class', BOTH[:1], score=('class', dict(tau=.07))), switch('winclip+', 'seed1', BOTH, seed=1), switch(shots(4), 'replace', BOTH, reference=('shots', dict(k=4, replace=True))))
 HALF = switch('anoclip+', 'half', MAP, adapter='code')
 SILENT_ADAPTING = (
     switch('anoclip+', 'softmax', MAP, adapter='softmax'), HALF, switch(HALF[1], 'length', MAP, encode=one_path('vv', stage='ln_post')),
     *(switch('anoclip+', pseudo, MAP, pseudo=pseudo) for pseudo in ('entropy', 'frozen')), *(switch('anoclip+', f'sigma{sigma}', MAP, sigma=sigma) for sigma in (.055, .005)),
-    switch('anoclip+', 'once', MAP, draws='once'), switch('anoclip+', 'in-order', MAP, in_order=True), switch('anoclip+', 'steps20', MAP, steps=20), switch('anoclip+', 'seed1', MAP, seed=1),
+    switch('anoclip+', 'once', MAP, redraw_noise=False), switch('anoclip+', 'in-order', MAP, sequential=True), switch('anoclip+', 'steps20', MAP, steps=20), switch('anoclip+', 'seed1', MAP, seed=1),
     (METHODS['anoclip+'], METHODS['anoclip+@code'], BOTH))
 
 # %% ../nbs/22_exhibits.ipynb #1d41f0d6
 SILENT_SETS = (
-    switch('musc', 'share1', BOTH, share=1), switch('musc', 'parts3', BOTH, parts=3), switch('musc', 'no-rscin', BOTH[:1], finish=()), switch('musc', 'rscin-189', BOTH[:1], finish=(('rscin', dict(neighbours=(1, 8, 9))),)),
+    switch('musc', 'share1', BOTH, fraction=1), switch('musc', 'parts3', BOTH, subsets=3), switch('musc', 'no-rscin', BOTH[:1], set_steps=()), switch('musc', 'rscin-189', BOTH[:1], set_steps=(('rscin', dict(neighbours=(1, 8, 9))),)),
     switch('musc-2', 'last', BOTH, encode=one_path('qkv', stage='raw')), switch('musc-2', '1x1', BOTH, scales=(1,)))
 SILENT_PAIRS = (
-    *(switch('dual', f'alpha{a}', BOTH, weights=(a, b)) for a, b in ((.3, .7), (.7, .3))), *(switch('dual', f'beta{beta:.0f}', BOTH[:1], beta=beta) for beta in (0., 1.)),
+    *(switch('dual', f'alpha{a}', BOTH, term_weights=(a, b)) for a, b in ((.3, .7), (.7, .3))), *(switch('dual', f'beta{beta:.0f}', BOTH[:1], beta=beta) for beta in (0., 1.)),
     *(switch('dual', f'tau{tau}', BOTH, tau=tau) for tau in (1., .01)), switch('dual', 'seed1', BOTH, seed=1),
     switch(SEEN[1][1], 'raw', BOTH, encode=one_path('vv', stage='raw')), *(switch(r.method, 'mean', BOTH, join='mean') for r in COUNTS if r.label == '4'),
-    switch('dual+', 'cosine', BOTH, similarity='cosine'), switch('dual+', 'lam0', BOTH, lam=0.), switch('dual+', 'steps6', BOTH, steps=6), switch('dual+', 'area0', BOTH, area=0.))
+    switch('dual+', 'cosine', BOTH, similarity='cosine'), switch('dual+', 'lam0', BOTH, lam=0.), switch('dual+', 'steps6', BOTH, steps=6), switch('dual+', 'area0', BOTH, coverage=0.))
 SILENT = (*SILENT_TEXT, *SILENT_WINDOWS, *SILENT_ADAPTING, *SILENT_SETS, *SILENT_PAIRS)
 
 def silent(name:str, title:str, switches)->Exhibit:
@@ -269,7 +269,7 @@ AWARE = (course('anomalyclip', 'AnomalyCLIP, object'), course('anomalyclip-aware
 KNOWN = (course('knpl-none', 'no knowledge'), course('knpl-clip', 'fixed CLIP prompts', 'as in KgCoOp'), course('knpl-llm', 'of categories'), course('knpl-vqa', 'of images'), course('kanoclip-vv', 'both', 'n = 5, m = 1: the default'),
          *(course(f'knpl-n{n}', f'both, n = {n}') for n in (1, 3, 10)), course('knpl-one', 'both, one adjective'), course('knpl-margin', 'both, margin 0.3', 'the printed margin is 0'))
 RULED = (course('kanoclip', 'Eq. 12'), course('kanoclip-max', 'max(M) alone'))
-READ_AS = (course('kanoclip', 'KAnoCLIP'), course('kanoclip-eq11', 'Eq. 11 as printed', 'no convolution, no residual'), course('kanoclip-norm', 'Norm of Eq. 9 by image'), course('kanoclip-grid', "grid of DAT's code"), course('kanoclip-drawn', 'last layers start at random'), course('kanoclip-apart', 'vectors of their own per adjective'))
+READ_AS = (replace(course('kanoclip', 'KAnoCLIP'), seeds=5), course('kanoclip-eq11', 'Eq. 11 as printed', 'no convolution, no residual'), course('kanoclip-norm', 'Norm of Eq. 9 by image'), course('kanoclip-grid', "grid of DAT's code"), course('kanoclip-drawn', 'last layers start at random'), course('kanoclip-apart', 'vectors of their own per adjective'))
 TRIED = (Row('AnoCLIP', METHODS['anoclip']), course('kanoclip', 'KAnoCLIP'), course('kanoclip-last', 'last block alone'), course('kanoclip-last-by-hand', 'last block, sentences by hand', 'fusion and adapter learned, no prompts'), course('kanoclip-drawn', 'four blocks, random start', 'last layers of fusion and adapter'))
 LEARNED_FROM = tuple(Row(f'from {on}', replace(METHODS['kanoclip'], name=f'kanoclip from {on}', artifact='kanoclip-{backbone}-' + on + '-s{seed}')) for on in ('procad', 'procad-b', 'procad-novel', 'procad-med', 'procad-aux'))
 
@@ -296,10 +296,11 @@ LEARNING = (
     Exhibit('transfer', 'Learned from one set, asked about the others', '', LEARNED_FROM, ('mvtec', 'visa', 'novel', 'brainmri'), IP, print_state='own', asked=True),)
 
 # %% ../nbs/22_exhibits.ipynb #9e7b3e77
-def seeded(e:Exhibit)->Exhibit:
-    "Give an exhibit that is about spread a row for each of its seeds; others are given back as they are."
-    again = lambda r: r.method is not None and r.method.draws and r.own
-    return e if e.seeds == 1 else replace(e, rows=tuple(r if k == 0 else replace(r, label=f'{r.label}, seed {k}', method=replace(r.method, seed=k)) for r in e.rows for k in range(e.seeds if again(r) else 1)))
+def seeds_of(e, row:Row, at_least:int=1)->tuple:
+    "List the seeds of an exhibit's row, from the row's own upwards; one where nothing is learned or drawn."
+    if row.method is None: return (0,)
+    count = max(row.seeds or getattr(e, 'seeds', 1), at_least) if row.method.stochastic else 1
+    return tuple(range(row.method.seed, row.method.seed + count))
 
 EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS, *KANOCLIP, *LEARNING)}
 

@@ -61,7 +61,7 @@ def write_gallery(encoder:Encoder, ds:Dataset, out)->tuple:
 # %% ../nbs/27_explore.ipynb #586badd9
 def depth_picture(encoder:Encoder, image, mask, category:str, depth:int, prompts:str='anoclip', texts=None):
     "Draw image with mask, and the map at one V-V depth; `texts` remembers encoded sentences from call to call."
-    row = replace(METHODS['anoclip'], text=prompts, encode=one_path('vv', depth))
+    row = replace(METHODS['anoclip'], prompts=prompts, encode=one_path('vv', depth))
     p = build(row, [category], encoder, texts)(encoder.preprocess([image]), [category])
     a = p.map[0].numpy()
     fig, (l, r) = plt.subplots(1, 2, figsize=(6.4, 3.3), dpi=72)

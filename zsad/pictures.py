@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TURNS', 'NAMED', 'ONE_SCALE', 'DRAWINGS', 'choose_categories', 'first_of_kinds', 'in_turn', 'of_kinds', 'Look',
            'tokens_at', 'look', 'maps_of', 'scene', 'walked', 'photo', 'plain', 'on_image', 'named', 'redden',
-           'draw_localisation', 'adapted_tokens', 'flatten_tokens', 'scatter', 'draw_tokens', 'map_lines', 'draw_maps',
-           'draw_references', 'painted_twins', 'text_before_after', 'draw_adaptation', 'split_patches', 'densities',
-           'draw_densities', 'window_steps', 'draw_windows', 'jobs_of', 'picture', 'file_of', 'write_pictures']
+           'draw_localisation', 'flatten_tokens', 'scatter', 'draw_tokens', 'map_lines', 'draw_maps', 'draw_references',
+           'text_before_after', 'draw_adaptation', 'split_patches', 'densities', 'draw_densities', 'window_steps',
+           'draw_windows', 'jobs_of', 'picture', 'file_of', 'write_pictures']
 
 # %% ../nbs/24_pictures.ipynb #7ad16365
-import inspect, sys
+import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +19,11 @@ import numpy as np
 from torch import Tensor
 from .bench import Job, Model, all_tokens, open_model, plan_jobs, predict_job, reference_of
 from .clip import Encoder, Tokens, anomaly_score
-from .core import keyed
 from .data import load_image, load_mask
 from .exhibits import EXHIBITS, PICTURES, Picture
-from .method import TERMS, Detector, Reference, Scene, build, class_score, patches_of, walk_terms
+from .method import TERMS, Detector, Reference, ScoringInputs, adapted_tokens, build, class_score, patches_of, run_terms, synthetic_images
 from .metrics import auroc, sorted_counts
-from .synth import draw_source, patch_mask, synthesize
-from .tta import adapt, draw_noise
+from .synth import patch_mask
 from .viz import map_range, outline, overlay, picture_grid
 from .windows import harmonic
 
@@ -87,15 +85,15 @@ def maps_of(l:Look)->np.ndarray:        # [B,S,S]
     return predict_job(l.job, l.det, l.tokens, l.reference).map.numpy()
 
 # %% ../nbs/24_pictures.ipynb #4fc447f3
-def scene(l:Look)->Scene:
+def scene(l:Look)->ScoringInputs:
     "Make the scene that the terms of a look's row are given."
     m, prep = l.det.method, l.det.encoder.preprocess
-    x = replace(prep, interpolation=m.interpolation)([load_image(s.path) for s in l.job.samples]) if m.pixels else None
-    return l.det.scene(l.job.category, l.tokens, l.reference, x, tuple(s.id for s in l.job.samples))
+    x = replace(prep, interpolation=m.interpolation)([load_image(s.path) for s in l.job.samples]) if m.needs_images else None
+    return l.det.scoring_inputs(l.job.category, l.tokens, l.reference, x, tuple(s.id for s in l.job.samples))
 
-def walked(l:Look)->Scene:
+def walked(l:Look)->ScoringInputs:
     "Make the scene of a look with the maps of all terms of its row, in their order."
-    return walk_terms(l.det.method, scene(l))[0]
+    return run_terms(l.det.method, scene(l))
 
 # %% ../nbs/24_pictures.ipynb #81393f41
 def photo(l:Look, sample)->np.ndarray:        # [S,S,3] uint8
@@ -136,13 +134,6 @@ def draw_localisation(p:Picture, jobs, texts)->tuple:
     return picture_grid(lines, labels=labels, size=1.3), f"From left to right, {'; '.join(said)}. Green: ground truth; red: {label}, from the median of all pixels shown (no red) to their 99.5th percentile, one scale for all images. {TURNS}"
 
 # %% ../nbs/24_pictures.ipynb #fac5027e
-def adapted_tokens(s:Scene, **params)->Tensor:        # [B,N,C]
-    "Give the tokens that the term `adapted` scores (AnoCLIP+, Eq. 9-11)."
-    k = {n: q.default for n, q in inspect.signature(TERMS['adapted']).parameters.items()} | params
-    p = patches_of(s.tokens, k['path'], k['layer'])
-    noise = draw_noise(s.ids, (max(1, k['steps']) if k['draws'] == 'step' else 1, *p.shape[1:]), s.seed, k['sigma'])
-    return adapt(p, s.text, s.each, noise, **{n: k[n] for n in ('steps', 'lr', 'adapter', 'pseudo', 'tau')})
-
 def flatten_tokens(p, seed:int=0)->np.ndarray:        # [N,2]
     "Lay out tokens [N,C] in the plane by t-SNE."
     from sklearn.manifold import TSNE
@@ -160,7 +151,7 @@ def draw_tokens(p:Picture, jobs, texts)->tuple:
     looks = [look(job, r.label, at, texts) for r in p.rows]; samples = looks[0].job.samples
     before, after = (scene(l) for l in looks)
     tokens = patches_of(before.tokens, 0, -1), adapted_tokens(after, **dict(looks[1].det.method.terms)['adapted'])
-    score = [anomaly_score(t, before.text, 1.) for t in tokens]; half = [float((s - .5).abs().quantile(.99)) for s in score]
+    score = [anomaly_score(t, before.class_embeddings, 1.) for t in tokens]; half = [float((s - .5).abs().quantile(.99)) for s in score]
     truth = patch_mask(np.stack([load_mask(s.mask, looks[0].det.encoder.preprocess.size) for s in samples]), before.tokens.grid).numpy()
     fig, axes = plt.subplots(len(at), 3, figsize=(6.6, 2.15*len(at)), squeeze=False, dpi=72)
     for n, line in enumerate(axes):
@@ -203,26 +194,22 @@ def draw_references(p:Picture, jobs, texts)->tuple:
     return fig, f"Each image twice: beside a {' and an '.join(policies)} reference. Green: ground truth, of the reference too. References are drawn by image id. {TURNS} {ONE_SCALE}"
 
 # %% ../nbs/24_pictures.ipynb #6ac1cfb5
-def painted_twins(l:Look)->list:        # (image [S,S,3], mask [S,S]) of each image
-    "Paint the anomalies that the term `painted` adapts to (Dual-Image, Sec. 3.3)."
-    size, seed = l.det.encoder.preprocess.size, l.det.method.seed
-    draw = lambda s, rng: synthesize(plain(l, s), draw_source(size, rng), rng)
-    return [draw(s, keyed(seed, 'synth', s.id)) for s in l.job.samples]
-
 def text_before_after(l:Look)->tuple:        # [B,N] twice
-    "Score patches on the sentences before and after adaptation to the painted twin (Dual-Image, Eq. 2 and 9)."
-    s, tau = walked(l), dict(l.det.method.terms)['painted'].get('tau', 0.07)
-    return TERMS['text'](s, tau=tau), s.parts['painted']
+    "Score patches on the sentences before and after adaptation to a synthetic anomaly (Dual-Image, Eq. 2 and 9)."
+    s, tau = walked(l), dict(l.det.method.terms)['synthetic_adapted'].get('tau', 0.07)
+    return TERMS['text'](s, tau=tau), s.maps['synthetic_adapted']
 
 def draw_adaptation(p:Picture, jobs, texts)->tuple:
-    "Draw image, painted twin, patch mask and the text score before and after (Dual-Image, Fig. 4)."
+    "Draw image, synthetic image, changed patches, text score before and after (Dual-Image, Fig. 4)."
     looks = [look(j, p.rows[0].label, [i], texts) for j, i in zip(jobs, in_turn(jobs))]; lines = []
     scores = [[t.unflatten(1, l.tokens.grid)[0].numpy() for t in text_before_after(l)] for l in looks]; scale = map_range(scores)
     for l, pair in zip(looks, scores):
-        s = l.job.samples[0]; twin, mask = painted_twins(l)[0]
-        lines.append([photo(l, s), twin, patch_mask(mask, l.tokens.grid).view(l.tokens.grid).numpy(), *(on_image(l, s, a, scale) for a in pair)])
+        s = l.job.samples[0]; made, mask = synthetic_images(scene(l))[0]
+        coverage = TERMS['synthetic_adapted'].resolve(dict(l.det.method.terms)['synthetic_adapted'])['coverage']
+        changed = patch_mask(mask, l.tokens.grid, coverage).view(l.tokens.grid).numpy()
+        lines.append([photo(l, s), made, changed, *(on_image(l, s, a, scale) for a in pair)])
     samples = [l.job.samples[0] for l in looks]
-    fig = picture_grid(lines, ['image', 'painted twin', 'painted patches', 'text before', 'text after'], [f"{s.category}\n{s.defect.replace('_', ' ')}" for s in samples], 1.4)
+    fig = picture_grid(lines, ['image', 'synthetic image', 'changed patches', 'text before', 'text after'], [f"{s.category}\n{s.defect.replace('_', ' ')}" for s in samples], 1.4)
     return fig, f'Green: ground truth. Text before and after share one scale. {TURNS}'
 
 # %% ../nbs/24_pictures.ipynb #e7a7b86c
@@ -254,11 +241,11 @@ def draw_densities(p:Picture, jobs, texts)->tuple:
                  f'AUROC of patches {apart[0]} before and {apart[1]} after. All share one scale. {NAMED}')
 
 # %% ../nbs/24_pictures.ipynb #a986cd7d
-def window_steps(s:Scene, tau:float)->list:        # [(title, [rows, columns])]
+def window_steps(s:ScoringInputs, tau:float)->list:        # [(title, [rows, columns])]
     "Score the windows of the first image and walk their harmonic means (WinCLIP, Eq. 1)."
     (h, w), out = s.tokens.grid, []
     for k, f in s.tokens.windows.items():
-        one = anomaly_score(f[:1], s.text, tau); side = (h - k + 1, w - k + 1)
+        one = anomaly_score(f[:1], s.class_embeddings, tau); side = (h - k + 1, w - k + 1)
         out += [(f'{side[0]} x {side[1]} windows\nof {k} x {k} patches', one[0].view(side)), ('harmonic mean\nof each patch', harmonic(one, s.tokens.grid, k)[0])]
     return [(title, a.numpy()) for title, a in [*out, (f'all, with class\ntoken {float(class_score(s, tau)[0]):.2f}', TERMS['windows'](s, tau).view(-1, h, w)[0])]]
 
@@ -282,7 +269,7 @@ DRAWINGS = {'anoclip-f4': draw_localisation, 'anoclip-f6': draw_tokens, 'dual-f3
 
 def jobs_of(p:Picture, sets:dict, model:Model)->list:
     "List the jobs of a picture's categories on data sets ({role: Survey}), in the order they are drawn."
-    jobs = {(j.dataset, j.category): j for j in plan_jobs((p,), {r: s for r, s in sets.items() if r in p.roles}, model)[1]}
+    jobs = {(j.dataset, j.category): j for j in plan_jobs((p,), {r: s for r, s in sets.items() if r in p.roles}, model).jobs}
     drawn = [jobs.get((s.dataset.name, c)) for r, s in sets.items() if r in p.roles for c in choose_categories(s.dataset, p.categories, p.count)]
     if not any(drawn): raise ValueError(f'{p.name}: nothing to draw; it needs a data set for one of {list(p.roles)} with defective images, and an encoder that its rows run on')
     return [j for j in drawn if j]
