@@ -18,7 +18,7 @@ from zsad.clip import EncodeSpec, load_encoder, untrained
 from zsad import method
 from zsad.exhibits import EXHIBITS, PICTURES
 from zsad.identity import identity_key
-from zsad.method import (METHODS, REFERENCES, SCORES, SET_STEPS, Reference, build, fit, fuse_terms,
+from zsad.method import (METHODS, REFERENCES, SCORES, SET_STEPS, TERMS, Reference, build, fit, fuse_terms,
                          method_identity, revs_of, run_terms, select_images, upsample)
 from zsad.procad import design, render
 
@@ -172,7 +172,7 @@ def walk_stages(det, s)->list:
     out += [('smoothing', s.grid), ('upsampling', s.map), (f'score {m.score[0]}', score)]
     for name, params in m.set_steps:
         score = SET_STEPS[name](score, s.tokens.cls, **params)
-        out.append((f'set step {name}', score))
+        out.append((f'set_step {name}', score))
     return out
 
 def row_stages(kept, row, category:str, kind:str)->list:      # [(stage, numbers)]
@@ -188,7 +188,7 @@ def row_stages(kept, row, category:str, kind:str)->list:      # [(stage, numbers
     reference, drawn = references_of(kept, control, m, category, name, which)
     s = det.scoring_inputs(name, tokens, reference, x, ids)
     out = [('preprocessing', x), *token_stages(tokens, m.encode)]
-    if drawn is not None: out.append((f'reference sampler {m.reference[0]}', drawn))
+    if drawn is not None: out.append((f'reference {m.reference[0]}', drawn))
     if s.class_embeddings is not None:
         some = s.prompt_embeddings[spots(len(s.prompt_embeddings), 6)]
         out += [('prompts, single', some), ('prompts', s.class_embeddings)]
@@ -242,7 +242,8 @@ def unpack(text:str)->dict:
 def operation_of(stage:str)->str:
     "Name whose revision stands for a stage: an operation, 'encoding' or 'pipeline'."
     if stage.startswith('encoding'): return 'encoding'
-    return stage if stage.startswith(('term ', 'score ', 'reference sampler ', 'set step ', 'head ')) else 'pipeline'
+    kinds = [registry.kind for registry in (TERMS, SCORES, REFERENCES, SET_STEPS)]
+    return stage if stage.split(' ')[0] in (*kinds, 'head') else 'pipeline'
 
 def differs(stage:str, was:list, now:list, adapts:bool):
     "Give (image, number of the value, stored, computed) of the largest difference beyond tolerance, or None."

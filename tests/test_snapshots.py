@@ -36,8 +36,8 @@ def changed(stored, name, stage):
     return out
 
 @pytest.mark.parametrize('name,stage,op', [
-    ('dual', 'term pair', 'term pair'), ('dual', 'score joint', 'score joint'), ('musc', 'set step rscin', 'set step rscin'),
-    ('dual', 'reference sampler pair', 'reference sampler pair'), ('winclip', 'encoding windows 2', 'encoding'),
+    ('dual', 'term pair', 'term pair'), ('dual', 'score joint', 'score joint'), ('musc', 'set_step rscin', 'set_step rscin'),
+    ('dual', 'reference pair', 'reference pair'), ('winclip', 'encoding windows 2', 'encoding'),
     ('anoclip+@code', 'smoothing', 'pipeline'), ('anoclip', 'upsampling', 'pipeline'), ('clip', 'prompts', 'pipeline'),
     ('mvfa', 'head mvfa', 'head mvfa'), ('clip', 'preprocessing', 'pipeline')])
 def test_the_first_difference_names_its_operation(stored, name, stage, op):
