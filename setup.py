@@ -10,5 +10,9 @@ setup(
     url=s['git_url'], python_requires='>=' + s['min_python'], packages=find_packages(include=['zsad', 'zsad.*']),
     package_data={'zsad': ['assets/*', 'assets/trained/*']}, include_package_data=True,
     install_requires=s['requirements'].split(), extras_require={'cluster': s['cluster_requirements'].split(), 'llm': s['llm_requirements'].split(), 'dev': s['dev_requirements'].split()},
-    entry_points={'console_scripts': s['console_scripts'].split()}, zip_safe=False,
+    entry_points={
+        'console_scripts': s['console_scripts'].split(),
+        'nbdev': [f"{s['lib_name']} = {s['lib_path']}._modidx:d"],   # where other nbdev sites find our pages
+    },
+    zip_safe=False,
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else '', long_description_content_type='text/markdown')

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from zsad.core import digest
 from zsad.data import (SOURCES, Dataset, Sample, check_dataset, data_hash, find_sets, layout_of, load_dataset, load_image, load_mask, read_folder, read_mask, read_meta,
-                       survey, write_meta)
+                       survey, vanishing, write_meta)
+from zsad.metrics import MASK_RULES, Protocol, evaluate, resize_mask
 from zsad.procad import render_procad
 
 
@@ -92,16 +93,35 @@ def test_every_mode_of_image(mode, tmp_path):
     assert got.dtype == np.uint8 and got.flags.c_contiguous and np.array_equal(got, want)
 
 
-def test_first_frame_and_stored_orientation(tmp_path):
+def test_first_frame(tmp_path):
     frames = [Image.fromarray(v) for v in (COLOUR, 255 - COLOUR)]
     for name in ('a.png', 'a.tif'):
         frames[0].save(tmp_path/name, save_all=True, append_images=frames[1:])
         with Image.open(tmp_path/name) as im: assert im.n_frames == 2
         assert np.array_equal(load_image(tmp_path/name), COLOUR)
-    exif = Image.Exif(); exif[0x112] = 6                                # turn by a quarter when shown
-    frames[0].save(tmp_path/'turned.png', exif=exif)
-    with Image.open(tmp_path/'turned.png') as im: assert im.getexif()[0x112] == 6
-    assert np.array_equal(load_image(tmp_path/'turned.png'), COLOUR)
+
+
+STORED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+          6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: lambda a: np.rot90(a, -1), 9: lambda a: a}
+
+
+@pytest.mark.parametrize('orientation', STORED)
+@pytest.mark.parametrize('kind', ['png', 'jpg', 'webp', 'tif'])
+def test_pictures_and_masks_are_turned_as_exif_says(orientation, kind, tmp_path):
+    "What is stored turned comes back as it is shown; 9 is no orientation."
+    exif = Image.Exif(); exif[0x112] = orientation
+    how = dict(png={}, jpg=dict(quality=100, subsampling=0), webp=dict(lossless=True), tif={})[kind]
+    Image.fromarray(np.ascontiguousarray(STORED[orientation](COLOUR))).save(tmp_path/f'a.{kind}', exif=exif, **how)
+    got = load_image(tmp_path/f'a.{kind}')
+    assert got.shape == COLOUR.shape and abs(got.astype(int) - COLOUR).max() <= (12 if kind == 'jpg' else 0)
+    spot = np.zeros((16, 24), 'u1'); spot[2:5, 3:10] = 255
+    Image.fromarray(np.ascontiguousarray(STORED[orientation](spot))).save(tmp_path/f'm.{kind}', exif=exif, **how)
+    assert np.array_equal(read_mask(tmp_path/f'm.{kind}'), spot > 0)
+
+
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path/'a.png', exif=b'Exif\x00\x00MM\x00*\xff\xff')
+    assert np.array_equal(load_image(tmp_path/'a.png'), COLOUR)
 
 
 SPOT = np.zeros((8, 8), 'u1'); SPOT[2:4, 2:5] = 1
@@ -134,14 +154,100 @@ def test_masks_that_mark_nothing_and_inks(tmp_path):
     Image.fromarray(np.dstack([SPOT*0 + 255]*3)).convert('CMYK').save(tmp_path/'white.tif'); assert read_mask(tmp_path/'white.tif').all()        # no ink at all
 
 
-def test_masks_are_resized_as_before(rendered):
-    "0/255 masks: the values of the plain reading, binarised and resized by Pillow."
+def test_masks_are_resized_as_the_public_codes_do(rendered):
+    "0/255 masks: the values of the plain reading, binarised and resized by Pillow; `any` keeps what a pixel touches."
     bad = [s for s in read_folder(rendered).samples if s.label]; assert len(bad) == 4
     for s in bad:
         im = Image.open(s.mask); m = np.asarray(im); assert set(np.unique(m)) == {0, 255}
-        for rule, how, least in (('bilinear>0.5', 'BILINEAR', 127), ('any', 'BILINEAR', 0), ('nearest', 'NEAREST', 0)):
-            assert np.array_equal(load_mask(s.mask, 40, rule), np.asarray(im.resize((40, 40), Image.Resampling[how])) > least)
+        for rule, how in (('bilinear>0.5', 'BILINEAR'), ('nearest', 'NEAREST')):
+            assert np.array_equal(load_mask(s.mask, 40, rule), np.asarray(im.resize((40, 40), Image.Resampling[how])) > 127)
+        assert np.array_equal(load_mask(s.mask, 32, 'any'), m.reshape(32, 4, 32, 4).any((1, 3)))
     assert load_mask(s.mask, 40).sum() < load_mask(s.mask, 40, 'any').sum()
+
+
+@pytest.mark.parametrize('rule', MASK_RULES)
+def test_one_rule_has_one_answer(rule, tmp_path):
+    "480 -> 240 of a disk, where edges fall on one half: reading, resizing and a protocol with a size agree."
+    y, x = np.mgrid[:480, :480]; disk = (y - 239.5)**2 + (x - 239.5)**2 < 110**2; disk[:120, 41:60] = True
+    Image.fromarray(disk.astype('u1')*255).save(tmp_path/'m.png')
+    small = load_mask(tmp_path/'m.png', 240, rule)
+    assert np.array_equal(small, resize_mask(disk[None], 240, rule)[0])
+    both, maps = np.stack([disk, 0*disk]), np.stack([small, 0*small]).astype('f4')
+    assert evaluate(maps, both, None, None, Protocol(size=240, mask_rule=rule, metrics=('pixel_auroc',)))['pixel_auroc'] == 1
+
+
+@pytest.mark.parametrize('rule', MASK_RULES)
+def test_a_defect_smaller_than_a_pixel_stays_anomalous(rule, mvtec):
+    "A mask that marks something never becomes empty, so no anomalous image counts as normal; data check counts such masks."
+    ds = read_folder(mvtec); s = next(s for s in ds.samples if s.label)
+    m = np.zeros((1280, 1280), 'u1'); m[643, 643] = 255; Image.fromarray(m).save(s.mask)
+    small = load_mask(s.mask, 128, rule)
+    assert small.sum() == 1 and small[64, 64]
+    assert vanishing(ds, 128, 1) == [s.id] and vanishing(ds, 1280, 1) == []
+
+
+SOFT = np.zeros((120, 120), 'u1'); SOFT[30:60, 40:80] = 255; SOFT[80:100, 20:40] = 255
+
+
+def stored_as(kind, **how):
+    f = io.BytesIO(); Image.fromarray(SOFT).save(f, kind, **how); return np.asarray(Image.open(f).convert('L'))
+
+
+def smoothed(a):
+    from scipy import ndimage
+    return ndimage.gaussian_filter(a.astype(float), 2).round().astype('u1')
+
+
+EDGES = {'JPEG': lambda: stored_as('jpeg', quality=60), 'WebP': lambda: stored_as('webp', quality=40), 'smoothed': lambda: smoothed(SOFT), 'faint': lambda: smoothed(SOFT)//3,
+         'enlarged': lambda: np.asarray(Image.fromarray(SOFT).resize((60, 60), Image.Resampling.BOX).resize((120, 120), Image.Resampling.LANCZOS)), '16 bits': lambda: smoothed(SOFT).astype('u2')*257}
+
+
+@pytest.mark.parametrize('kind', EDGES)
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_soft_edges_are_divided_in_the_middle(kind, mode, tmp_path):
+    a = EDGES[kind](); assert (a > 0).sum() > 1.1*(SOFT > 0).sum()           # above 0 would be far too much
+    if mode == 'RGB' and a.dtype == np.uint16: pytest.skip('no such picture')
+    Image.fromarray(a if mode == 'L' else np.repeat(a[..., None], 3, -1)).save(tmp_path/'m.png')
+    m, want = read_mask(tmp_path/'m.png'), SOFT > 0
+    assert 2*(m & want).sum()/(m.sum() + want.sum()) > 0.98
+
+
+def tiles(values):
+    "Regions of 6x6 pixels, one value each, two pixels apart."
+    a = np.zeros((160, 160), 'u2'); places = [(y, x) for y in range(1, 153, 8) for x in range(1, 153, 8)]
+    for (y, x), v in zip(places, values): a[y:y + 6, x:x + 6] = v
+    return a
+
+
+HARD = {'class numbers': np.arange(1, 21), 'saturations of LOCO': np.arange(236, 256), 'instances': np.arange(1, 256), 'steps': (50, 100, 150, 200, 255), 'one in 16 bits': (1, 65535)}
+
+
+@pytest.mark.parametrize('kind', HARD)
+def test_few_values_in_a_region_stay_as_they_are(kind, tmp_path):
+    a = tiles(HARD[kind]); a = a if a.max() > 255 else a.astype('u1')
+    if kind == 'steps': a[60:90, :] = np.repeat(np.array(HARD[kind], 'u1'), 32)[None]       # and side by side
+    Image.fromarray(a).save(tmp_path/'m.png')
+    assert np.array_equal(read_mask(tmp_path/'m.png'), a > 0)
+
+
+def test_an_inverted_mask_is_named(mvtec):
+    ds = read_folder(mvtec); s = next(s for s in ds.samples if s.label)
+    Image.fromarray(~read_mask(s.mask)).save(s.mask)
+    (f, why), = survey(read_folder(mvtec), 1).dataset.skipped
+    assert f == s.mask and 'inverted' in why and '%' in why
+    Image.new('L', (128, 128), 255).save(s.mask)                             # everything marked: an image without anything normal
+    assert survey(read_folder(mvtec), 1).dataset.skipped == ()
+
+
+def test_a_folder_of_inverted_masks_tells_no_labels(tmp_path):
+    (tmp_path/'a'/'masks').mkdir(parents=True); y, x = np.mgrid[:64, :64]
+    for i in range(4):
+        Image.new('RGB', (64, 64)).save(tmp_path/'a'/f'{i}.png')
+        marks = (y - 30)**2 + (x - 30)**2 < (8*i)**2/9                       # image 0 shows nothing
+        Image.fromarray(~marks).save(tmp_path/'a'/'masks'/f'{i}.png')
+    with pytest.raises(ValueError, match='inverted'): read_folder(tmp_path/'a')
+    for f in (tmp_path/'a'/'masks').iterdir(): Image.fromarray(~np.asarray(Image.open(f))).save(f)
+    assert [s.label for s in read_folder(tmp_path/'a').samples] == [1, 1, 1, 0]
 
 
 def test_a_jpeg_mask_is_halved(tmp_path):
@@ -384,6 +490,62 @@ def test_a_listed_file_of_meta_that_is_gone_is_named(mvtec):
     before = read_folder(mvtec); write_meta(before, mvtec/'meta.json'); (mvtec/f'{G}.png').unlink()
     ds = read_folder(mvtec)
     assert ds.skipped == ((mvtec/f'{G}.png', 'is listed but does not exist'),) and [s.id for s in ds.samples] == [s.id for s in before.samples if s.id != 'pill/good/000']
+
+
+NAN = float('nan')            # what pandas writes where nothing stands
+ODD = {                       # what one anomalous entry says instead, what its sample says
+    'class is a number': (dict(cls_name=1), dict(category='1')), 'kind is a number': (dict(specie_name=3), dict(defect='3')),
+    'class is NaN': (dict(cls_name=NAN), dict(category='pill')), 'no mask by NaN': (dict(mask_path=NAN), dict(mask=None)), 'no mask by null': (dict(mask_path=None), dict(mask=None)),
+    'no outline by NaN': (dict(outline_path=NAN), dict(foreground=None)), 'no outline by null': (dict(outline_path=None), dict(foreground=None))}
+WRONG = {'list of masks': (dict(mask_path=['a.png']), 'mask_path'), 'image is NaN': (dict(img_path=NAN), 'img_path'), 'image is null': (dict(img_path=None), 'img_path'), 'class is a list': (dict(cls_name=['a']), 'cls_name'),
+         'kind is a dict': (dict(specie_name={}), 'specie_name'), 'anomaly is NaN': (dict(anomaly=NAN), 'anomaly'), 'anomaly is text': (dict(anomaly='1'), 'anomaly')}
+
+
+def change_entry(root, others, **values):
+    "Write meta.json with one anomalous entry of pill changed; the others of its category lose their masks where `others` says so."
+    told = json.loads(write_meta(read_folder(root), root/'meta.json').read_text()); rows = told['test']['pill']
+    n = next(n for n, r in enumerate(rows) if r['anomaly'])
+    for r in rows if others else (): r['mask_path'] = ''
+    rows[n] = {**rows[n], **values}
+    (root/'meta.json').write_text(json.dumps(told)); return n, root/rows[n]['img_path'] if isinstance(rows[n]['img_path'], str) else None
+
+
+@pytest.mark.parametrize('what', ODD)
+def test_values_of_another_type_in_meta_are_read_by_their_meaning(what, mvtec):
+    values, want = ODD[what]
+    _, path = change_entry(mvtec, 'mask_path' in values, **values)
+    s, = [s for s in survey(read_folder(mvtec), 1).dataset.samples if s.path == path]
+    assert {k: getattr(s, k) for k in want} == want
+
+
+@pytest.mark.parametrize('what', WRONG)
+def test_values_of_meta_that_mean_nothing_are_named_with_their_entry(what, mvtec):
+    values, key = WRONG[what]
+    n, _ = change_entry(mvtec, False, **values)
+    with pytest.raises(ValueError, match=rf"meta\.json: entry {n} of 'pill' has {key}=") as e: read_folder(mvtec)
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('entries', [{}, 'pill', None, 3])
+def test_a_category_of_meta_that_is_no_list_is_named(entries, mvtec):
+    (mvtec/'meta.json').write_text(json.dumps(dict(test=dict(pill=entries))))
+    with pytest.raises(ValueError, match="meta.json: 'pill' in \"test\" is no list"): read_folder(mvtec)
+
+
+@pytest.mark.parametrize('name', ['/tmp/x', '../../../x', 'a/b', 'a\\b', '..', '.', ' '])
+@pytest.mark.parametrize('where', ['test', 'train', 'csv'])
+def test_a_category_is_a_plain_name(name, where, mvtec, visa):
+    if where == 'csv':
+        rows = read_table(visa); n = next(n for n, r in enumerate(rows) if r[0] == 'pill'); rows[n][0] = name; write_table(visa, rows)
+    else:
+        told = json.loads(write_meta(read_folder(mvtec), mvtec/'meta.json').read_text()); told[where]['pill'][0]['cls_name'] = name
+        (mvtec/'meta.json').write_text(json.dumps(told))
+    with pytest.raises(ValueError, match='no plain name'): read_folder(visa if where == 'csv' else mvtec)
+
+
+def test_a_dataset_json_that_is_a_list_is_refused_by_name(mvtec):
+    (mvtec/'dataset.json').write_text('[1]')
+    with pytest.raises(ValueError, match='not the rendered set procad'): load_dataset('procad', mvtec)
 
 
 def drop_key(root, key, instead=None):

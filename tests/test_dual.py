@@ -218,7 +218,7 @@ def test_a_whole_twin_shows_the_defect():
     clean, _, bad, _, mask = paint_pair(kind, 0, 'stain')
     as_pixels = lambda a: (np.clip(a, 0, 1).transpose(1, 2, 0)*255).astype('u1')
     t = e.encode(e.preprocess([as_pixels(bad), as_pixels(clean)]))
-    p, inside = t.patches[-1], torch.tensor(mask.reshape(15, 16, 15, 16).mean((1, 3)).ravel() > .5)
+    p, inside = t.single[-1], torch.tensor(mask.reshape(15, 16, 15, 16).mean((1, 3)).ravel() > .5)
     vis = pair_map(p[:1], p[1:])[0]
     assert inside.any() and vis[inside].mean() > 5*vis[~inside].mean()
     pair = encode_prompts(e, 'clip', 'pill')

@@ -69,8 +69,8 @@ def test_class_token_is_encode_image(make, x, name):
 def test_own_path_is_open_clips_stream_after_every_block(make, x, name):
     e = make(name)
     want = e.model.visual.forward_intermediates(x, output_fmt='NLC')['image_intermediates']
-    assert gap(e.encode(x, 'qkv', layers='all', stage='raw').patches, torch.stack(want)) < 1e-4
-    assert gap(e.encode(x, 'vv', depth=0, layers='all', stage='raw').patches, torch.stack(want)) < 1e-4
+    assert gap(e.encode(x, 'qkv', layers='all', stage='raw').single, torch.stack(want)) < 1e-4
+    assert gap(e.encode(x, 'vv', depth=0, layers='all', stage='raw').single, torch.stack(want)) < 1e-4
 
 # --- local paths: the equations written out
 
@@ -112,20 +112,20 @@ def slow(v, image, attention, depth, quick=False):
 @torch.inference_mode()
 def test_local_paths_follow_the_equations(make, x, name, attention, depth):
     e = make(name)
-    raw = e.encode(x, attention, depth, layers='all', stage='raw').patches
+    raw = e.encode(x, attention, depth, layers='all', stage='raw').single
     last = e.encode(x, attention, depth)
     v = copy.deepcopy(e.model.visual).double()
     want = slow(v, x[1], attention, depth, name == 'quick_gelu')
     assert gap(raw[:, 1], want[:, 1:]) < 1e-4
-    assert gap(last.patches[0, 1], unit(norm(v.ln_post, want[-1, 1:]) @ v.proj)) < 1e-5
+    assert gap(last.single[0, 1], unit(norm(v.ln_post, want[-1, 1:]) @ v.proj)) < 1e-5
 
 @torch.inference_mode()
 def test_paths_differ_and_defaults_are_all_blocks_and_the_last(make, x):
     e = make()
-    p = {a: e.encode(x, a).patches for a in ('qkv', 'vv', 'v', 'v-mlp')}
+    p = {a: e.encode(x, a).single for a in ('qkv', 'vv', 'v', 'v-mlp')}
     for a in p:
         for b in p: assert a == b or gap(p[a], p[b]) > .05
-    assert torch.equal(p['vv'], e.encode(x, 'vv', 3).patches) and torch.equal(p['v'], e.encode(x, 'v', 1).patches) and torch.equal(p['v-mlp'], e.encode(x, 'v-mlp', 1).patches)
+    assert torch.equal(p['vv'], e.encode(x, 'vv', 3).single) and torch.equal(p['v'], e.encode(x, 'v', 1).single) and torch.equal(p['v-mlp'], e.encode(x, 'v-mlp', 1).single)
 
 @torch.inference_mode()
 def test_one_pass_for_many_paths_layers_images_is_the_same(make, x):
@@ -135,7 +135,7 @@ def test_one_pass_for_many_paths_layers_images_is_the_same(make, x):
     assert list(t.patches) == list(paths) and t.grid == (3, 3)
     for p in paths:
         alone = e.encode(x[2:], p.attention, p.depth, layers='all')
-        assert gap(t.patches[p][:, 2:], alone.patches[[2, 0]]) < 1e-5
+        assert gap(t.patches[p][:, 2:], alone.single[[2, 0]]) < 1e-5
         assert gap(t.cls[2:], alone.cls) < 1e-5
     one = e.tokens(x[1:2], EncodeSpec(views='anovl'))
     assert gap(t.views[1:2], one.views) < 1e-5 and gap(t.views[:, 0], t.cls) == 0
@@ -144,8 +144,8 @@ def test_one_pass_for_many_paths_layers_images_is_the_same(make, x):
 def test_paths_that_resolve_to_the_same_do_not_shift_the_others(make, x):
     e = make()
     t = e.tokens(x, EncodeSpec((AttentionPath('vv'), AttentionPath('vv', 3), AttentionPath('qkv'))))
-    assert gap(t.patches[AttentionPath('vv', 3)], e.encode(x, 'vv').patches) < 1e-5
-    assert gap(t.patches[AttentionPath('qkv')], e.encode(x, 'qkv').patches) < 1e-5
+    assert gap(t.patches[AttentionPath('vv', 3)], e.encode(x, 'vv').single) < 1e-5
+    assert gap(t.patches[AttentionPath('qkv')], e.encode(x, 'qkv').single) < 1e-5
 
 # --- AnoVL: its numbers on the same weights
 
@@ -201,7 +201,7 @@ def test_anoclip_code_from_pixels_to_map(make):
     p = build('anoclip@code', ['carpet'], e)(x, ['carpet'])
     pair = torch.stack([unit(torch.cat([e.model.encode_text(e.tokenizer(s[i:i + 66])) for i in range(0, len(s), 66)]).mean(0)) for s in sentences('anoclip@code', 'carpet')])
     score = lambda t: torch.softmax(t @ pair.T, -1)[..., 1]
-    g = F.pad(score(e.encode(x).patches[0, 0]).view(1, 1, 3, 3), (1, 1, 1, 1), mode='replicate')[0, 0]
+    g = F.pad(score(e.encode(x).single[0, 0]).view(1, 1, 3, 3), (1, 1, 1, 1), mode='replicate')[0, 0]
     mean = torch.stack([torch.stack([g[r:r + 3, c:c + 3].mean() for c in range(3)]) for r in range(3)])
     at = np.linspace(0, 2, 48); lo = np.minimum(at.astype(int), 1); f = at - lo
     w = np.zeros((48, 3)); w[range(48), lo] += 1 - f; w[range(48), lo + 1] += f
@@ -235,8 +235,8 @@ def test_half_precision_is_close(make, x, name, dtype):
     a, b = make(name), make(name, dtype=dtype)
     for p in ('qkv', 'vv', 'v-mlp'):
         s, t = a.encode(x, p), b.encode(x, p)
-        assert t.patches.dtype == t.cls.dtype == torch.float32 and gap(t.patches.norm(dim=-1), torch.ones(1, 3, 9)) < 1e-5
-        assert (s.patches*t.patches).sum(-1).min() > .98 and (s.cls*t.cls).sum(-1).min() > .98
+        assert t.single.dtype == t.cls.dtype == torch.float32 and gap(t.single.norm(dim=-1), torch.ones(1, 3, 9)) < 1e-5
+        assert (s.single*t.single).sum(-1).min() > .98 and (s.cls*t.cls).sum(-1).min() > .98
     assert F.cosine_similarity(a.embed_text(TEXTS), b.embed_text(TEXTS)).min() > .96   # sharp weights: rounding grows
 
 @torch.inference_mode()
@@ -245,7 +245,7 @@ def test_another_size_resamples_positions_as_open_clip_does(make, tmp_path):
     m = open_clip.CLIP(**config(dict(image_size=80)))
     torch.save(e.model.state_dict(), tmp_path/'w.pt'); open_clip.load_checkpoint(m, str(tmp_path/'w.pt')); m.eval()
     x = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(3))
-    assert big.grid == (5, 5) and big.encode(x).patches.shape == (1, 2, 25, 32) and big.preprocess([np.zeros((9, 9, 3), np.uint8)]).shape == (1, 3, 80, 80)
+    assert big.grid == (5, 5) and big.encode(x).single.shape == (1, 2, 25, 32) and big.preprocess([np.zeros((9, 9, 3), np.uint8)]).shape == (1, 3, 80, 80)
     assert gap(big.model.visual.positional_embedding, m.visual.positional_embedding) < 1e-6
     assert gap(big.encode(x).cls, unit(m.encode_image(x))) < 1e-5
     other = make(size=80, positions='bilinear').model.visual.positional_embedding
@@ -257,17 +257,17 @@ def test_another_size_resamples_positions_as_open_clip_does(make, tmp_path):
 
 @torch.inference_mode()
 def test_files_of_weights(make, x, tmp_path):
-    e = make(); sd, want = e.model.state_dict(), e.encode(x).patches
+    e = make(); sd, want = e.model.state_dict(), e.encode(x).single
     c = tmp_path/'c.json'; c.write_text(json.dumps(config()))
     h = tmp_path/'hf.json'; h.write_text(json.dumps(dict(model_cfg=config(), preprocess_cfg=dict(mean=[.1, .2, .3], std=[.4, .5, .6]))))
     load = lambda f, c=c, **k: load_encoder(c, f, device='cpu', dtype='float32', **k)
     for i, o in enumerate((sd, {'state_dict': sd, 'epoch': 3}, {'state_dict': {f'module.{k}': v for k, v in sd.items()}})):
         torch.save(o, f := tmp_path/f'{i}.pt')
-        assert torch.equal(load(f).encode(x).patches, want) and load(str(f)).weights == e.weights and load(f).source == f'{i}.pt'
-    save_file(sd, f := tmp_path/'w.safetensors'); assert torch.equal(load(f).encode(x).patches, want)
+        assert torch.equal(load(f).encode(x).single, want) and load(str(f)).weights == e.weights and load(f).source == f'{i}.pt'
+    save_file(sd, f := tmp_path/'w.safetensors'); assert torch.equal(load(f).encode(x).single, want)
     save_file({k: v.half() for k, v in sd.items()}, f := tmp_path/'h.safetensors')
-    assert gap(load(f).encode(x).patches, want) < .01 and load(f).weights != e.weights and load(f).model.visual.proj.dtype == torch.float32
-    assert load(tmp_path/'0.pt', h).preprocess == Preprocess(48, mean=(.1, .2, .3), std=(.4, .5, .6)) and torch.equal(load(tmp_path/'0.pt', h).encode(x).patches, want)
+    assert gap(load(f).encode(x).single, want) < .01 and load(f).weights != e.weights and load(f).model.visual.proj.dtype == torch.float32
+    assert load(tmp_path/'0.pt', h).preprocess == Preprocess(48, mean=(.1, .2, .3), std=(.4, .5, .6)) and torch.equal(load(tmp_path/'0.pt', h).encode(x).single, want)
     a, b, again = (load_encoder(c, f'random:{s}', device='cpu', dtype='float32') for s in (1, 2, 1))
     assert a.weights == again.weights != b.weights
 

@@ -158,8 +158,24 @@ def test_scales_and_the_image_score_are_one_harmonic_mean():
         for b, i, j in itertools.product(range(2), range(3), range(4)): assert abs(a[b, i, j].item() - (n + 1)/(sum(1/m[b, i, j].item() for m in maps[:n]) + 1/score[b].item())) < 1e-6
     zero = maps[0].clone(); zero[0, 1, 1] = 0; zero[1, 0, 0] = float('nan')
     a = harmonic_scales([zero, maps[1]], score)
-    assert a[0, 1, 1] == 0 and a[1, 0, 0] == 0 and torch.isfinite(a).all() and (a > 0).sum() == 22
+    assert a[0, 1, 1] == 0 and a[1, 0, 0].isnan() and a.isnan().sum() == 1 and (a > 0).sum() == 22
     assert torch.equal(harmonic_scales(maps[:2], torch.zeros(2)), torch.zeros(2, 3, 4))
+
+def test_nan_windows_give_nan_patches():
+    "A window that cannot be scored must not look like a sound one: NaN in, NaN out."
+    windows = {2: unit(normal(np.random.default_rng(0), 1, 4, 7)), 3: unit(normal(np.random.default_rng(1), 1, 1, 7))}
+    pair, score = unit(normal(np.random.default_rng(2), 2, 7)), torch.tensor([.5])
+    broken = {**windows, 2: windows[2].clone()}; broken[2][0, 0] = float('nan')          # covers the upper left 2 x 2
+    covered = torch.tensor([[[True, True, False], [True, True, False], [False, False, False]]])
+    assert torch.equal(harmonic(anomaly_score(broken[2], pair, .07), 3, 2).isnan(), covered)
+    assert torch.equal(zero_shot_map(broken, score, pair, (3, 3)).isnan(), covered)
+    assert zero_shot_map(windows, score*float('nan'), pair, (3, 3)).isnan().all()
+    patches = unit(normal(np.random.default_rng(3), 1, 9, 7))
+    memory = remember(windows, patches)
+    assert torch.equal(few_shot_map(broken, patches, memory, (3, 3)).isnan(), covered)
+    assert few_shot_map(windows, patches*float('nan'), memory, (3, 3)).isnan().all()
+    assert few_shot_map(windows, patches, remember(broken, patches), (3, 3)).isnan().all()
+    assert association(patches, memory['patch']*float('nan')).isnan().all()
 
 # --- references
 

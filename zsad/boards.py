@@ -114,8 +114,9 @@ def smd(X, Y, v, poses, name, w, h, color, mark=None):
     return parts + ([Part(f'{name} print', np.maximum(lettering(U, V, mark, h*0.2), box(U, V, 0.5*w, 0.9*h)), WHITE*0.9, 0.)] if mark is not None else [])
 
 # %% ../nbs/07_boards.ipynb #53292f0b
-def chip(X, Y, v, poses, w, h, n, m=0, color=BLACK):
-    "Integrated circuits with `n` legs above and below, `m` at either side, a dot and two printed lines."
+def chip(X, Y, v, poses, w, h, n, m=0, color=None):
+    "Integrated circuits with `n` legs above and below, `m` at either side, a dot and two printed lines; black unless a color is given."
+    if color is None: color = BLACK
     U, V, k = fold(X, Y, shaken(v, poses, 0.005, 0.003))
     leg = box(row(U, n, 2*w/n), abs(V) - h - 0.02, 0.55*w/n, 0.07)
     if m: leg = np.minimum(leg, box(row(V, m, 2*h/m), abs(U) - w - 0.02, 0.55*h/m, 0.07))
@@ -140,8 +141,9 @@ def header(X, Y, v, x, y, n, pitch, rows=1, t=0.):
     pin = box(row(U, n, pitch), row(V, rows, pitch), 0.3*pitch, 0.3*pitch, 0.01)
     return [Part('header bar', box(U, V, 0.5*n*pitch + 0.02, 0.5*rows*pitch + 0.02, 0.02), BLACK*1.3, 0.5, 0.9 + 0.3*noise(v, X.shape[0], 12)), Part('header pin', pin, GOLD, 0.8, 0.85 + 0.3*noise(v, X.shape[0], 20))]
 
-def block(X, Y, v, poses, w, h, color, name, print_color=WHITE):
-    "Boxes with a lid and a printed label: relays, transformers, crystals."
+def block(X, Y, v, poses, w, h, color, name, print_color=None):
+    "Boxes with a lid and a printed label: relays, transformers, crystals; printed in white unless a color is given."
+    if print_color is None: print_color = WHITE
     if not poses: return []
     U, V, k = fold(X, Y, shaken(v, poses))
     say = np.minimum(lettering(U, V - 0.3*h, letters(v, 4), 0.16*w/2.4), lettering(U, V + 0.35*h, letters(v, 5), 0.13*w/2.4))

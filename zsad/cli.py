@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['chosen', 'pictured', 'span', 'cores', 'announce_data', 'announce_work', 'prepare', 'train_missing', 'reproduce_cost',
-           'reproduce', 'reproduce_runs', 'compute_tables', 'check_accept', 'accept_results', 'write_rows',
-           'unique_stem', 'read_images', 'predict_files', 'check_reference', 'score', 'read_scores', 'read_map',
-           'evaluate_folder', 'list_exhibits', 'list_methods', 'list_datasets', 'print_counts', 'check_data',
-           'convert_data', 'arrange_data', 'list_store', 'verify_store', 'prune_store', 'train_any', 'train_course',
-           'train_mini', 'doctor', 'data_options', 'store_options', 'train_options', 'parser', 'build_knowledge',
-           'knowledge_options', 'main']
+           'reproduce', 'reproduce_runs', 'compute_tables', 'check_accept', 'accept_results', 'write_rows', 'expand',
+           'name_files', 'read_images', 'read_reference', 'join_tokens', 'predict_set', 'predict_files',
+           'check_reference', 'check_device', 'asked_row', 'open_detector', 'earlier_run', 'shared_scale', 'write_maps',
+           'write_overlays', 'replace_results', 'score', 'named_below', 'parts_of', 'common_end', 'pair_names',
+           'read_scores', 'read_map', 'check_kinds', 'fit_masks', 'read_maps', 'evaluate_folder', 'list_exhibits',
+           'list_methods', 'list_datasets', 'print_counts', 'full_path', 'check_data', 'convert_data', 'arrange_data',
+           'list_store', 'verify_store', 'prune_store', 'train_any', 'train_course', 'train_mini', 'doctor',
+           'data_options', 'store_options', 'train_options', 'reproduce_options', 'parser', 'build_knowledge',
+           'knowledge_options', 'expected', 'main']
 
 # %% ../nbs/25_cli.ipynb #edfa0ba3
-import argparse, csv, os, sys
+import argparse, csv, glob, os, shutil, sys, tempfile
+from collections import Counter
 from pathlib import Path
 
 # %% ../nbs/25_cli.ipynb #e0a917a9
@@ -34,11 +38,11 @@ def span(seconds)->str:
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/25_cli.ipynb #b0831842
-def cores(workers:int)->int:
-    "Give the number of processes that was asked for, or one per core; a GPU is not shared."
+def cores(workers:int, device:str='auto')->int:
+    "Give the number of processes that was asked for, or one per core that this process may use; a GPU is not shared."
     from zsad.clip import choose_device
     from zsad.core import available_cores
-    return workers or (1 if choose_device() != 'cpu' else available_cores())
+    return workers or (1 if choose_device(device) != 'cpu' else available_cores())
 
 def announce_data(sets, lacking)->list:
     "Say which data sets are there, what is not as published, and where missing ones come from."
@@ -55,7 +59,7 @@ def announce_work(model, jobs, todo)->list:
     "Say what is left to do, how long it will take about, and how much disk it needs."
     from zsad.bench import machine, open_model
     encoder = open_model(model)
-    return [f'on {machine(encoder)["device"]} in {encoder.dtype}'.replace('torch.', ''),
+    return [f'on {machine(encoder)["device"]} in {encoder.dtype}, {encoder.preprocess.size} px'.replace('torch.', ''),
             f'to do: {todo.images} images to encode ({todo.stored} stored), {todo.results} results' + ('' if todo.seconds != todo.seconds else f', about {span(todo.seconds)} in one process'),
             f'disk: {todo.bytes/1e9:.2f} GB of tokens to write, {todo.free/1e9:.0f} GB free in {jobs[0].cache if jobs else ""}']
 
@@ -64,16 +68,17 @@ def prepare(a, shown, drawn=())->tuple:
     "Open data and encoder of a run and say what it will cost: (data sets by role, Model)."
     from zsad.bench import PROFILES, Model, forecast, open_sets, plan_jobs
     from zsad.clip import weights_origin
-    from zsad.exhibits import PICTURES, seeded
+    from zsad.exhibits import PICTURES
     profile = PROFILES[a.profile]
     if a.seeds < 1: raise ValueError(f'--seeds {a.seeds}: a whole number, 1 or more')
+    if a.size is not None and a.size < 1: raise ValueError(f'--size {a.size}: pixels per side, such as 240 or 518')
     sets, lacking = open_sets(profile, a.data, {r for e in (*shown, *(PICTURES[n] for n in drawn)) for r in e.roles})
-    model = Model(a.backbone or profile.backbone, a.weights or profile.weights)
+    model = Model(a.backbone or profile.backbone, a.weights or profile.weights, size=a.size, device=a.device)
     print('\n'.join([*announce_data(sets, lacking), f'encoder: {model.backbone}, {weights_origin(model.backbone, model.weights)}']), flush=True)      # before anything is fetched
     if drawn: print(f"pictures, of a few images each: {', '.join(drawn)}", flush=True)
     if not shown: return sets, model
     train_missing(a, shown, sets, model)
-    _, jobs, _ = plan_jobs(list(map(seeded, shown)), sets, model, a.batch, seeds=a.seeds)
+    jobs = plan_jobs(shown, sets, model, a.batch, seeds=a.seeds).jobs
     todo = forecast(jobs, measure=True)
     print('\n'.join(announce_work(model, jobs, todo)), flush=True)
     if todo.bytes > 0.95*todo.free: raise ValueError(f'{todo.bytes/1e9:.1f} GB of tokens do not fit {todo.free/1e9:.1f} GB of free disk in {jobs[0].cache}: set ZSAD_CACHE to a larger disk, or name fewer exhibits')
@@ -85,11 +90,11 @@ def train_missing(a, shown, sets, model):
     from dataclasses import replace
     from zsad.bench import gather_rows, open_model, possible, twin_of
     from zsad.data import find_sets
-    from zsad.exhibits import seeded
     from zsad.learn import learn_missing, missing
     lacking = {}      # name -> (twin of the encoder, what is to be trained)
     for role, s in sets.items():
-        rows = [r for r, _ in gather_rows(list(map(seeded, shown)), role, a.seeds) if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
+        rows = [asked.row for asked in gather_rows(shown, role, a.seeds)]
+        rows = [r for r in rows if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
         for twin in {twin_of(r) for r in rows}:
             lacking |= {n[0]: (twin, n) for n in missing([r.method for r in rows if twin_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])}
     if not lacking: return
@@ -136,11 +141,10 @@ def reproduce_runs(a, shown, drawn, out):
 def compute_tables(a, shown, sets, model, out)->tuple:      # results, gallery
     "Compute exhibits, write results, tables and figures, and draw the gallery."
     from zsad.bench import compute, open_model, write_results
-    from zsad.exhibits import seeded
     from zsad.explore import write_gallery
     from zsad.report import read_results, write_report
-    write_results(out/'results', shown, *compute(list(map(seeded, shown)), sets, model, a.batch, a.scheduler, seeds=a.seeds, workers=cores(a.workers)))
-    results = read_results(out/'results')
+    plan, found = compute(shown, sets, model, a.batch, a.scheduler, seeds=a.seeds, workers=cores(a.workers, a.device))
+    results = read_results(write_results(out/'results', plan, found))
     write_report(shown, results, out)
     return results, write_gallery(open_model(model), next(iter(sets.values())).dataset, out)
 
@@ -148,17 +152,17 @@ def compute_tables(a, shown, sets, model, out)->tuple:      # results, gallery
 def check_accept(a, shown):
     "Refuse, before anything is computed, what could not be accepted."
     from zsad.accept import find_checkout
-    from zsad.exhibits import EXHIBITS
     if not shown and 'cost' not in a.exhibits: raise ValueError('--accept: pictures alone have no results to accept; name an exhibit with a table or a curve')
-    if shown and (a.profile != 'mini' or a.data or a.backbone or a.weights): raise ValueError("--accept takes runs of the mini profile on its own data, with its own encoder: leave --profile, --data, --backbone and --weights out")
-    whole, root = {n for n, e in EXHIBITS.items() if not e.asked} <= {e.name for e in shown}, find_checkout()
-    if shown and not whole and not (root/'nbs'/'results'/'runs.csv').exists(): raise ValueError('--accept: nothing was accepted yet that some exhibits could join; name none, for all of them')
+    own = dict(profile='mini', data=None, backbone=None, weights=None, size=None, seeds=1)
+    other = [f'--{k}' for k, v in own.items() if getattr(a, k) != v]
+    if shown and other: raise ValueError(f"--accept takes runs of the mini profile on its own data, with its own encoder and each exhibit's own seeds: leave {', '.join(other)} out")
+    find_checkout()
 
 def accept_results(a, shown, out):
     "Make what this run wrote the project's own results."
-    from zsad.accept import FILES, accept
-    files = [out/'results'/f'{n}.csv' for n in (FILES if shown else ()) + (('cost',) if 'cost' in a.exhibits else ())]
-    print(f'accepted; {len(accept(files, ran=[e.name for e in shown] if shown and a.exhibits else None))} notebooks executed')
+    from zsad.accept import accept
+    changed, pages = accept(out/'results', [e.name for e in shown], 'cost' in a.exhibits)
+    print(f"accepted: {', '.join(changed) or 'nothing, no exhibit changed'}; {len(pages)} notebooks executed")
 
 # %% ../nbs/25_cli.ipynb #d2bf90c5
 def write_rows(path, head, rows):
@@ -166,35 +170,84 @@ def write_rows(path, head, rows):
     with open(path, 'w', newline='') as f: w = csv.writer(f); w.writerow(head); w.writerows(rows)
 
 # %% ../nbs/25_cli.ipynb #7ef947f8
-def unique_stem(path, taken)->str:
-    "Name an image's map: its stem, numbered where another image has that name already."
-    s, n = Path(path).stem, 1
-    while (name := s if n == 1 else f'{s}-{n}') in taken: n += 1
-    return name
+def expand(files)->list:
+    "List image files: a folder stands for the images below it, a pattern such as parts/*.png for what fits it."
+    from zsad.data import IMAGES
+    out = []
+    for f in files:
+        shown = lambda p: p.suffix.lower() in IMAGES and not any(q.startswith(('.', '__MACOSX')) for q in p.relative_to(f).parts)
+        if Path(f).is_dir(): found = [p for p in sorted(Path(f).rglob('*')) if p.is_file() and shown(p)]
+        else: found = sorted(map(Path, glob.glob(str(f)))) if not Path(f).exists() and glob.has_magic(str(f)) else [Path(f)]
+        if not found: raise ValueError(f'{f}: no images here; give image files, or a folder of {", ".join(sorted(IMAGES))}')
+        out += found
+    return out
+
+def name_files(files)->dict:      # id -> file
+    "Name files by their path below the folder they share, without suffix; with it where two would be called alike."
+    full = {Path(os.path.abspath(f)): Path(f) for f in files}
+    root = os.path.commonpath([p.parent for p in full])
+    inner = {p: p.relative_to(root) for p in full}
+    often = Counter(p.with_suffix('') for p in inner.values())
+    named = {(i if often[i.with_suffix('')] > 1 else i.with_suffix('')).as_posix(): full[p] for p, i in inner.items()}
+    if len(named) < len(full): raise ValueError(f'{root}: names repeat among the images; give them with another --out each')
+    return named
 
 # %% ../nbs/25_cli.ipynb #d836d101
-def read_images(files)->tuple:      # {file: image}, what was left out and why
-    "Read image files; those that cannot be read are named."
+def read_images(named, left_out):
+    "Yield (id, file, uint8 image) of named files one at a time; what cannot be read is noted in the list `left_out`."
     from zsad.data import load_image
-    fine, bad = {}, []
-    for f in map(Path, files):
-        try: fine[f] = load_image(f)
-        except (ValueError, FileNotFoundError) as e: bad.append(str(e))
-    return fine, bad
+    for i, f in named.items():
+        try: image = load_image(f)
+        except (ValueError, FileNotFoundError) as e: left_out.append(str(e))
+        else: yield i, f, image
 
-def predict_files(det, files, category, reference=())->tuple:
-    "Predict files, one by one or, if the method wants it, together: ({stem: (file, map)}, rows of scores.csv, what was left out and why)."
-    (fine, bad), maps, rows = read_images(files), {}, []
-    shown, unread = read_images(reference)
+def read_reference(prep, files):      # [R,3,S,S], None without files
+    "Read and preprocess reference images; one that cannot be read is an error."
+    import torch
+    unread = []
+    x = [prep([image]) for _, _, image in read_images({str(f): f for f in files}, unread)]
     if unread: raise ValueError('references: ' + '; '.join(unread))
-    prep, known = det.encoder.preprocess, det.encoder.preprocess(list(shown.values())) if shown else None
-    for group in ([list(fine)] if det.method.transductive else [[f] for f in fine]) if fine else ():
-        p = det(prep([fine[f] for f in group]), [category]*len(group), known)
-        for f, score, m in zip(group, p.score, p.map):
-            maps[unique_stem(f, maps)] = (f, m.numpy()); rows.append((str(f), category, f'{float(score):.6f}'))
-    return maps, rows, bad
+    return torch.cat(x) if x else None
+
+def join_tokens(parts):
+    "Join Tokens of several batches."
+    import torch
+    from dataclasses import replace
+    first = parts[0]
+    def join(read, dim=0): return torch.cat([read(t) for t in parts], dim)
+    return replace(first, cls=join(lambda t: t.cls), patches={p: join(lambda t: t.patches[p], 1) for p in first.patches},
+                   views=None if first.views is None else join(lambda t: t.views), windows={k: join(lambda t: t.windows[k]) for k in first.windows})
 
 # %% ../nbs/25_cli.ipynb #8b7fe0d7
+def predict_set(det, named, category, known, left_out, batch:int=16):
+    "Predict images that change one another's score: encoded in batches, of which the tokens are kept; yields as `predict_files`."
+    import torch
+    from zsad.core import digest
+    from zsad.method import Reference
+    tokens, kept, seen, waiting = [], [], [], []
+    def encode():
+        x = torch.cat(waiting); waiting.clear()
+        tokens.append(det.encoder.tokens(x, det.method.encode))
+        if det.method.needs_images: kept.append(x)
+    for i, f, image in read_images(named, left_out):
+        seen.append((i, f, digest(image, n=24))); waiting.append(det.encoder.preprocess([image]))
+        if len(waiting) == batch: encode()
+    if waiting: encode()
+    if not seen: return
+    told = None if known is None else Reference(det.encoder.tokens(known, det.method.encode), torch.arange(len(known)).expand(len(seen), -1))
+    p = det.predict(join_tokens(tokens), [category]*len(seen), told and {category: told}, torch.cat(kept) if kept else None, [key for *_, key in seen])
+    for (i, f, _), s, m in zip(seen, p.score, p.map): yield i, f, float(s), m.numpy()
+
+def predict_files(det, named, category, reference=(), left_out=None):
+    "Predict named files one by one or, if the method wants it, together: yields (id, file, score, map [H,W])."
+    from zsad.core import digest
+    left_out, known = [] if left_out is None else left_out, read_reference(det.encoder.preprocess, reference)
+    if det.method.transductive: yield from predict_set(det, named, category, known, left_out); return
+    for i, f, image in read_images(named, left_out):
+        p = det(det.encoder.preprocess([image]), [category], known, [digest(image, n=24)])
+        yield i, f, float(p.score[0]), p.map[0].numpy()
+
+# %% ../nbs/25_cli.ipynb #bd6256cb
 def check_reference(row, files):
     "Refuse references that a row does not use, and say what is left of one that lacks them."
     from zsad.method import without_reference
@@ -204,41 +257,161 @@ def check_reference(row, files):
     except ValueError as e: raise ValueError(f'{row.name} compares with reference images and reads no text: give them with --reference IMAGE...') from e
     print(f'{row.name} without --reference: its text alone', file=sys.stderr)
 
-# %% ../nbs/25_cli.ipynb #bd6256cb
-def score(a):
-    "Score image files: scores.csv, maps/<stem>.npy and overlays/<stem>.png below --out."
-    import numpy as np
-    from PIL import Image
-    from zsad.clip import load_encoder
-    from zsad.core import keep_memory
-    from zsad.data import load_image
-    from zsad.method import build, find_method
-    from zsad.viz import map_range, overlay
-    keep_memory()
-    row, out = find_method(a.method), Path(a.out)
+def check_device(name):
+    "Refuse a device that cannot be used here."
+    import torch
+    try: torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {name}: {str(e).splitlines()[0]}; choose cpu, cuda, cuda:0, ..., or leave it out') from e
+
+def asked_row(a):
+    "Find the row of `zsad score` with the seed that was asked for."
+    from dataclasses import replace
+    from zsad.method import find_method
+    row = find_method(a.method)
     check_reference(row, a.reference)
-    enc = load_encoder(a.backbone, a.weights, interpolation=row.interpolation)
-    maps, rows, bad = predict_files(build(row, [a.category], enc), a.images, a.category, a.reference)
-    for sub in ('maps', 'overlays'): (out/sub).mkdir(parents=True, exist_ok=True)
-    write_rows(out/'scores.csv', ('image', 'category', 'score'), rows)
-    scale = map_range([m for _, m in maps.values()]) if maps else None
-    for stem, (f, m) in maps.items():
-        np.save(out/'maps'/f'{stem}.npy', m); Image.fromarray(overlay(enc.preprocess.square(load_image(f)), m, scale)).save(out/'overlays'/f'{stem}.png')
-    print(f'{len(rows)} images scored, {len(bad)} left out; {out/"scores.csv"}; overlays share one scale over these images')
-    for line in bad: print(f'left out: {line}', file=sys.stderr)
-    return 1 if bad else 0
+    if a.seed is None: return row
+    if not row.stochastic: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
+    return replace(row, seed=a.seed)
+
+def open_detector(a, row):
+    "Make a row ready with the encoder, artifact, size and device that were asked for."
+    from zsad.clip import choose_device, load_encoder
+    from zsad.method import build
+    check_device(choose_device(a.device))
+    enc = load_encoder(a.backbone, a.weights, size=a.size, device=a.device, interpolation=row.interpolation)
+    det = build(row, [a.category], enc, artifact=a.artifact)
+    if row.terms and a.artifact and not det.trained.prompts:
+        raise ValueError(f'--artifact {a.artifact}: holds a head and no prompts, and {row.name} has terms of its own; choose the row that was trained, such as april-gan')
+    return det
 
 # %% ../nbs/25_cli.ipynb #184eb23c
-def read_scores(path, stems)->list:
-    "Read the scores of images by stem from a scores.csv."
-    told, rows = {}, csv.DictReader(open(path, newline=''))
-    if not {'image', 'score'} <= set(rows.fieldnames or ()): raise ValueError(f'{path}: needs the columns image and score, has {rows.fieldnames}')
-    for r in rows: told[unique_stem(r['image'], told)] = float(r['score'])
-    lacks = [s for s in stems if s not in told]
-    if lacks: raise ValueError(f'{path}: no score for {lacks[:5]}')
-    return [told[s] for s in stems]
+def earlier_run(out:Path)->int:      # how many images it has
+    "Count the images of the run that lies in a folder; refuse one that holds maps or overlays of another origin."
+    try: named = {r['id'] for r in csv.DictReader((out/'scores.csv').read_text().splitlines())}
+    except (OSError, KeyError): named = set()
+    for sub, kind in (('maps', '.npy'), ('overlays', '.png')):
+        there = [p.relative_to(out/sub) for p in (out/sub).rglob('*') if p.is_file() and not p.name.startswith('.')]
+        other = sorted(str(p) for p in there if p.suffix != kind or p.with_name(p.name.removesuffix(kind)).as_posix() not in named)
+        if other: raise ValueError(f'--out {out}: {sub} holds {other[:3]}, which {out/"scores.csv"} does not name by id; choose another folder, or empty this one')
+    return len(named)
+
+def shared_scale(files, bins:int=2**16)->tuple:      # (low, high)
+    "Find the range that `zsad.viz.map_range` gives for maps, reading one at a time; exact to 1/bins of the values' range."
+    import numpy as np
+    ends = [(a.min(), a.max()) for a in map(np.load, files)]
+    low, high = float(min(e[0] for e in ends)), float(max(e[1] for e in ends))
+    if not low < high: return low, low + 1e-9
+    share = np.cumsum(sum(np.histogram(np.load(f), bins, (low, high))[0] for f in files).astype(float))
+    at = np.searchsorted(share/share[-1], (0.01, 0.995))
+    lo, hi = (low + (high - low)*(at + 0.5)/bins).tolist()
+    return lo, max(hi, lo + 1e-9)
+
+# %% ../nbs/25_cli.ipynb #faf6c849
+def write_maps(det, named, a, folder:Path)->tuple:      # rows of scores.csv, what was left out and why
+    "Predict images and write their maps below a folder as they come, and scores.csv."
+    import numpy as np
+    rows, left_out = [], []
+    for i, f, s, m in predict_files(det, named, a.category, a.reference, left_out):
+        if not np.isfinite(m).all() or s != s: raise ValueError(f'{f}: {det.method.name} gives it a map or a score that is not finite; use dtype float32, or check the weights')
+        (folder/'maps'/f'{i}.npy').parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder/'maps'/f'{i}.npy', m)
+        rows.append((str(f), a.category, f'{s:.6f}', i))
+    write_rows(folder/'scores.csv', ('image', 'category', 'score', 'id'), rows)
+    return rows, left_out
+
+def write_overlays(prep, named, ids, folder:Path):
+    "Lay the maps below a folder over their images, all in one scale."
+    import numpy as np
+    from PIL import Image
+    from zsad.data import load_image
+    from zsad.viz import overlay
+    maps = {i: folder/'maps'/f'{i}.npy' for i in ids}
+    scale = shared_scale(list(maps.values())) if maps else None
+    for i, f in maps.items():
+        file = folder/'overlays'/f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay(prep.square(load_image(named[i])), np.load(f), scale)).save(file)
+
+# %% ../nbs/25_cli.ipynb #23dabae0
+def replace_results(out:Path, made:Path):
+    "Put the results of a finished run in the place of an earlier run's."
+    for sub in ('maps', 'overlays'):
+        shutil.rmtree(out/sub, ignore_errors=True)
+        (made/sub).mkdir(exist_ok=True)
+        (made/sub).rename(out/sub)
+    os.replace(made/'scores.csv', out/'scores.csv')
+
+def score(a):
+    "Score images: scores.csv, maps/ID.npy and overlays/ID.png below --out; ID is the path below the folder that the images share."
+    from zsad.core import keep_memory
+    keep_memory()
+    a.reference = expand(a.reference)
+    row, named, out = asked_row(a), name_files(expand(a.images)), Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    before = earlier_run(out)
+    with tempfile.TemporaryDirectory(prefix='.zsad-', dir=out) as d:
+        det = open_detector(a, row)
+        rows, left_out = write_maps(det, named, a, Path(d))
+        write_overlays(det.encoder.preprocess, named, [i for *_, i in rows], Path(d))
+        replace_results(out, Path(d))
+    said = f'; the {before} of an earlier run were replaced' if before else ''
+    print(f'{len(rows)} images scored, {len(left_out)} left out{said}; {out/"scores.csv"}; overlays share one scale over these images')
+    for line in left_out: print(f'left out: {line}', file=sys.stderr)
+    return 1 if left_out else 0
 
 # %% ../nbs/25_cli.ipynb #76d59afe
+def named_below(folder, fits, ending:str='')->dict:      # id -> file
+    "Map ids, paths below a folder without suffix and `ending`, to files at any depth; hidden ones are passed over."
+    own = {}
+    for f in sorted(Path(folder).rglob('*')):
+        inner = f.relative_to(folder)
+        if not f.is_file() or f.suffix.lower() not in fits or any(p.startswith(('.', '__MACOSX')) for p in inner.parts): continue
+        i = inner.with_name(inner.stem.removesuffix(ending)).as_posix()
+        if i in own: raise ValueError(f'{own[i]} and {f} have one name; remove one of them')
+        own[i] = f
+    return own
+
+def parts_of(folder, i:str)->tuple:
+    "Split the whole path of an id below a folder."
+    return (*Path(os.path.abspath(folder)).parts, *i.split('/')) if folder else tuple(i.split('/'))
+
+def common_end(a, b)->int:
+    "Count how many last parts of two paths are equal."
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]: n += 1
+    return n
+
+# %% ../nbs/25_cli.ipynb #d1b88717
+def pair_names(what:str, ids, folder, maps, maps_folder)->dict:      # id of a map -> id of its mask or score
+    "Pair ids below a folder with ids of maps by the ends of their paths; several that fit equally well are refused."
+    at, out = {}, {}
+    for m in maps: at.setdefault(m.split('/')[-1], []).append((m, parts_of(maps_folder, m)))
+    for i in ids:
+        mine, own = parts_of(folder, i), i.count('/') + 1
+        fits = [(common_end(mine, whole), m) for m, whole in at.get(mine[-1], ())]
+        fits = [(n, m) for n, m in fits if n >= min(own, m.count('/') + 1)]
+        best = [m for n, m in fits if n == max(fits)[0]]
+        if not best: raise ValueError(f'{what} without a map: {i}; maps are named {list(maps)[:3]}')
+        if len(best) > 1: raise ValueError(f'{what} {i} fits the maps {best[:3]} equally well: names repeat; keep the folders in the names of all, as `zsad score` does')
+        if best[0] in out: raise ValueError(f'{what} {out[best[0]]} and {i} both fit the map {best[0]}: names repeat; keep the folders in the names of all, as `zsad score` does')
+        out[best[0]] = i
+    return out
+
+def read_scores(path, maps, folder=None)->list:      # one per map
+    "Read the scores of maps from a scores.csv: by its column id, or by the paths in its column image."
+    with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
+    columns = rows[0] if rows else {}
+    if not {'image', 'score'} <= set(columns): raise ValueError(f'{path}: needs the columns image and score, and a row for each map; has {[c for c in columns]}')
+    names = [r['id'] if 'id' in columns else Path(r['image'].replace('\\', '/')).with_suffix('').as_posix() for r in rows]
+    twice = [i for i, n in Counter(names).items() if n > 1]
+    if twice: raise ValueError(f'{path}: {twice[0]} has several scores; leave one')
+    paired, told = pair_names(f'{path}: score', names, None, maps, folder), dict(zip(names, rows))
+    lacks = [m for m in maps if m not in paired]
+    if lacks: raise ValueError(f'{path}: no score for {lacks[:5]}')
+    try: return [float(told[paired[m]]['score']) for m in maps]
+    except (TypeError, ValueError) as e: raise ValueError(f'{path}: a score is no number ({e})') from e
+
+# %% ../nbs/25_cli.ipynb #21c05284
 def read_map(path):
     "Read a map [H,W] of a .npy file; errors name the file."
     import numpy as np
@@ -248,25 +421,52 @@ def read_map(path):
     return a
 
 # %% ../nbs/25_cli.ipynb #77e9ec4f
-def evaluate_folder(a):
-    "Compute all metrics of maps on disk; maps without a mask count as normal."
-    import numpy as np
-    from zsad.data import by_stem, read_mask
-    from zsad.metrics import METRICS, evaluate, resize_mask
-    maps = {f.stem: read_map(f) for f in sorted(Path(a.maps).glob('*.npy'))}
-    if not maps: raise ValueError(f'{a.maps}: no .npy maps here')
-    if not Path(a.masks).is_dir(): raise ValueError(f'{a.masks}: no such folder of masks')
-    masks = by_stem(Path(a.masks), '_mask')
-    if not set(masks) & set(maps): raise ValueError(f'{a.masks}: no mask is named like a map; masks {list(masks)[:3]}, maps {list(maps)[:3]}')
-    strays = sorted(set(masks) - set(maps))
-    if strays: raise ValueError(f'{a.masks}: masks without a map: {strays[:5]}; maps are named {list(maps)[:3]}')
-    truth = [read_mask(masks[s]) if s in masks else np.zeros(m.shape, bool) for s, m in maps.items()]
-    scores = np.array(read_scores(a.scores, maps)) if a.scores else None
+def check_kinds(maps, paired, truth):
+    "Refuse masks that contradict the folders of kinds which the maps lie in, if one of them is named as normal."
+    from zsad.data import NORMAL
+    kind = {m: m.split('/')[-2].lower() for m in maps if '/' in m}
+    marked = [m for m, t in truth.items() if kind.get(m) in NORMAL and t.any()]
+    if marked: raise ValueError(f'the mask {paired[marked[0]]} marks a defect in {marked[0]}, which lies in a folder of normal images; give the right masks')
+    bare = [m for m in kind if kind[m] not in NORMAL and m not in paired] if set(kind.values()) & NORMAL else []
+    if bare: raise ValueError(f'no mask for {bare[:5]}: their folder says that they are anomalous, and they would count as normal; give --masks the folder of all kinds, or leave these maps out')
+
+def fit_masks(truth, size)->list:      # [H,W] bool each
+    "Bring masks to the size of their maps; say which seem to be inverted and which are smaller than a pixel of it."
+    from zsad.data import looks_inverted
+    from zsad.metrics import resize_bilinear, resize_mask
+    filled = [m for m, t in truth.items() if t.any()]
+    turned = [m for m in filled if looks_inverted(truth[m])]
+    if turned and all(m in turned or truth[m].all() for m in filled):
+        raise ValueError(f'the masks of {turned[:3]} mark the whole border and most of the image, and so do all others: they seem to be inverted; anomalous is above 0')
+    if turned: print(f'{len(turned)} masks mark the whole border and most of the image; are they inverted? {", ".join(turned[:5])}', file=sys.stderr)
+    small = [m for m in filled if truth[m].shape != size and not resize_bilinear(truth[m][None], size).any()]
+    if small: print(f'{len(small)} masks are smaller than a pixel of {size[1]}x{size[0]}; the pixels they touch count as anomalous: {", ".join(small[:5])}', file=sys.stderr)
+    return [resize_mask(t[None], size)[0] for t in truth.values()]
+
+# %% ../nbs/25_cli.ipynb #3d37d3c3
+def read_maps(folder)->dict:      # id -> [H,W]
+    "Read the .npy maps below a folder, all of one size."
+    maps = {i: read_map(f) for i, f in named_below(folder, {'.npy'}).items()}
+    if not maps: raise ValueError(f'{folder}: no .npy maps here')
     shapes = {m.shape for m in maps.values()}
-    if len(shapes) > 1: raise ValueError(f'{a.maps}: maps of different sizes {sorted(shapes)}; bring them to one size')
-    size = next(iter(shapes))
-    fitted = np.stack([t if t.shape == size else resize_mask(t[None], size)[0] for t in truth])
-    r = evaluate(np.stack(list(maps.values())), fitted, scores, np.array([t.any() for t in truth]).astype(int))
+    if len(shapes) > 1: raise ValueError(f'{folder}: maps of different sizes {sorted(shapes)}; bring them to one size')
+    return maps
+
+def evaluate_folder(a):
+    "Compute all metrics of maps on disk."
+    import numpy as np
+    from zsad.data import IMAGES, read_mask
+    from zsad.metrics import METRICS, evaluate
+    maps = read_maps(a.maps)
+    if not Path(a.masks).is_dir(): raise ValueError(f'{a.masks}: no such folder of masks')
+    masks = named_below(a.masks, IMAGES, '_mask')
+    if not masks: raise ValueError(f'{a.masks}: no masks here')
+    paired = pair_names(f'{a.masks}: mask', masks, a.masks, maps, a.maps)
+    truth = {m: read_mask(masks[paired[m]]) if m in paired else np.zeros(v.shape, bool) for m, v in maps.items()}
+    check_kinds(maps, paired, truth)
+    scores = np.array(read_scores(a.scores, maps, a.maps)) if a.scores else None
+    fitted = fit_masks(truth, next(iter(maps.values())).shape)
+    r = evaluate(np.stack(list(maps.values())), np.stack(fitted), scores, np.array([t.any() for t in truth.values()]).astype(int))
     lines = [(k, f'{100*r[k]:.4f}' if r[k] == r[k] else 'nan', r['why'].get(k, '')) for k in METRICS]
     for k, v, why in lines: print(f'{k:12s} {v:>9s}  {why}')
     if a.out: write_rows(a.out, ('metric', 'value', 'why'), lines)
@@ -297,18 +497,24 @@ def print_counts(name, ds):
     for category, normal, anomalous, masks, remark in check_dataset(name, ds): print(f'{category:16s} {normal:5d} normal {anomalous:5d} anomalous {masks:5d} masks  {remark}')
     for f, why in ds.skipped: print(f'left out: {f}: {why}', file=sys.stderr)
 
+def full_path(folder)->Path:
+    "Give the whole path of a folder, ~ included."
+    return Path(os.path.abspath(Path(folder).expanduser()))
+
 def check_data(a):
     "Read a folder as `reproduce` would and say what is there, what is missing and what was left out."
-    from zsad.data import layout_of, load_dataset, survey
+    from zsad.data import layout_of, load_dataset, settle, survey, vanishing
     s = survey(load_dataset(a.name, a.folder))
-    print(f'{a.folder}: layout {layout_of(a.folder)}, {len(s.dataset.samples)} images, hash {s.hash}')
+    print(f'{a.folder}: layout {layout_of(settle(full_path(a.folder)))}, {len(s.dataset.samples)} images, hash {s.hash}')
     print_counts(a.name, s.dataset)
+    small = vanishing(s.dataset)
+    if small: print(f'{len(small)} masks are smaller than a pixel of a map of 240x240; the pixels they touch count as anomalous: {", ".join(small[:5])}')
     return 1 if s.dataset.skipped else 0
 
 def convert_data(a):
     "Write the meta.json of the AnomalyCLIP family for a folder."
-    from zsad.data import load_dataset, write_meta
-    print(write_meta(load_dataset(a.name, a.folder), a.out or Path(a.folder)/'meta.json'))
+    from zsad.data import load_dataset, settle, write_meta
+    print(write_meta(load_dataset(a.name, a.folder), full_path(a.out) if a.out else settle(full_path(a.folder))/'meta.json'))
 
 # %% ../nbs/25_cli.ipynb #f94b0966
 def arrange_data(a):
@@ -359,16 +565,17 @@ def train_any(a):
 def train_course(a):
     "Train learned prompts or heads."
     from dataclasses import replace
-    from zsad.clip import load_encoder
+    from zsad.clip import choose_device, load_encoder
     from zsad.core import cache_dir
     from zsad.data import load_dataset, survey
     from zsad.courses import find_course
-    from zsad.learn import check_target, curves, learn
-    from zsad.trained import artifact_name
+    from zsad.learn import check_target, curves, learn, rank_device
+    from zsad.trained import artifact_name, cached_artifact
     check_target(a.method, a.on, a.target)
     course = replace(find_course(a.method), seed=a.seed, **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v})
-    enc, s = load_encoder(a.backbone, a.weights, device=a.device), survey(load_dataset(a.on, a.data))
-    path = Path(a.out) if a.out else cache_dir('trained')/artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed)
+    check_device(choose_device(a.device))
+    enc, s = load_encoder(a.backbone, a.weights, device=rank_device(a.device)), survey(load_dataset(a.on, a.data))
+    path = Path(a.out) if a.out else cached_artifact(artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed), enc)
     key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
     if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
 
@@ -376,9 +583,12 @@ def train_course(a):
 def train_mini(a):
     "Train a mini encoder."
     from dataclasses import replace
+    from zsad.clip import choose_device
     from zsad.train import RECIPES, export_weights, train
+    device = choose_device(a.device)
+    check_device(device)
     r = replace(RECIPES[a.method], seed=a.seed, **{k: v for k, v in (('steps', a.steps), ('batch', a.batch), ('pairs', a.pairs)) if v})
-    print(f'weights: {export_weights(train(r, a.out, device=a.device, start=a.start))}')
+    print(f'weights: {export_weights(train(r, a.out, device=device, start=a.start))}')
 
 # %% ../nbs/25_cli.ipynb #5a733ad6
 def doctor(a):
@@ -418,10 +628,25 @@ def store_options(command, o, under):
 # %% ../nbs/25_cli.ipynb #10784fe9
 def train_options(command, o, model):
     "Describe `zsad train`."
-    command('train', train_any, 'train learned prompts, heads, or the mini encoder', o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'), o('--seed', type=int, default=0), o('--batch', type=int), o('--device', default='cpu'), o('--out'),
-            o('--on', default='procad-aux', help='auxiliary set to learn from'), o('--data', help='its folder'), o('--target', nargs='+', default=(), help='sets it will be asked about; refused if it learns from one of them'),
+    command('train', train_any, 'train learned prompts, heads, or the mini encoder', o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'), o('--seed', type=int, default=0), o('--batch', type=int), o('--device', default='auto', help="'cpu', 'cuda', 'cuda:1', ...; a GPU where there is one"), o('--out'),
+            o('--train-set', '--on', dest='on', default='procad-aux', metavar='NAME', help='auxiliary set to learn from'), o('--data', help='its folder'), o('--target', nargs='+', default=(), help='sets it will be asked about; refused if it learns from one of them'),
             o('--epochs', type=int), o('--lr', type=float), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
             o('--steps', type=int, help='of an encoder'), o('--pairs', type=int, help='of an encoder'), o('--start', help='weights file of the stage before, of an encoder'))
+
+# %% ../nbs/25_cli.ipynb #e1c2d301
+def reproduce_options(command, o, model):
+    "Describe `zsad reproduce`."
+    command('reproduce', reproduce, 'compute tables and figures', o('exhibits', nargs='*'),
+            o('--profile', choices=('mini', 'paper'), default='mini'), o('--data', help='folder of the data set'), *model,
+            o('--size', type=int, help='pixels per side that the encoder reads; the configuration\'s'),
+            o('--device', default='auto', help='auto, cpu, cuda, cuda:1'),
+            o('--out', default='zsad-out'), o('--batch', type=int, default=16),
+            o('--seeds', type=int, default=1, help='of rows that learn or draw something; at least as many as the exhibit has'),
+            o('--workers', type=int, default=0, help='processes of one thread each; 0: one per core, on a GPU one'),
+            o('--scheduler', help='address of a Dask scheduler, or a number of local processes of one thread each'),
+            o('--dry-run', '--plan', dest='plan', action='store_true', help='say what it would take, and stop'),
+            o('--train', action='store_true', help='train what rows lack'),
+            o('--accept', action='store_true', help="make the results the project's own and execute the notebooks that show them"))
 
 # %% ../nbs/25_cli.ipynb #e861c509
 def parser():
@@ -434,11 +659,11 @@ def parser():
     group = lambda name, help: sub.add_parser(name, help=help, description=help).add_subparsers(dest='what', required=True)
     o = lambda *flags, **kw: (flags, kw)
     model = (o('--backbone', help="'mini', an open_clip name, or a configuration .json"), o('--weights', help='a tag or a local file'))
-    command('reproduce', reproduce, 'compute tables and figures', o('exhibits', nargs='*'), o('--profile', choices=('mini', 'paper'), default='mini'), o('--data', help='folder of the data set'),
-            o('--out', default='zsad-out'), o('--batch', type=int, default=16), o('--seeds', type=int, default=1, help='of rows that draw reference images'), o('--workers', type=int, default=0, help='processes of one thread each; 0: one per core, on a GPU one'), o('--scheduler', help='address of a Dask scheduler, or a number of local processes of one thread each'),
-            o('--plan', action='store_true', help='say what it would take, and stop'), o('--train', action='store_true', help='train what rows lack'), o('--accept', action='store_true', help="make the results the project's own and execute all notebooks"), *model)
-    command('score', score, 'score your own images', o('method'), o('images', nargs='+', metavar='IMAGE'), o('--category', required=True), o('--out', required=True),
-            o('--reference', nargs='+', default=(), metavar='IMAGE', help='reference images, the same for all'), o('--backbone', default='mini', help=model[0][1]['help']), model[1])
+    reproduce_options(command, o, model)
+    command('score', score, 'score your own images', o('method'), o('images', nargs='+', metavar='IMAGE_OR_FOLDER'), o('--category', required=True), o('--out', required=True),
+            o('--reference', nargs='+', default=(), metavar='IMAGE', help='reference images, the same for all'), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
+            o('--size', type=int, help='side of the encoder input in pixels'), o('--device', default='auto', help="'cpu', 'cuda', 'cuda:1', ...; a GPU where there is one"),
+            o('--artifact', help='file or name of trained prompts or of a head'), o('--seed', type=int, help='of what the method draws'))
     command('evaluate', evaluate_folder, "metrics of anybody's maps", o('--maps', required=True), o('--masks', required=True), o('--scores'), o('--out'))
     for name, run, text in (('exhibits', list_exhibits, 'what can be reproduced'), ('methods', list_methods, 'the method rows'), ('datasets', list_datasets, 'the data sets'), ('doctor', doctor, 'check the installation')):
         command(name, run, text)
@@ -469,10 +694,27 @@ def knowledge_options(command, o, under):
             o('--model'), o('--price', type=float, nargs=2, metavar=('IN', 'OUT'), help='of a million tokens'), o('--plan', action='store_true', help='say what it would cost, and stop'), under=under)
 
 # %% ../nbs/25_cli.ipynb #c8182ff0
+def expected(e)->str:      # '' for an error of the program itself
+    "Say in one line what went wrong outside of the program: a value, a file, a package, memory, a device, a server."
+    text = str(e) or type(e).__name__
+    if isinstance(e, ImportError): return text if 'pip install' in text else f'{text}; install what is missing, for example pip install "zsad[llm]" for openai'
+    if isinstance(e, (ValueError, OSError)): return text
+    if isinstance(e, MemoryError): return f'not enough memory ({text}); give fewer or smaller images, or a smaller --size or --batch'
+    if type(e).__name__ == 'OutOfMemoryError' or isinstance(e, RuntimeError) and 'out of memory' in text.lower():
+        return f'the device has not enough memory ({text.splitlines()[0]}); give a smaller --size or --batch, or --device cpu'
+    if isinstance(e, RuntimeError) and any(w in text for w in ('CUDA', 'NVIDIA', 'MPS')): return f'{text.splitlines()[0]}; try --device cpu'
+    asked = [type(x).__module__.split('.')[0] for x in (e, e.__cause__) if x is not None]
+    return text if set(asked) & {'openai', 'httpx', 'huggingface_hub', 'requests', 'csv', '_csv'} else ''
+
 def main(argv=None)->int:
     "Run a command; expected errors are one line on stderr and exit code 2."
     a = parser().parse_args(argv)
     try: return a.run(a) or 0
-    except (ValueError, OSError) as e:
-        print(f'zsad {a.command}: {e}', file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f'zsad {a.command}: stopped', file=sys.stderr)
+        return 130
+    except Exception as e:
+        line = expected(e)
+        if not line: raise
+        print(f'zsad {a.command}: {line}', file=sys.stderr)
         return 2

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PATHS', 'HELD', 'MISSED', 'wait', 'take_turns', 'layer_shapes', 'gemm_rates', 'gemm_rate', 'flops_of',
            'row', 'batch_that_fits', 'encoding_rows', 'full_text', 'text_rows', 'category_maps', 'pro_loop',
-           'library_values', 'metric_rows', 'row_times', 'time_step', 'step_rows', 'machine', 'measure', 'write_cost',
-           'read_cost', 'targets', 'cost_caption', 'cost_table', 'cost_figure']
+           'library_values', 'metric_rows', 'row_times', 'time_step', 'time_steps', 'step_rows', 'machine', 'measure',
+           'write_cost', 'read_cost', 'targets', 'cost_caption', 'cost_table', 'cost_figure']
 
 # %% ../nbs/28_cost.ipynb #5cdc3d26
 import json, math, platform, subprocess, sys, time
@@ -220,16 +220,25 @@ def time_step(course:str, backbone:str, size:int, passes:int=3, device='cpu')->t
     return encoding, spent, peak
 
 # %% ../nbs/28_cost.ipynb #630904a2
-def step_rows(backbone='ViT-L-14-336-quickgelu', size:int=518, passes:int=3, device='cpu')->list:
+def time_steps(courses, backbone:str, size:int, passes:int, device)->dict:      # course -> what `time_step` gives
+    "Time steps of some courses in a process of their own, so that the peak of memory is theirs."
+    given = (backbone, size, passes, str(device))
+    line = f'import json; from zsad.cost import time_step; print(json.dumps({{c: time_step(c, *{given!r}) for c in {list(courses)!r}}}))'
+    done = subprocess.run([sys.executable, '-c', line], capture_output=True, text=True)
+    if done.returncode: raise ValueError(f'steps of {list(courses)} ended with code {done.returncode}: {done.stderr[-500:]}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+def step_rows(backbone='ViT-L-14-336-quickgelu', size:int=518, passes:int=3, device='cpu',
+              apart:bool=True       # every course in a process of its own; False, for trials: all in one
+             )->list:
     "Time a step of every course on one image, and its peak of memory."
-    out = []
-    for name in COURSES:
-        line = f'import json; from zsad.cost import time_step; print(json.dumps(time_step(*{(name, backbone, size, passes, str(device))!r})))'
-        done = subprocess.run([sys.executable, '-c', line], capture_output=True, text=True)
-        if done.returncode: raise ValueError(f'a step of {name} ended with code {done.returncode}: {done.stderr[-500:]}')
-        encoding, spent, peak = json.loads(done.stdout.splitlines()[-1])
-        note = f'{backbone}, {size} px'
-        out += [row('training', f'{name}, encode once', encoding, 's/image', 'float32', 1, note=note), row('training', f'{name}, step', spent[1:] or spent, 's', 'float32', 1, note=note), row('training', f'{name}, peak of memory', peak/2**30, 'GiB', 'float32', 1, 16., note=note)]
+    spent, out, note = {}, [], f'{backbone}, {size} px'
+    for group in [[c] for c in COURSES] if apart else [list(COURSES)]:
+        spent |= time_steps(group, backbone, size, passes, device)
+    for name, (encoding, steps, peak) in spent.items():
+        out.append(row('training', f'{name}, encode once', encoding, 's/image', 'float32', 1, note=note))
+        out.append(row('training', f'{name}, step', steps[1:] or steps, 's', 'float32', 1, note=note))
+        out.append(row('training', f'{name}, peak of memory', peak/2**30, 'GiB', 'float32', 1, 16., note=note))
     return out
 
 # %% ../nbs/28_cost.ipynb #618b3fd0
@@ -256,7 +265,7 @@ def measure(backbone='ViT-B-16-plus-240',       # as in `load_encoder`
         rows += encoding_rows(e, min(batch, 2) if quick else batch, least, seconds)
         if dtype == 'float32': rows += text_rows(e, sum(sentences('winclip', 'bottle'), [])[::40 if quick else 1], least, 2*seconds) + row_times(e, min(batch, 2) if quick else batch, least, seconds)
     rows += metric_rows(*(category_maps('bottle', 2, 4, 48, 6) if quick else category_maps()), least, 3*seconds)
-    rows += step_rows('mini', None, 1) if quick else step_rows(device=e.device)
+    rows += step_rows('mini', None, 1, apart=False) if quick else step_rows(device=e.device)
     return [{**r, 'note': '; '.join(n for n in (r['note'], note) if n), **machine(e)} for r in rows]
 
 # %% ../nbs/28_cost.ipynb #84517602

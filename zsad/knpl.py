@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['PROMPT_RECIPES', 'PromptRecipe', 'check_recipe', 'check_text', 'prompt_ids', 'lay_prompts', 'walk_text', 'run_text',
-           'Learned', 'learned_shapes', 'spell', 'start_prompts', 'text_of', 'knowledge_vectors', 'kd_loss', 'truth',
-           'focal_loss', 'dice_loss', 'local_loss', 'image_loss', 'global_loss', 'dpam_path', 'image_token',
-           'read_dpam', 'state_maps', 'joined_map', 'artifact_files', 'save_artifact', 'load_artifact', 'text_weights',
-           'fit_learned', 'save_learned', 'load_learned', 'nearest_words', 'read_checkpoint', 'check_words',
-           'load_anomalyclip']
+           'Learned', 'learned_shapes', 'spell', 'start_prompts', 'text_of', 'knowledge_vectors', 'single_precision',
+           'full_precision', 'kd_loss', 'truth', 'focal_loss', 'dice_loss', 'local_loss', 'image_loss', 'global_loss',
+           'dpam_path', 'image_token', 'read_dpam', 'state_maps', 'joined_map', 'artifact_files', 'tensor_bytes',
+           'artifact_hash', 'save_artifact', 'save_state', 'read_artifact', 'load_artifact', 'hash_tower',
+           'text_weights', 'vision_tower_weights', 'fit_learned', 'save_learned', 'load_learned', 'nearest_words',
+           'read_checkpoint', 'check_words', 'load_anomalyclip']
 
 # %% ../nbs/18_knpl.ipynb #8aafe30b
-import json
+import io, json
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 import open_clip, safetensors.torch, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .clip import AttentionPath
 from .core import digest, keyed, write_atomic
+from .identity import canonical
 from .prompts import BASE, Text, average, category_words
 from .vv import leave, walk
 
@@ -167,7 +170,23 @@ def knowledge_vectors(encoder, sentences:dict)->dict:      # {category: list of 
     told = torch.cat([encoder.embed_text(every[i:i + 256]) for i in range(0, len(every), 256)]).clone()
     return {c: average(told[[place[s] for s in rows]]) for c, rows in sentences.items()}
 
+# %% ../nbs/18_knpl.ipynb #c02956a1
+def single_precision(t):
+    "Give a 16-bit tensor in float32, and anything else as it is."
+    half = isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16)
+    return t.float() if half else t
+
+def full_precision(f):
+    "Decorate a loss so that it runs outside of autocast, in float32."
+    @wraps(f)
+    def run(first:Tensor, *rest, **settings):
+        settings = {k: single_precision(v) for k, v in settings.items()}
+        with torch.autocast(first.device.type, enabled=False):
+            return f(*map(single_precision, (first, *rest)), **settings)
+    return run
+
 # %% ../nbs/18_knpl.ipynb #b0f92d6b
+@full_precision
 def kd_loss(pair:Tensor,             # [M,2,C] normal, anomalous prompts of M categories; any length
             knowledge:Tensor,        # [M,C] what is known of their anomalies; any length
             margin:float=0.,         # by how much the anomalous prompt shall be nearer (0: as printed)
@@ -187,6 +206,7 @@ def truth(maps:Tensor, mask:Tensor)->Tensor:      # [B,H,W] of 0 and 1
         raise ValueError(f'mask: {list(mask.shape)} does not fit maps {list(maps.shape)}; need [B,H,W] with [B,2,H,W] or [L,B,2,H,W], normal and anomalous; resize the mask to the maps')
     return (mask > .5).to(maps.dtype)
 
+@full_precision
 def focal_loss(maps:Tensor,            # [B,2,H,W] probabilities of normal and anomalous
                mask:Tensor,            # [B,H,W], anomalous above one half
                gamma:float=2.,
@@ -199,6 +219,7 @@ def focal_loss(maps:Tensor,            # [B,2,H,W] probabilities of normal and a
     return -((1 - right)**gamma*right.log()).mean()
 
 # %% ../nbs/18_knpl.ipynb #55c0089d
+@full_precision
 def dice_loss(p:Tensor,              # [B,H,W] probabilities
               g:Tensor,              # [B,H,W] of 0 and 1
               smooth:float=1.
@@ -207,12 +228,14 @@ def dice_loss(p:Tensor,              # [B,H,W] probabilities
     common, areas = (p*g).flatten(1).sum(1), p.flatten(1).sum(1) + g.flatten(1).sum(1)
     return 1 - ((2*common + smooth)/(areas + smooth)).mean()
 
+@full_precision
 def local_loss(maps:Tensor, mask:Tensor)->Tensor:      # [B,2,H,W] or [L,B,2,H,W], [B,H,W] to a scalar, summed over layers
     "Judge maps by their pixels and areas, KAnoCLIP Eq. (15)."
     g = truth(maps, mask)
     return sum(focal_loss(m, mask) + dice_loss(m[:, 0], 1 - g) + dice_loss(m[:, 1], g) for m in (maps if maps.ndim == 5 else maps[None]))
 
 # %% ../nbs/18_knpl.ipynb #1ade5e3e
+@full_precision
 def image_loss(cls:Tensor,          # [B,C] unit image tokens
                pair:Tensor,         # [2,C] or [B,2,C] unit rows: normal, anomalous
                labels:Tensor,       # [B], 1 anomalous
@@ -222,6 +245,7 @@ def image_loss(cls:Tensor,          # [B,C] unit image tokens
     z = (cls*(pair[..., 1, :] - pair[..., 0, :])).sum(-1)/tau
     return F.binary_cross_entropy_with_logits(z, labels.to(z))      # with two classes, cross entropy is this
 
+@full_precision
 def global_loss(score:Tensor,       # [B] global scores from 0 to 1
                 labels:Tensor       # [B], 1 anomalous
                )->Tensor:           # scalar
@@ -253,6 +277,7 @@ def read_dpam(visual,             # open_clip VisionTransformer
     return image_token(visual, z), torch.stack([leave(visual, y[:, 1:]) for y in streams[path]])
 
 # %% ../nbs/18_knpl.ipynb #6547c1a7
+@full_precision
 def state_maps(patches:Tensor,      # [L,B,N,C] unit patch tokens
                pair:Tensor,         # [2,C] or [B,2,C] unit rows: normal, anomalous
                grid,                # (rows, columns) of patches
@@ -278,41 +303,86 @@ def artifact_files(path)->tuple:      # (.safetensors, .json)
     stem = path.name.removesuffix('.json').removesuffix('.safetensors')
     return path.parent/f'{stem}.safetensors', path.parent/f'{stem}.json'
 
+def tensor_bytes(t:Tensor)->bytes:
+    "Give the numbers of a tensor as bytes, row by row, whatever its dtype."
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+def artifact_hash(tensors:dict,      # {name: tensor}
+                  identity:dict      # what changes predictions, as JSON can hold it
+                 )->str:
+    "Hash tensors (name, dtype, shape, numbers) and identity; order and format of files do not count."
+    rows = [part for k, t in sorted(tensors.items())
+            for part in (k, str(t.dtype), tuple(t.shape), tensor_bytes(t))]
+    return digest(canonical(identity), *rows)
+
 def save_artifact(path,              # with or without .json
                   tensors:dict,      # {name: tensor}
-                  about:dict         # what JSON can hold: kind, recipe, seed, data, metrics, ...
-                 )->str:             # hash of both
-    "Write tensors and what is said of them, atomically."
-    files, about = artifact_files(path), json.loads(json.dumps(about))
+                  identity:dict,     # what JSON can hold and changes predictions: kind, head, ...
+                  notes:dict=None    # what else is to be told: data, losses, ...; not in the hash
+                 )->str:             # hash of tensors and identity
+    "Write tensors and what is said of them, each file atomically."
+    files = artifact_files(path)
+    identity, notes = (json.loads(json.dumps(part or {})) for part in (identity, notes))
+    both = artifact_hash(tensors, identity)
     data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
-    both = digest(data, json.dumps(about, sort_keys=True))
     shapes = {k: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for k, t in tensors.items()}
+    said = dict(hash=both, identity=identity, notes=notes, tensors=shapes)
     write_atomic(files[0], data)
-    write_atomic(files[1], json.dumps(dict(hash=both, about=about, tensors=shapes), indent=1) + '\n')
+    write_atomic(files[1], json.dumps(said, indent=1) + '\n')
     return both
 
+def save_state(path, **state):
+    "Write a checkpoint atomically, through a temporary file of its own."
+    f = io.BytesIO()
+    torch.save(state, f)
+    write_atomic(path, f.getvalue())
+
 # %% ../nbs/18_knpl.ipynb #326f8586
+def read_artifact(path)->tuple:      # identity, notes, hash
+    "Read what is said of an artifact, without its tensors."
+    file = artifact_files(path)[1]
+    try:
+        said = json.loads(file.read_text(encoding='utf-8'))
+        return dict(said['identity']), dict(said['notes']), said['hash']
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f'artifact {file} cannot be read ({type(e).__name__}: {e}); need the JSON '
+                         'that save_artifact writes, with hash, identity and notes') from e
+
 def load_artifact(path,              # either file, or their common name
                   kind:str=None      # what it has to be; None: anything
-                 )->tuple:           # tensors, about, hash
+                 )->tuple:           # tensors, identity and notes in one dict, hash
     "Read an artifact and check that its two files belong together."
     files = artifact_files(path)
     for f in files:
         if not f.is_file(): raise FileNotFoundError(f'artifact {str(path)!r}: {f} is missing; an artifact is the two files {files[0].name} and {files[1].name} side by side')
-    data = files[0].read_bytes()
-    try: said = json.loads(files[1].read_text(encoding='utf-8')); about, both = dict(said['about']), said['hash']
-    except (ValueError, TypeError, KeyError) as e: raise ValueError(f'artifact {files[1]} cannot be read ({type(e).__name__}: {e}); need the JSON that save_artifact writes, with hash and about') from e
-    now = digest(data, json.dumps(about, sort_keys=True))
-    if now != both: raise ValueError(f'artifact {files[1]}: its hash is {both}, that of the files {now}; one of the two was changed, cut short or comes from another save: fetch or save both again')
-    if kind is not None and about.get('kind') != kind: raise ValueError(f"artifact {files[1]}: kind={about.get('kind')!r}, need {kind!r}")
-    return safetensors.torch.load(data), about, both
+    identity, notes, both = read_artifact(path)
+    torn = 'one of the two was changed, cut short or comes from another save: fetch or save both again'
+    try: tensors = safetensors.torch.load(files[0].read_bytes())
+    except safetensors.SafetensorError as e: raise ValueError(f'artifact {files[0]} cannot be read ({e}); {torn}') from e
+    now = artifact_hash(tensors, identity)
+    if now != both: raise ValueError(f'artifact {files[1]}: its hash is {both}, that of the files {now}; {torn}')
+    if kind is not None and identity.get('kind') != kind: raise ValueError(f"artifact {files[1]}: kind={identity.get('kind')!r}, need {kind!r}")
+    return tensors, {**notes, **identity}, both
 
 # %% ../nbs/18_knpl.ipynb #8173fdde
+def hash_tower(config, state:dict)->str:
+    "Hash tensors, rounded to bfloat16, and a configuration."
+    rows = [part for k, t in sorted(state.items())
+            for part in (k, t.bfloat16().view(torch.int16).cpu().numpy())]
+    return digest(json.dumps(config, sort_keys=True), *rows)
+
 def text_weights(encoder)->str:
-    "Hash a text tower's weights, rounded to bfloat16, and configuration: the same for every dtype and image size."
+    """Hash a text tower's weights and configuration: the same for float32 and bfloat16, and for every
+    image size. A file of float32 that is loaded as float16 is rounded twice and has another hash."""
     state = {k: t for k, t in check_text(encoder).state_dict().items() if k.split('.')[0] in ('token_embedding', 'positional_embedding', 'transformer', 'ln_final', 'text_projection')}
-    cfg = json.dumps([encoder.config['text_cfg'], encoder.config.get('quick_gelu', False)], sort_keys=True)
-    return digest(cfg, *(a for k, t in sorted(state.items()) for a in (k, t.bfloat16().view(torch.int16).cpu().numpy())))
+    return hash_tower([encoder.config['text_cfg'], encoder.config.get('quick_gelu', False)], state)
+
+def vision_tower_weights(encoder)->str:
+    """Hash a vision tower's weights and configuration, without position embeddings and image size:
+    the same for float32 and bfloat16, and for every image size."""
+    state = {k: t for k, t in encoder.model.visual.state_dict().items() if k != 'positional_embedding'}
+    config = {k: v for k, v in encoder.config['vision_cfg'].items() if k != 'image_size'}
+    return hash_tower([config, encoder.config.get('quick_gelu', False)], state)
 
 def fit_learned(r:PromptRecipe, tensors:dict, encoder, source)->Learned:
     "Put loaded tensors on an encoder's device; refuse what does not fit its text tower, by name."
@@ -324,14 +394,15 @@ def fit_learned(r:PromptRecipe, tensors:dict, encoder, source)->Learned:
     return Learned(r, {k: tensors[k].detach().float().to(encoder.device) for k in want})
 
 # %% ../nbs/18_knpl.ipynb #818c1f8b
-def save_learned(path, learned:Learned, encoder, **about)->str:      # seed=..., data=..., metrics=...; gives the artifact's hash
+def save_learned(path, learned:Learned, encoder, **notes)->str:      # seed=..., data=..., metrics=...; gives the artifact's hash
     "Save learned prompts with their recipe and the text tower they belong to."
-    return save_artifact(path, learned.tensors, dict(kind='prompts', recipe=asdict(learned.recipe), backbone=encoder.backbone, text_weights=text_weights(encoder), **about))
+    identity = dict(kind='prompts', prompts=asdict(learned.recipe), text_weights=text_weights(encoder))
+    return save_artifact(path, learned.tensors, identity, dict(backbone=encoder.backbone, **notes))
 
 def load_learned(path, encoder)->Learned:
     "Load learned prompts for an encoder with the same text tower."
     tensors, about, _ = load_artifact(path, 'prompts')
-    learned = fit_learned(PromptRecipe(**about['recipe']), tensors, encoder, path)
+    learned = fit_learned(PromptRecipe(**about['prompts']), tensors, encoder, path)
     if (now := text_weights(encoder)) != about['text_weights']:
         raise ValueError(f"{path}: belongs to the text tower {about['text_weights']} of {about['backbone']!r}, that of {encoder.backbone!r} is {now}; load the encoder that it was trained with, with its weights")
     return learned

@@ -10,7 +10,7 @@ __all__ = ['TERMS', 'term', 'TAU', 'SMOOTHING', 'SCORES', 'score', 'GIVEN', 'REF
            'pair_term', 'memory_term', 'mutual_term', 'relevance_term', 'adapted_tokens', 'adapted_term',
            'synthetic_images', 'synthetic_tokens', 'synthetic_adapted_term', 'smooth_map', 'upsample', 'class_score',
            'views_score', 'memory_score', 'joint_score', 'max_score', 'operations_of', 'check_needs', 'check_earlier',
-           'check_path', 'check_method', 'Method', 'one_path', 'learned', 'prompts_content', 'revs_of',
+           'check_stage', 'check_path', 'check_method', 'Method', 'one_path', 'learned', 'prompts_content', 'revs_of',
            'method_identity', 'local_operations', 'Prediction', 'select_paths', 'select_images', 'without_reference',
            'Detector', 'run_terms', 'fuse_terms', 'find_method', 'fit', 'build', 'encode_categories']
 
@@ -65,7 +65,7 @@ term = TERMS.register
 TAU = (1e-6, 1e6)       # valid softmax temperatures
 
 # %% ../nbs/20_method.ipynb #91a842e3
-@term('text', rev=1, needs=('text',), ranges=dict(tau=TAU))
+@term('text', rev=1, needs=('text', 'stage proj'), ranges=dict(tau=TAU))
 def text_term(s:ScoringInputs,
               path:int=0,      # which of the row's attention paths
               layer:int=-1,    # which of its layers
@@ -136,7 +136,7 @@ def adapted_tokens(s:ScoringInputs, path:int=0, layer:int=-1, adapter:str='text'
                    redraw_noise:bool=True, sequential:bool=False, tau:float=1.)->Tensor:   # [B,N,C]
     "Adapt patch tokens to their own image with noise (AnoCLIP+, Eq. 9-11); unit length."
     p = patches_of(s.tokens, path, layer)
-    if s.encode.stage == 'ln_post':       # projected here, without bringing them to unit length
+    if s.tokens.stage == 'ln_post':       # projected here, without bringing them to unit length
         p = p @ s.encoder.model.visual.proj.float().to(p.device)
     drawn = max(1, steps) if redraw_noise else 1
     noise = draw_noise(s.ids, (drawn, *p.shape[1:]), s.seed, sigma)
@@ -149,7 +149,8 @@ def adapted_tokens(s:ScoringInputs, path:int=0, layer:int=-1, adapter:str='text'
     return adapt(p, *embeddings, noise, **how)
 
 # %% ../nbs/20_method.ipynb #f6d1eeb0
-@term('adapted', rev=1, needs=('text',), stochastic=True, transductive=lambda p: p['sequential'],
+@term('adapted', rev=1, needs=('text', 'stage proj or ln_post'), stochastic=True,
+      transductive=lambda p: p['sequential'],
       choices=dict(adapter=('text', 'softmax', 'code', 'linear'), redraw_noise=(True, False),
                    pseudo=('printed', 'entropy', 'frozen'), sequential=(True, False)),
       ranges=dict(sigma=(0, None), steps=(0, None), lr=(0, None), tau=TAU))
@@ -186,13 +187,13 @@ def synthetic_tokens(s:ScoringInputs,
     "Encode the synthetic images like the images themselves and mark the changed patches."
     made = synthetic_images(s)
     block = s.encode.layers[layer]
-    spec = EncodeSpec((s.encode.paths[path],), (block,), s.encode.stage)
+    spec = EncodeSpec((list(s.tokens.patches)[path],), (block,), s.tokens.stage)
     t = s.encoder.tokens(s.encoder.preprocess([image for image, _ in made]), spec)
     masks = torch.stack([patch_mask(m, s.tokens.grid, coverage) for _, m in made])
     return patches_of(t, 0, -1), masks.to(t.cls.device)
 
 # %% ../nbs/20_method.ipynb #6bbfe88f
-@term('synthetic_adapted', rev=1, needs=('text', 'images'), stochastic=True,
+@term('synthetic_adapted', rev=1, needs=('text', 'images', 'stage proj'), stochastic=True,
       choices=dict(similarity=('square', 'cosine')),
       ranges=dict(steps=(0, None), lr=(0, None), lam=(0, None), tau=TAU, alpha=(0, 1),
                   coverage=(0, 1)))
@@ -296,6 +297,7 @@ def check_needs(m):
     for need in dict.fromkeys(n for op in used for n in op.needs):
         ops = [op for op in used if need in op.needs]
         if need.startswith('map of '): check_earlier(m, ops[0], need.removeprefix('map of '), terms)
+        elif need.startswith('stage '): check_stage(m, ops[0], need.removeprefix('stage '))
         elif not has[need]:
             names = ', '.join(f'{op.kind} {op.name!r}' for op in ops)
             raise ValueError(f'{m.name}: {names} and {MISSING[need]}')
@@ -311,6 +313,12 @@ def check_earlier(m, op, other:str, terms:list):
     if other in terms: return
     raise ValueError(f'{m.name}: {op.kind} {op.name!r} reads the map of the term {other!r}, '
                      f'and the terms are {terms}')
+
+def check_stage(m, op, stages:str):
+    "Raise ValueError where a term cannot read the stage that is encoded; `stages` is 'proj' or 'a or b'."
+    if m.encode.stage in stages.split(' or '): return
+    raise ValueError(f'{m.name}: {op.kind} {op.name!r} reads patch tokens of stage {stages}, '
+                     f'and encode has stage={m.encode.stage!r}')
 
 def check_path(m, name:str, path:int):
     "Raise ValueError where a term reads an attention path that is not encoded."

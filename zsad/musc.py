@@ -87,7 +87,8 @@ def lowest_mean(d:Tensor,            # [M,R,N] from `patch_distances`
                )->Tensor:            # [M,N]
     "Average the lowest distances of every patch, one at least (MuSc, interval average of MSM)."
     if not 0 < share <= 1: raise ValueError(f'share={share!r}: the part of the other images that counts, above 0 and up to 1 (0.3 in MuSc)')
-    return d.topk(max(1, int(share*d.shape[1])), 1, largest=False, sorted=False).values.mean(1)
+    lowest = d.topk(max(1, int(share*d.shape[1])), 1, largest=False, sorted=False).values.mean(1)
+    return torch.where(d.isnan().any(1), torch.nan, lowest)        # topk sorts NaN behind all numbers
 
 def mutual_scores(features:Tensor,       # [M,N,D] from `aggregate`
                   others:Tensor=None,    # [R,P,D] or [M,R,P,D] reference images; None: the set itself

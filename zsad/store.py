@@ -79,7 +79,7 @@ def join(tensors:list, spec:EncodeSpec, grid:tuple)->Tokens:
     cls, *rest = tensors
     views = rest.pop(0) if spec.views != 'one' else None
     windows, L = {k: rest.pop(0) for k in spec.windows}, len(spec.layers)
-    return Tokens(cls, {p: torch.stack(rest[i*L:(i + 1)*L]) for i, p in enumerate(spec.paths)}, grid, views, windows)
+    return Tokens(cls, {p: torch.stack(rest[i*L:(i + 1)*L]) for i, p in enumerate(spec.paths)}, grid, spec.stage, views, windows)
 
 # %% ../nbs/21_store.ipynb #ce2d0c4f
 class DamagedShard(ValueError):

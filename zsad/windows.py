@@ -85,9 +85,12 @@ def harmonic(scores:Tensor,      # [B,M] scores of windows, 0 or more
 def harmonic_scales(maps,             # maps [B,h,w], one per scale
                     score:Tensor      # [B] score of the class token
                    )->Tensor:         # [B,h,w]
-    "Join the maps of all scales and the image score in one harmonic mean; what is not finite becomes 0, as in the public code (WinCLIP, multi-scale aggregation)."
+    """Join the maps of all scales and the image score in one harmonic mean (WinCLIP, multi-scale aggregation).
+
+    A score of 0 gives 0, and NaN stays NaN; the public code turns both into 0.
+    """
     inverse = sum(1/m for m in maps) + 1/score[:, None, None]
-    return torch.nan_to_num((len(maps) + 1)/inverse, nan=0., posinf=0., neginf=0.)
+    return (len(maps) + 1)/inverse
 
 def zero_shot_map(windows:dict,       # {k: [B,M,C]} from `read_windows`
                   score:Tensor,       # [B] score of the class token at the same temperature
@@ -124,11 +127,11 @@ def few_shot_map(windows:dict,       # {k: [B,M,C]}
                  grid,               # (rows, columns) of patches
                  chunk:int=2**24     # products held at a time
                 )->Tensor:           # [B,h,w]
-    "Average the association maps of all memories, WinCLIP Eq. (3)."
+    "Average the association maps of all memories, WinCLIP Eq. (3); NaN stays NaN."
     if set(memory) != {*windows, 'patch'}: raise ValueError(f"memory: has {list(memory)}, these images need {[*windows, 'patch']}; make it with remember(windows, patches) of the same scales")
     maps = [harmonic(association(f, memory[k], chunk), grid, k) for k, f in windows.items()]
     maps.append(association(patches, memory['patch'], chunk).unflatten(1, check_window(grid, 1)))
-    return torch.nan_to_num(torch.stack(maps).mean(0), nan=0., posinf=0., neginf=0.)
+    return torch.stack(maps).mean(0)
 
 # %% ../nbs/13_windows.ipynb #2457e21b
 def with_references(score:Tensor,      # [B] score of the class token
