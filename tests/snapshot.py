@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from zsad.clip import EncodeSpec, load_encoder, untrained
+from zsad import method
 from zsad.exhibits import EXHIBITS, PICTURES
 from zsad.identity import identity_key
 from zsad.method import (METHODS, REFERENCES, SCORES, SET_STEPS, Reference, build, fit, fuse_terms,
@@ -77,8 +78,8 @@ def images_scored(m, kind:str)->int:
     "Count the images of a category that a row scores: fewer of what takes long."
     subsets = max([p.get('subsets', 1) for _, p in m.terms], default=1)
     if subsets > 1: return 2*subsets
-    if m.encode.views != 'one' or m.has('adapted'): return 2 if kind == 'object' else 1
-    return 3
+    slow = m.encode.views != 'one' or m.encode.windows or m.has('adapted')
+    return (2 if kind == 'object' else 1) if slow else 3
 
 # --- tokens, each encoded once
 
@@ -252,7 +253,7 @@ def differs(stage:str, was:list, now:list, adapts:bool):
     k = int(np.nanargmax(off)) if np.isfinite(off).any() or np.isinf(off).any() else 0
     if not off[k] > (LOOSE if adapts else TIGHT)*max(np.nanmax(np.abs(a)), 1e-12): return None
     place = [(i, j) for i, t in enumerate(was) for j in range(len(t))][k]
-    return *place, a[k], b[k]
+    return *place, float(a[k]), float(b[k])
 
 def first_difference(was:dict, now:dict):
     "Walk the stages of a row in the order of the data flow: (category, stage, image, place, stored, computed)."

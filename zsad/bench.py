@@ -92,6 +92,7 @@ def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
         if reason_: why['pixel_auroc_within'] = reason_
     return values, again, why, measure_defects(kinds, each, scores, t, p)
 
+# %% ../nbs/23_bench.ipynb #3c0357b1
 def measure_within(pixels, t:Truth, protocol)->tuple:      # value, reason of NaN
     "Compute pixel AUROC over the pixels of the object."
     if t.foreground is None: return float('nan'), 'no outline of an object here'
