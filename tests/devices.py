@@ -3,7 +3,7 @@
 As on a GPU, an operation on tensors of two places raises, `numpy()` raises, and binary cross entropy
 refuses to run under autocast. Values are real, so that whole jobs run and can be compared with the CPU;
 torch's own fake tensors hold no values and give no gradients without a GPU.
-What is not covered: kernels, memory, order of sums, several devices.
+What is not covered: kernels, memory, order of sums, several devices, sparse tensors.
 """
 import copy
 from contextlib import ExitStack, contextmanager
@@ -24,12 +24,14 @@ ANSWERS = {T.device.__get__: CUDA, T.is_cuda.__get__: True, T.is_cpu.__get__: Fa
            torch._has_compatible_shallow_copy_type: False}      # the last: a module's parameter is replaced
 AUTOCAST_BANS = {F.binary_cross_entropy}
 
+CAPTURE = [f'torch.optim.Optimizer.{k}' for k in vars(torch.optim.Optimizer) if k.endswith('graph_capture_health_check')]
+
 
 def is_away(t): return isinstance(t, Away)
 
 def send(t):
-    "Put a tensor on the device."
-    return t if is_away(t) else t.as_subclass(Away)
+    "Put a tensor on the device; a sparse one cannot bear the class and stays as it is."
+    return t if is_away(t) or t.is_sparse else t.as_subclass(Away)
 
 def fetch(t):
     "Give the tensor on the CPU."
@@ -113,6 +115,7 @@ def faked():
     "Have a device 'cuda' for the time of a block."
     there = {'torch.cuda.amp.common.amp_definitely_not_available': lambda: False,
              'torch.cuda.is_bf16_supported': lambda *_, **__: True, 'torch.cuda.is_available': lambda: True,
+             **{k: lambda *_: None for k in CAPTURE},
              'torch.cuda.get_device_name': lambda *_: 'not there', 'torch.save': save_fetched, 'torch.load': load_placed}
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)

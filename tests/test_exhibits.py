@@ -7,36 +7,40 @@ from dataclasses import replace
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
-from zsad.exhibits import EXHIBITS, ROLES, STAND_INS, Row, datasets_of, printed, reported
+from zsad.exhibits import EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported, seeds_of
 from zsad.method import METHODS
-from zsad.report import as_results, caption, figure, latex, markdown, page, provenance, readable, read_results, run_of, table, verdict, verdicts, write_report
+from zsad.report import FILES, Results, caption, comparable, figure, findings, latex, markdown, page, provenance, readable, read_results, runs_of, table, verdict, verdicts, write_report
 
 TABLES = ['anoclip-t1', 'anoclip-t2', 'anoclip-t3', 'anoclip-t4']
 METRICS = 'image_auroc image_f1max image_ap pixel_auroc pixel_f1max pixel_ap pro pixel_auroc_within'.split()
-CONTRASTS = 'exhibit dataset better worse metric over difference lo hi'.split()
+CONTRASTS = 'exhibit dataset better worse metric over difference low high'.split()
 PAPER = dict(encoder='ViT-B-16-plus-240', source='laion400m_e32', complete='yes')
-ALL = [r for name, e in EXHIBITS.items() if name != 'vv-depth' for r in e.rows]
 
 
 def value(*key): return 10 + zlib.crc32('/'.join(key).encode())%8000/100      # in percent, never 0
 
 
-def made_up(folder, datasets=('procad',), rows=ALL, contrasts=(), encoder='mini', source='shipped', **more):
-    "Write a results folder as a run on `datasets` would, and read it."
-    runs, metrics = {}, []
-    for d in datasets:
-        for r in (r for r in rows if not r.state):
-            method, control = r.runs_as; run = f'{d} {method} {control}'
-            weights = dict(source='random:0' if control == 'random weights' else '-' if r.method is None else source)
-            runs[run] = dict(run=run, method=method, control=control, dataset=d, data=f'hash-of-{d}', encoder=encoder, weights='w', **weights, size=240, dtype='float32', zsad='0', torch='2', device='cpu', **more)
-            for m in METRICS:
-                if r.method is None and m.startswith('image'): continue           # an outline has no image score
-                for span in ('mean', 'mean objects', 'mean textures', 'pill', 'wood'):
-                    if (span, m) not in (('mean textures', 'pixel_auroc_within'), ('wood', 'pixel_auroc_within')):
-                        v = value(d, method, control, m, span); metrics.append(dict(run=run, category=span, metric=m, value=v, lo=v - 1, hi=v + 1, n=9, why=''))
-    for name, head, lines in (('runs', list(next(iter(runs.values()))), list(runs.values())), ('metrics', 'run category metric value lo hi n why'.split(), metrics), ('contrasts', CONTRASTS, [dict(zip(CONTRASTS, c)) for c in contrasts])):
-        with (folder/f'{name}.csv').open('w', newline='') as f:
-            w = csv.DictWriter(f, head); w.writeheader(); w.writerows(lines)
+def made_up(folder, datasets=('procad',), rows=None, contrasts=(), encoder='mini', source='shipped', shown=None, **more):
+    "Write results of exhibits as a run on `datasets` would, and read them; contrasts are (exhibit, ...)."
+    for e in shown or EXHIBITS.values():
+        if e.name == 'vv-depth': continue
+        runs, metrics = [], []
+        for d in datasets:
+            for r in (r for r in e.rows if not r.state and (rows is None or r in rows)):
+                name, control = r.method.name if r.method else 'foreground', r.control
+                weights = dict(source='random:0' if control == 'random weights' else '-' if r.method is None else source)
+                runs.append(dict(dataset=d, row=r.label, seed=0, run=f'{d} {name} {control}', method=name, control=control, data=f'hash-of-{d}', encoder=encoder, weights='w', **weights, size=240, dtype='float32', zsad='0', torch='2', device='cpu', **more))
+                for m in METRICS:
+                    if r.method is None and m.startswith('image'): continue           # an outline has no image score
+                    for span in ('mean', 'mean objects', 'mean textures', 'pill', 'wood'):
+                        if (span, m) not in (('mean textures', 'pixel_auroc_within'), ('wood', 'pixel_auroc_within')):
+                            v = value(d, name, control, m, span); metrics.append(dict(dataset=d, row=r.label, category=span, metric=m, value=v, low=v - 1, high=v + 1, seeds=1, n=9))
+        found = [dict(zip(CONTRASTS, c)) for c in contrasts if c[0] == e.name]
+        (folder/e.name).mkdir(parents=True, exist_ok=True)
+        for name, lines in (('runs', runs), ('metrics', metrics), ('contrasts', found), ('defects', [])):
+            head = [*FILES[name], *(k for k in (runs[0] if name == 'runs' and runs else ()) if k not in FILES['runs'])]
+            with (folder/e.name/f'{name}.csv').open('w', newline='') as f:
+                w = csv.DictWriter(f, head, extrasaction='ignore'); w.writeheader(); w.writerows(lines)
     return read_results(folder)
 
 
@@ -82,9 +86,11 @@ def test_rows_that_say_nothing_or_too_much_are_refused(wrong):
     with pytest.raises(ValueError, match="row 'x'"): Row('x', **wrong)
 
 
-def test_runs_of_rows_with_a_state_do_not_exist():
-    for state in ('not here yet', 'reported only'): assert Row('x', state=state).runs_as == ('', '')
-    assert Row('x', None, 'foreground mask').runs_as == ('foreground', 'foreground mask')
+def test_rows_have_the_seeds_of_their_exhibit():
+    drawn, plain = Row('x', METHODS['dual']), Row('y', METHODS['anoclip'])
+    assert seeds_of(EXHIBITS['spread'], drawn) == (0, 1, 2, 3, 4) and seeds_of(EXHIBITS['dual-t1'], drawn) == (0,) and seeds_of(EXHIBITS['dual-t1'], drawn, 3) == (0, 1, 2)
+    assert seeds_of(EXHIBITS['spread'], plain, 7) == (0,) == seeds_of(EXHIBITS['spread'], Row('f', None, 'foreground mask'))
+    assert seeds_of(EXHIBITS['dual-t1'], replace(drawn, seeds=2)) == (0, 1) and seeds_of(EXHIBITS['dual-t1'], replace(drawn, method=replace(METHODS['dual'], seed=4)), 2) == (4, 5)
 
 
 @pytest.mark.parametrize('wrong,says', [(dict(print_state='seen'), 'seen'), (dict(paper=''), 'own'), (dict(print_state='own'), 'own'), (dict(roles=('mvtec', 'visa2')), 'visa2'),
@@ -105,7 +111,7 @@ def test_roles_and_stand_ins():
 
 def test_one_role_keeps_its_columns(mini):
     t = table('anoclip-t3', mini)
-    assert t.columns.tolist() == [(m, k) for m in ('pixel AUROC', 'pixel F1max', 'PRO') for k in ('ours', 'lo', 'hi', 'paper')] + [('pixel AUROC', k) for k in ('objects', 'textures', 'within object')]
+    assert t.columns.tolist() == [(m, k) for m in ('pixel AUROC', 'pixel F1max', 'PRO') for k in ('ours', 'low', 'high', 'paper')] + [('pixel AUROC', k) for k in ('objects', 'textures', 'within object')]
     own = lambda metric, span='mean': pytest.approx(value('procad', 'anoclip', '', metric, span))
     row = t.loc['with V-V attention (multi-layer)']
     assert row['PRO', 'ours'] == own('pro') and row['pixel AUROC', 'textures'] == own('pixel_auroc', 'mean textures') and row['pixel AUROC', 'within object'] == own('pixel_auroc_within') and row['PRO', 'paper'] == 70.4
@@ -149,7 +155,7 @@ def test_a_data_set_that_is_not_there_says_so(tmp_path):
 
 
 def test_what_could_have_been_run_is_missing(tmp_path):
-    d = readable(table('anoclip-t1', made_up(tmp_path, rows=[r for r in ALL if r.method is not METHODS['maskclip']])))
+    d = readable(table('anoclip-t1', made_up(tmp_path, rows=[r for r in EXHIBITS['anoclip-t1'].rows if r.method is not METHODS['maskclip']])))
     mvtec = [c for c in d if 'MVTec' in c and not c.startswith('paper')]
     assert set(d.loc['MaskCLIP', mvtec]) == {'missing'} and not (d.drop(index='MaskCLIP') == 'missing').any(axis=None)
 
@@ -194,13 +200,31 @@ def test_a_difference_only_for_the_role_that_was_run(tmp_path):
     assert deltas(one) == ['VisA: pixel AUROC', 'VisA: pixel F1max', 'VisA: PRO']
 
 
+@pytest.mark.parametrize('other', [dict(size=336), dict(source='laion2b_s34b'), dict(source='my-weights.pt'), dict(encoder='ViT-B-16'), dict(complete='no'), dict(complete='')], ids=str)
+def test_no_difference_beside_another_input_size_or_other_weights(tmp_path, other):
+    class More(dict): pass
+    runs = dict(PAPER) | {k: v for k, v in other.items() if k != 'size'}
+    res = made_up(tmp_path, ('mvtec', 'visa'), **runs)
+    if 'size' in other: res = Results({n: replace(r, runs=r.runs.assign(size=str(other['size']))) for n, r in res.exhibits.items()})
+    e = EXHIBITS['anoclip-t1']
+    assert deltas(table(e, res)) == [] and not any(comparable(res, e, r, role) for r in e.rows for role in e.roles)
+
+
+def test_kanoclip_is_compared_at_its_own_size(tmp_path):
+    "ViT-L-14-336 with OpenAI's weights at 518 pixels; one seed at another size is enough to show no difference."
+    e = EXHIBITS['kanoclip-t1']; res = made_up(tmp_path, ('mvtec',), encoder='ViT-L-14-336', source='openai', complete='yes', shown=[e]); row = e.rows[-4]
+    at = lambda sizes: Results({e.name: replace(res.of(e), runs=res.of(e).runs.assign(size=sizes))})
+    assert comparable(at('518'), e, row, 'mvtec') and not comparable(at('336'), e, row, 'mvtec') and not comparable(at('518'), e, row, 'visa')
+    two = Results({e.name: replace(res.of(e), runs=__import__('pandas').concat([at('518').of(e).runs, at('336').of(e).runs]))}); assert not comparable(two, e, row, 'mvtec')
+
+
 def test_a_role_is_played_by_one_data_set(tmp_path):
     "The real one, where both were run; never a mixture."
-    res = made_up(tmp_path, ('mvtec', 'procad'), rows=[r for r in ALL if r.method is not None])
-    anoclip, outline = EXHIBITS['anoclip-t3'].rows[3], EXHIBITS['anoclip-t3'].rows[5]
-    assert run_of(res, anoclip, 'mvtec') == 'mvtec anoclip ' and run_of(res, anoclip, 'visa') == '' == run_of(res, outline, 'mvtec')
-    res = as_results(replace(res, runs=res.runs[res.runs.run != 'mvtec anoclip ']))
-    assert run_of(res, anoclip, 'mvtec') == ''
+    e = EXHIBITS['anoclip-t3']; res = made_up(tmp_path, ('mvtec', 'procad'), rows=[r for r in e.rows if r.method is not None])
+    anoclip, outline = e.rows[3], e.rows[5]; runs = lambda res, row, role='mvtec': list(runs_of(res, e, row, role).run)
+    assert runs(res, anoclip) == ['mvtec anoclip '] and runs(res, anoclip, 'visa') == [] == runs(res, outline)
+    own = res.of(e); res = Results({e.name: replace(own, runs=own.runs[own.runs.run != 'mvtec anoclip '])})
+    assert runs(res, anoclip) == []
 
 
 FOUND = [('anoclip-t1', 'mvtec', 'AnoCLIP', 'CLIP', 'pro', 'all', 30., 20., 40.), ('anoclip-t1', 'visa', 'AnoCLIP', 'CLIP', 'pro', 'all', -5., -9., -1.),
@@ -208,7 +232,7 @@ FOUND = [('anoclip-t1', 'mvtec', 'AnoCLIP', 'CLIP', 'pro', 'all', 30., 20., 40.)
 
 def test_contrasts_name_their_data_set_where_there_are_several(tmp_path):
     res = made_up(tmp_path, ('mvtec', 'visa'), contrasts=FOUND)
-    assert [verdict(r) for r in res.contrasts.itertuples()] == [
+    assert [verdict(r) for r in res.all('contrasts').itertuples()] == [
         'AnoCLIP over CLIP in PRO on MVTec-AD: +30.0 points [20.0, 40.0], holds', 'AnoCLIP over CLIP in PRO on VisA: -5.0 points [-9.0, -1.0], is reversed',
         'AnoCLIP over foreground mask in pixel AUROC on objects of VisA: +1.0 points [-1.0, 3.0], is not shown', 'with V-V attention (multi-layer) over with QKV attention in PRO: +30.0 points [20.0, 40.0], holds']
     assert 'in PRO on MVTec-AD: +30.0' in caption('anoclip-t1', res) and 'in PRO on VisA: -5.0' in caption('anoclip-t1', res) and 'in PRO: +30.0' in caption('anoclip-t3', res)
@@ -219,14 +243,17 @@ def test_contrasts_on_data_sets_that_play_no_role_stay_out(tmp_path):
     assert re.findall(r'AnoCLIP over \w+ in PRO on \S+ \S+', caption('anoclip-t1', res)) == ['AnoCLIP over CLIP in PRO on procad: +7.0']
 
 
-def test_contrasts_without_a_data_set_are_refused(mini):
-    with pytest.raises(ValueError, match="no column 'dataset'"): caption('anoclip-t1', replace(mini, contrasts=mini.contrasts.drop(columns='dataset')))
+def test_files_of_another_version_are_refused(tmp_path):
+    made_up(tmp_path, shown=[EXHIBITS['anoclip-t3']]); file = tmp_path/'anoclip-t3'/'contrasts.csv'
+    file.write_text('dataset,better,worse,metric,over,difference,lo,hi\n')
+    with pytest.raises(ValueError, match="contrasts.csv has no columns .*low"): read_results(tmp_path)
+    with pytest.raises(FileNotFoundError, match='zsad reproduce'): read_results(tmp_path/'nowhere')
 
 
 def test_captions_name_each_data_set_once_and_what_is_not_there(both, mini):
     said = caption(waiting(), both)
     assert said.count('hash-of-mvtec') == said.count('hash-of-visa') == 1 and 'played by' not in said and 'Not here yet: TransMM, WinCLIP, AnoCLIP+.' in said
-    assert 'visa' not in caption('anoclip-t3', both) and provenance(both) in page([], both)
+    assert 'visa' not in caption('anoclip-t3', both) and provenance(both, [EXHIBITS['anoclip-t1']]) in page([EXHIBITS['anoclip-t1']], both)
     said = caption('anoclip-t1', mini)
     assert said.count('hash-of-procad') == 1 and 'MVTec-AD is played by procad. VisA: no stand-in.' in said and 'left out' not in said
     assert f"{value('procad', 'anoclip', '', 'pixel_auroc', 'mean objects'):.1f}, the bare outline" in said and 'bare outline' not in caption('anoclip-t2', mini)
@@ -243,7 +270,7 @@ def test_captions_count_files_left_out(tmp_path, left_out, says):
 def test_markdown_and_latex_have_the_columns_of_the_table(name, both):
     d = readable(table(name, both))
     lines = markdown(d).splitlines()
-    assert len(lines) == len(d) + 2 and {l.count('|') for l in lines} == {len(d.columns) + 2}
+    assert len(lines) == len(d) + 2 and {l.replace('\\\\|', '').count('|') for l in lines} == {len(d.columns) + 2}
     tex = latex(d); body = [l for l in tex.splitlines() if l.endswith(r'\\')]
     assert len(body) == len(d) + 1 and {l.count('&') for l in body} == {len(d.columns)} and f"{{l{'r'*len(d.columns)}}}" in tex
 
@@ -270,7 +297,36 @@ def test_the_folder_a_user_gets(mini, tmp_path):
     assert '<td class="paper">65.1</td>' in html
 
 
-@pytest.mark.parametrize('lo,hi,says', [(.01, .04, 'less than a table shows'), (-.04, .02, 'less than a table shows'), (.02, .3, 'holds'), (-.3, -.02, 'is reversed'), (-.1, .2, 'is not shown')])
-def test_a_difference_that_no_digit_shows_is_not_said_to_hold(lo, hi, says):
-    row = SimpleNamespace(exhibit='anoclip-t3', better='a', worse='b', metric='pro', over='all', dataset='procad', difference=(lo + hi)/2, lo=lo, hi=hi)
+@pytest.mark.parametrize('low,high,says', [(.01, .04, 'less than a table shows'), (-.04, .02, 'less than a table shows'), (.02, .3, 'holds'), (-.3, -.02, 'is reversed'), (-.1, .2, 'is not shown')])
+def test_a_difference_that_no_digit_shows_is_not_said_to_hold(low, high, says):
+    row = SimpleNamespace(exhibit='anoclip-t3', better='a', worse='b', metric='pro', over='all', dataset='procad', difference=(low + high)/2, low=low, high=high)
     assert verdict(row).endswith(says)
+
+
+SCRIPT = '<script>alert(1)</script> & _a_ | 50 % #1'
+
+def test_text_is_escaped_in_html_markdown_and_latex(tmp_path):
+    "A label, a title, a caption of a picture: what a user writes is text everywhere."
+    e = Exhibit('own', SCRIPT, '', (Row(SCRIPT, METHODS['anoclip'], note=SCRIPT), Row('b', METHODS['clip'])), ('mvtec',), ('pro',), contrasts=((SCRIPT, 'b', 'pro'),), print_state='own')
+    res = made_up(tmp_path, shown=[e], contrasts=[('own', 'procad', SCRIPT, 'b', 'pro', 'all', 1., .5, 2.)]); d = readable(table(e, res))
+    html = page([e], res, [('p.png', SCRIPT, SCRIPT)])
+    assert '<script>' not in html and html.count('&lt;script&gt;alert(1)&lt;/script&gt; &amp; _a_ | 50 % #1') >= 5 and '<td class="">' in html
+    said = verdicts(e, res).to_html(); assert '<script>' not in said and '&lt;script&gt;' in said
+    lines = markdown(d).splitlines(); assert all('<script>' not in l for l in lines) and len({len(re.findall(r'(?<!\\)\|', l)) for l in lines}) == 1 and r'\_a\_ \| 50 % #1' in lines[2]
+    body = [l for l in latex(d).splitlines() if l.endswith(r'\\')]; assert len(body) == len(d) + 1 and len({len(re.findall(r'(?<!\\)&', l)) for l in body}) == 1 and r'\& \_a\_ | 50 \% \#1' in body[1]
+
+
+def test_an_exhibit_reads_its_own_files_alone(tmp_path):
+    "Files of other exhibits may be damaged or missing."
+    made_up(tmp_path, shown=[EXHIBITS['anoclip-t3'], EXHIBITS['anoclip-t4']])
+    want = table('anoclip-t3', tmp_path), caption('anoclip-t3', tmp_path); (tmp_path/'anoclip-t4'/'metrics.csv').write_text('x')
+    assert table('anoclip-t3', tmp_path).equals(want[0]) and caption('anoclip-t3', tmp_path) == want[1] and len(findings('anoclip-t3', tmp_path)) == 0
+    figure_of = figure('anoclip-t3', tmp_path); plt.close(figure_of)
+
+
+def test_what_is_not_accepted_yet_says_so(tmp_path):
+    (tmp_path/'NOT_ACCEPTED').write_text('anoclip-t1\n')
+    for e in EXHIBITS.values():
+        d = readable(table(e, tmp_path)); own = [r.label for r in e.rows if not r.state]
+        assert 'not accepted yet' in d.loc[[l for l in own if l in d.index]].to_numpy().ravel() and 'Not accepted yet' in caption(e, tmp_path)
+        assert list(verdicts(e, tmp_path).data.finding) == ['not accepted yet']; fig = figure(e, tmp_path); plt.close(fig)

@@ -113,6 +113,6 @@ def test_stored_effects_are_those_of_the_results():
     printed = ''.join(t for c in json.loads(NOTEBOOK.read_text())['cells'] for o in c.get('outputs', []) for t in o.get('text', []))
     assert ('missing, make them with `zsad reproduce fidelity fidelity-views`' in printed) == bool(lacking) and all(name in PAGE for name in SWITCHES)
     for r in found.itertuples():
-        d, lo, hi = (round(v, 2) + 0. for v in (r.difference, r.lo, r.hi))
-        assert f'{NAMES[r.metric]} {d:+.2f} [{lo:.2f}, {hi:.2f}]' in PAGE, (r.better, r.metric)
-    for name, g in found.groupby('better') if len(found) else (): assert (g.difference.abs() + g.lo.abs() + g.hi.abs()).max() > 0, f'{name} changes nothing at all'
+        d, low, high = (round(v, 2) + 0. for v in (r.difference, r.low, r.high))
+        assert f'{NAMES[r.metric]} {d:+.2f} [{low:.2f}, {high:.2f}]' in PAGE, (r.better, r.metric)
+    for name, g in found.groupby('better') if len(found) else (): assert (g.difference.abs() + g.low.abs() + g.high.abs()).max() > 0, f'{name} changes nothing at all'

@@ -79,7 +79,7 @@ def test_april_gan_by_hand(rng, scene):
         assert abs(score[b].item() - (100*cls[b] @ t[b].T).softmax(-1)[1].item()) < 1e-5
         for l in range(4): assert gap(z[l, b].sigmoid(), (100*unit(p[l, b] @ m.fc[l].weight.T + m.fc[l].bias) @ t[b].T).softmax(-1)[:, 1]) < 1e-5
     assert gap(a, sum_maps(z, grid, 12)) == 0 and a.shape == (3, 12, 12) and 0 <= a.min() and a.max() <= 4
-    assert gap(m(cls, p, t[0], grid, 12)[2][:, 0], z[:, 0]) < 1e-5
+    assert gap(m(cls, p, t[0], grid, 12)[2][:, 0], z[:, 0]) < 1e-4      # logits are 100 times a cosine: a float32 rounding is 6e-6
     two = fill(AprilGan(10, 8, 2), np.random.default_rng(0))
     assert two(cls, p[:2], t, grid, (5, 9))[1].shape == (3, 5, 9) and two(cls, p[:2], t, grid, 5)[1].max() <= 2
 

@@ -9,11 +9,12 @@ from zsad.clip import load_encoder
 from zsad.data import load_dataset, load_image, load_mask, survey
 from zsad.knowledge import describe_mask, knowledge, look_up
 from zsad.courses import COURSES, VARIANTS, course_for, find_course
-from zsad.learn import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, live_curves, missing, read_lessons, sentences_known, steps_of, take
+from zsad.learn import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, live_curves, missing, rank_device, read_lessons, sentences_known, steps_of, take, world
 from zsad.method import METHODS, fit
 from zsad.prompts import encode_text
 from zsad.procad import render_aux
-from zsad.trained import load_trained
+from zsad.knpl import save_state
+from zsad.trained import cached_artifact, load_trained
 
 S, NAMES = 96, list(COURSES)
 
@@ -51,7 +52,7 @@ def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
     total = lambda s: sum(getattr(c, k)*v.item() for k, v in s(whole).items())
     assert total(own) < total(fresh)                                                                # on the images it learned from
     about = load_trained(tmp_path/'a', enc).about
-    assert (about['dataset'], about['data'], about['seed'], about['images']) == ('procad-aux', aux.hash, 0, 48) and about['course']['lr'] == c.lr and 'local' in about['losses']
+    assert (about['dataset'], about['data'], about['seed'], about['images']) == ('procad-aux', aux.hash, 0, 48) and about['config']['lr'] == c.lr and 'local' in about['losses']
     assert len(curves(tmp_path/'run').axes) == len(t.dtype.names) - 1
 
 @pytest.mark.parametrize('name', NAMES)
@@ -194,3 +195,67 @@ def test_losses_are_drawn_in_one_place_as_pictures(enc, aux, lessons, tmp_path, 
     learn(c, enc, aux, tmp_path/'a', tmp_path/'run', every=2, limit=6, lessons=lessons[c.name], show=False, live=live_curves())
     assert [how for how, *_ in shown] == ['display', 'update', 'update'] and len({place for _, place, _ in shown}) == 1
     assert all(p._repr_mimebundle_()[0]['image/png'] for *_, p in shown) and shown[0][2].data != shown[2][2].data      # no backend of matplotlib is needed to see them
+
+def test_a_run_is_named_by_the_content_of_its_knowledge(enc, aux, tmp_path, monkeypatch):
+    "An edited file is another run; the same file in another place is the same run."
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'cache'))
+    category = aux.dataset.categories[0]
+    def write(file, *anomalies):
+        told = dict(noun='thing', background='A thing.', anomalies=list(anomalies))
+        file.write_text(json.dumps(dict(format='zsad-knowledge-1', source='me', sets={'procad-aux': {category: told}}, images={})))
+        return course('kanoclip', epochs=1, known=(2, 0), base=str(file))
+    def go(c, tag, **how): return learn(c, enc, aux, tmp_path/tag, show=False, **how)
+    first = go(write(tmp_path/'k.json', 'a thing with a hole', 'a thing with a dent'), 'a')
+    (folder,) = (tmp_path/'cache'/'learn').iterdir()
+    moved = write(tmp_path/'elsewhere.json', 'a thing with a hole', 'a thing with a dent')
+    assert go(moved, 'b') == first and list((tmp_path/'cache'/'learn').iterdir()) == [folder]
+    edited = write(tmp_path/'k.json', 'a dog', 'a green hat')
+    second = go(edited, 'c')
+    assert second != first and len(list((tmp_path/'cache'/'learn').iterdir())) == 2
+    a, c = (load_trained(tmp_path/n, enc) for n in 'ac')
+    assert not torch.equal(a.prompts.tensors['normal'], c.prompts.tensors['normal']) and a.about['knowledge'] != c.about['knowledge']
+    assert a.about['config']['base'] == 'k.json'                                                     # not where it lies
+    with pytest.raises(ValueError, match='another course, encoder, data set, knowledge'): go(edited, 'd', folder=folder)
+
+def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(enc, aux, lessons, monkeypatch):
+    import zsad.learn as L
+    from zsad.prompts import prompt_set
+    c = course_for(course('april-gan'), enc); key = lambda c=c, **how: L.identity_key(L.training_identity(c, how.get('enc', enc), how.get('lessons', lessons['april-gan'])))
+    first = key()
+    assert key(replace(c, name='other')) == first != key(replace(c, lr=.1)) and key(lessons=replace(lessons['april-gan'], data='x')) != first
+    assert key(enc=load_encoder('mini', device='cpu')) != first
+    monkeypatch.setattr(L, 'prompt_set', lambda name: replace(prompt_set(name), normal=('fine {}',)))
+    assert key() != first
+
+def test_only_torchrun_makes_several_processes(enc, aux, lessons, tmp_path, monkeypatch):
+    "RANK and WORLD_SIZE, which other launchers set too, are not enough; every rank takes its own GPU."
+    import torch.distributed as dist, zsad.learn as L
+    full = dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1', MASTER_ADDR='localhost', MASTER_PORT='1')
+    for k in full: monkeypatch.delenv(k, raising=False)
+    assert world() == (0, 1) and rank_device('cpu') == 'cpu' and rank_device('cuda') == 'cuda'
+    monkeypatch.setenv('RANK', '1'); monkeypatch.setenv('WORLD_SIZE', '2')
+    assert world() == (0, 1) and rank_device('cuda') == 'cuda'
+    assert learn(course('april-gan'), enc, aux, tmp_path/'a', tmp_path/'run', lessons=lessons['april-gan'], limit=1, show=False) == ''
+    assert (tmp_path/'run'/'checkpoint.pt').exists() and not dist.is_initialized()
+    for k, v in full.items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(L, 'choose_device', lambda device: 'cuda' if device == 'auto' else device)
+    assert world() == (1, 2) and [rank_device(d) for d in ('auto', 'cuda', 'cuda:0', 'cpu')] == ['cuda:1', 'cuda:1', 'cuda:0', 'cpu']
+    assert L.own_encoder(enc) is enc
+
+def test_checkpoints_of_two_writers_do_not_meet(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    def write(k):
+        for _ in range(15): save_state(tmp_path/'checkpoint.pt', step=k, rows=torch.full((2000,), float(k)))
+    with ThreadPoolExecutor(4) as pool: list(pool.map(write, range(4)))
+    saved = torch.load(tmp_path/'checkpoint.pt', weights_only=True)
+    assert (saved['rows'] == saved['step']).all() and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
+
+def test_an_artifact_of_another_course_is_trained_again(enc, aux, lessons, tmp_path, monkeypatch):
+    "What lies in the cache under the name, but was trained as its course no longer says, is not there."
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path)); import zsad.learn as L
+    short = course('april-gan', epochs=1); monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name))
+    row = METHODS['april-gan']; (name, *_), = missing([row], enc, ['procad'])
+    learn(short, enc, aux, cached_artifact(name, enc), lessons=lessons['april-gan'], show=False)
+    assert missing([row], enc, ['procad']) == []
+    monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name, lr=.5))
+    assert [n for n, *_ in missing([row], enc, ['procad'])] == [name]

@@ -30,12 +30,12 @@ def bench(tmp_path_factory):
 
 def test_everything_is_written(bench):
     d, _, _ = bench
-    for f in ('index.html', 'results/runs.csv', 'results/metrics.csv', 'results/defects.csv', 'results/contrasts.csv', 'figures/gallery.png', *(f'tables/{e}.{k}' for e in ('anoclip-t3', 'vv-depth') for k in ('csv', 'md', 'tex')),
+    for f in ('index.html', *(f'results/anoclip-t3/{n}.csv' for n in ('runs', 'metrics', 'defects', 'contrasts')), 'results/vv-depth/metrics.csv', 'figures/gallery.png', *(f'tables/{e}.{k}' for e in ('anoclip-t3', 'vv-depth') for k in ('csv', 'md', 'tex')),
               *(f'figures/{e}.{k}' for e in ('anoclip-t3', 'vv-depth') for k in ('png', 'svg'))):
         assert (d/'out'/f).stat().st_size > 0, f
-    runs = list(csv.DictReader(open(d/'out'/'results'/'runs.csv')))
-    assert {r['dataset'] for r in runs} == {'mvtec'} and {r['encoder'] for r in runs} == {'model'} and all(r['weights'] and r['data'] and r['dtype'] == 'float32' for r in runs)
-    assert str(d) not in (d/'out'/'results'/'runs.csv').read_text()
+    runs = list(csv.DictReader(open(d/'out'/'results'/'anoclip-t3'/'runs.csv')))
+    assert {r['dataset'] for r in runs} == {'mvtec'} and {r['encoder'] for r in runs} == {'model'} and all(r['weights'] and r['data'] and (r['dtype'], r['size'], r['device_kind']) == ('float32', '48', 'cpu') for r in runs)
+    assert str(d) not in (d/'out'/'results'/'anoclip-t3'/'runs.csv').read_text()
 
 
 def test_what_cannot_be_run_is_missing_not_made_up(bench):
@@ -49,14 +49,14 @@ def test_what_cannot_be_run_is_missing_not_made_up(bench):
 def test_kinds_of_defects_have_their_own_numbers(bench):
     "One kind beside all normal images; where a category has one kind only, that is the category's own number (pixels: binned by rank)."
     d, _, _ = bench
-    rows = list(csv.DictReader(open(d/'out'/'results'/'defects.csv'))); metrics = list(csv.DictReader(open(d/'out'/'results'/'metrics.csv')))
+    rows = list(csv.DictReader(open(d/'out'/'results'/'anoclip-t3'/'defects.csv'))); metrics = list(csv.DictReader(open(d/'out'/'results'/'anoclip-t3'/'metrics.csv')))
     kinds = {c: {p.name for p in (d/'data'/c/'test').iterdir()} - {'good'} for c in ('pill', 'wood')}
     assert {r['defect'] for r in rows} == kinds['pill'] | kinds['wood'] and {r['metric'] for r in rows} == {'image_auroc', 'pixel_auroc', 'pro'}
-    run = next(r['run'] for r in rows if r['metric'] == 'image_auroc'); both = {r['defect'] for r in rows if r['run'] == run and r['categories'] == '2'}
-    assert both == kinds['pill'] & kinds['wood'] and sum(int(r['n']) for r in rows if r['run'] == run and r['metric'] == 'image_auroc') == 8
+    run = next(r['row'] for r in rows if r['metric'] == 'image_auroc'); both = {r['defect'] for r in rows if r['row'] == run and r['categories'] == '2'}
+    assert both == kinds['pill'] & kinds['wood'] and sum(int(r['n']) for r in rows if r['row'] == run and r['metric'] == 'image_auroc') == 8
     # four defective images of four kinds, one each: the mean of their AUROCs is that of the category
-    by = lambda m: sum(float(r['value'])*int(r['categories']) for r in rows if r['run'] == run and r['metric'] == m)/8
-    mean = lambda m: next(float(r['value']) for r in metrics if r['run'] == run and r['category'] == 'mean' and r['metric'] == m)
+    by = lambda m: sum(float(r['value'])*int(r['categories']) for r in rows if r['row'] == run and r['metric'] == m)/8
+    mean = lambda m: next(float(r['value']) for r in metrics if r['row'] == run and r['category'] == 'mean' and r['metric'] == m)
     assert abs(by('image_auroc') - mean('image_auroc')) < 1e-3
 
 
@@ -74,7 +74,7 @@ def test_a_second_run_computes_nothing(bench, monkeypatch):
     assert any(p.suffix == '.safetensors' for p in before)
     monkeypatch.setattr('zsad.store.encode_images', lambda *a, **k: pytest.fail('an image was encoded again'))
     assert run(out='again') == 0                                          # tables, figures and gallery
-    assert (d/'again'/'results'/'metrics.csv').read_text() == (d/'out'/'results'/'metrics.csv').read_text()
+    assert (d/'again'/'results'/'anoclip-t3'/'metrics.csv').read_text() == (d/'out'/'results'/'anoclip-t3'/'metrics.csv').read_text()
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -132,7 +132,8 @@ def test_what_cannot_be_accepted_is_refused_before_it_runs(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main(['reproduce', 'anoclip-t3', '--accept', '--profile', 'paper', '--data', '.']) == 2 and 'its own data' in capsys.readouterr().err
     (tmp_path/'c'/'nbs').mkdir(parents=True); (tmp_path/'c'/'settings.ini').write_text(''); monkeypatch.chdir(tmp_path/'c')
-    assert main(['reproduce', 'anoclip-t3', '--accept']) == 2 and 'nothing was accepted yet' in capsys.readouterr().err; monkeypatch.chdir(tmp_path)
+    for more in (['--size', '96'], ['--seeds', '3'], ['--backbone', 'x']): assert main(['reproduce', 'anoclip-t3', '--accept', *more]) == 2 and f'leave {more[0]} out' in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
     assert main(['reproduce', '--accept', '--plan']) == 2 and 'not inside a checkout' in capsys.readouterr().err
 
 
@@ -180,8 +181,8 @@ def test_spoiled_files_are_named_counted_and_change_no_number(bench, tmp_path, m
     assert main(['reproduce', 'anoclip-t3', 'vv-depth', '--profile', 'paper', '--data', str(tmp_path/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 0
     err = capsys.readouterr().err
     assert all(f'{n}' in err for n in ('text.png', 'empty.png', 'cut.png', 'unmasked', 'blank_mask.png')) and 'junk' not in err
-    assert (tmp_path/'o'/'results'/'metrics.csv').read_bytes() == (d/'out'/'results'/'metrics.csv').read_bytes()
-    assert {r['left_out'] for r in csv.DictReader(open(tmp_path/'o'/'results'/'runs.csv'))} == {'5'} and '5 files left out' in (tmp_path/'o'/'tables'/'anoclip-t3.md').read_text()
+    assert (tmp_path/'o'/'results'/'anoclip-t3'/'metrics.csv').read_bytes() == (d/'out'/'results'/'anoclip-t3'/'metrics.csv').read_bytes()
+    assert {r['left_out'] for r in csv.DictReader(open(tmp_path/'o'/'results'/'anoclip-t3'/'runs.csv'))} == {'5'} and '5 files left out' in (tmp_path/'o'/'tables'/'anoclip-t3.md').read_text()
 
 
 def test_a_folder_is_checked_and_converted(bench, tmp_path, monkeypatch, capsys):
@@ -209,7 +210,7 @@ def test_changed_weights_are_another_run(bench, tmp_path):
     d, run, _ = bench
     torch.manual_seed(1); save_file({k: v.contiguous() for k, v in open_clip.CLIP(**CONFIG).state_dict().items() if k != 'attn_mask'}, tmp_path/'other.safetensors')
     assert run('--weights', str(tmp_path/'other.safetensors'), out='other') == 0
-    a, b = ({r['run'] for r in csv.DictReader(open(d/o/'results'/'runs.csv')) if not r['control']} for o in ('out', 'other'))
+    a, b = ({r['run'] for r in csv.DictReader(open(d/o/'results'/'anoclip-t3'/'runs.csv')) if not r['control']} for o in ('out', 'other'))
     assert not a & b
 
 
@@ -232,7 +233,7 @@ def test_sets_without_masks_or_without_defects_end_with_a_report(bench, tmp_path
         for k in (tmp_path/'data'/c/'test').iterdir():
             if strip == 'defects' and k.name != 'good': shutil.rmtree(k)
     assert main(['reproduce', 'anoclip-t3', '--profile', 'paper', '--data', str(tmp_path/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 0
-    rows = list(csv.DictReader(open(tmp_path/'o'/'results'/'metrics.csv')))
+    rows = list(csv.DictReader(open(tmp_path/'o'/'results'/'anoclip-t3'/'metrics.csv')))
     assert any(r['metric'] == 'pixel_auroc' and not r['value'] and r['why'] for r in rows) and not any(r['metric'] == 'pro' and r['value'] for r in rows)
     assert any(r['metric'] == 'image_auroc' and r['value'] for r in rows) == (strip == 'masks')
 
@@ -261,3 +262,21 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert 'no MVTec-shaped folder' in capsys.readouterr().err
     assert main(['reproduce', 'anoclip-t3', '--profile', 'paper']) == 2
     assert '--data' in capsys.readouterr().err
+
+
+def test_size_and_device_reach_the_encoder_the_run_and_the_forecast(bench, tmp_path, monkeypatch, capsys):
+    "At 96 pixels a model of 48 has four times the patches; its runs are others and say their size."
+    d, run, cache = bench
+    assert run('--dry-run', '--size', '96') == 0; told = capsys.readouterr().out
+    assert '96 px' in told and 'to do: 28 images to encode' in told                                   # two encoders, nothing stored at this size
+    assert run('--size', '96', '--device', 'cpu', out='large') == 0
+    rows = lambda o: list(csv.DictReader(open(d/o/'results'/'anoclip-t3'/'runs.csv')))
+    assert {r['size'] for r in rows('large')} == {'96'} and {r['size'] for r in rows('out')} == {'48'} and not {r['run'] for r in rows('large')} & {r['run'] for r in rows('out')}
+    capsys.readouterr(); assert run('--size', '0') == 2 and '--size 0' in capsys.readouterr().err
+    assert run('--device', 'nowhere') == 2 and 'nowhere' in capsys.readouterr().err
+
+
+def test_workers_respect_the_cores_of_the_process(monkeypatch):
+    from zsad.cli import cores
+    monkeypatch.setattr('zsad.core.available_cores', lambda: 3)
+    assert cores(0, 'cpu') == 3 and cores(5, 'cpu') == 5 and cores(0, 'cuda') == 1

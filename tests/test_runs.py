@@ -2,18 +2,18 @@
 import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
-from zsad.bench import Job, Model, collect, open_sets, plan_jobs, read_result, run_all, run_job, write_results, PROFILES
+from zsad.bench import Model, collect, open_sets, plan_jobs, read_result, run_all, run_job, write_results, PROFILES
 from zsad.core import keyed
 from zsad.exhibits import EXHIBITS
 from zsad.procad import render_procad
 from zsad.store import verify
 
 SHOWN = (EXHIBITS['anoclip-t3'],)
-TABLES = ('metrics.csv', 'contrasts.csv')
+TABLES = ('metrics.csv', 'contrasts.csv', 'defects.csv')
 
 
 def tables(folder):
-    return {f: (Path(folder)/f).read_bytes() for f in TABLES}
+    return {f: (Path(folder)/'anoclip-t3'/f).read_bytes() for f in TABLES}
 
 
 def finished(cache):
@@ -30,8 +30,8 @@ def sets(tmp_path_factory):
 def undisturbed(sets, tmp_path_factory):
     "Results and files of a run that nothing interrupts."
     cache, out = tmp_path_factory.mktemp('cache'), tmp_path_factory.mktemp('out')
-    records, jobs, keys = plan_jobs(SHOWN, sets[1], Model(), cache=cache)
-    write_results(out, SHOWN, records, collect(jobs, run_all(jobs, show=False), keys))
+    plan = plan_jobs(SHOWN, sets[1], Model(), cache=cache)
+    write_results(out, plan, collect(plan, run_all(plan.jobs, show=False)))
     return tables(out), len(finished(cache))
 
 
@@ -41,8 +41,8 @@ from zsad.bench import Model, PROFILES, collect, open_sets, plan_jobs, run_all, 
 from zsad.exhibits import EXHIBITS
 root, cache, out = sys.argv[1:]
 shown = (EXHIBITS['anoclip-t3'],)
-records, jobs, keys = plan_jobs(shown, open_sets(PROFILES['mini'], root)[0], Model(), cache=cache)
-write_results(out, shown, records, collect(jobs, run_all(jobs, show=False), keys))
+plan = plan_jobs(shown, open_sets(PROFILES['mini'], root)[0], Model(), cache=cache)
+write_results(out, plan, collect(plan, run_all(plan.jobs, show=False)))
 """
 
 
@@ -65,22 +65,22 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(sets, undisturbed,
 
 
 def test_batches_of_one_give_the_same_bytes(sets, undisturbed, tmp_path):
-    records, jobs, keys = plan_jobs(SHOWN, sets[1], Model(), batch=1, cache=tmp_path/'cache')
-    write_results(tmp_path/'out', SHOWN, records, collect(jobs, run_all(jobs, show=False), keys))
+    plan = plan_jobs(SHOWN, sets[1], Model(), batch=1, cache=tmp_path/'cache')
+    write_results(tmp_path/'out', plan, collect(plan, run_all(plan.jobs, show=False)))
     assert tables(tmp_path/'out') == undisturbed[0]
 
 
 def test_a_torn_result_is_computed_again(sets, undisturbed, tmp_path):
-    records, jobs, keys = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path)
+    jobs = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs
     run_job(jobs[0]); file = jobs[0].result(jobs[0].rows[0][0]); whole = json.loads(file.read_text())
     file.write_text(file.read_text()[:100])
     assert read_result(file) is None
-    assert run_job(jobs[0])[jobs[0].rows[0][0]]['values'] == whole['values'] and json.loads(file.read_text())['again'] == whole['again']
+    assert run_job(jobs[0])[jobs[0].rows[0][0]]['values'] == whole['values'] and json.loads(file.read_text())['bootstrap_values'] == whole['bootstrap_values']
 
 
 def test_a_failing_job_does_not_stop_the_others(sets, tmp_path):
     from dataclasses import replace
-    records, jobs, keys = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path)
+    jobs = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs
     broken = replace(jobs[1], pixels=tuple(reversed(jobs[1].pixels)))               # files that are not what they were
     with pytest.raises(ValueError, match=f'1 of {len(jobs)} jobs failed') as e: run_all([jobs[0], broken, *jobs[2:]], show=False)
     assert f'{broken.dataset}/{broken.category}' in str(e.value) and 'changed' in str(e.value)
@@ -89,22 +89,138 @@ def test_a_failing_job_does_not_stop_the_others(sets, tmp_path):
 
 def test_another_file_of_weights_on_a_worker_is_refused(sets, tmp_path):
     from dataclasses import replace
-    _, jobs, _ = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path)
+    jobs = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs
     with pytest.raises(ValueError, match='same file'): run_job(replace(jobs[0], model=replace(jobs[0].model, expect='0123')))
 
 
-def test_another_version_of_the_code_on_a_worker_is_refused(sets, tmp_path):
+@pytest.mark.parametrize('other', [{'pipeline': 0}, {'term text': 99}, {'torch': '1.0'}], ids=str)
+def test_other_revisions_on_a_worker_are_refused(sets, tmp_path, other):
+    "The pipeline's, an operation's, torch's: whatever a worker has otherwise is named, also where everything is in the cache."
     from dataclasses import replace
-    _, jobs, _ = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path)
-    with pytest.raises(ValueError, match='same version'): run_job(replace(jobs[0], code='0123'))
+    job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]
+    (name, rev), = other.items(); assert name in job.revs
+    with pytest.raises(ValueError, match=f'{name} {rev} there, .*same version of zsad'): run_job(replace(job, revs={**job.revs, **other}))
+
+
+def test_a_raised_revision_is_another_run(sets, tmp_path, monkeypatch):
+    from zsad import bench, method
+    from zsad.identity import Operation
+    keys = lambda: {r['method_key']: r['run'] for r in plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).runs.values()}
+    before = keys(); op = method.TERMS['text']
+    with monkeypatch.context() as m:
+        m.setitem(method.TERMS.operations, 'text', Operation(**{**vars(op), 'rev': op.rev + 1})); raised = keys()
+        assert len(set(before) & set(raised)) == 1                    # the outline alone
+    monkeypatch.setattr(bench, 'PIPELINE_REV', bench.PIPELINE_REV + 1); later = keys()
+    assert not set(before.values()) & set(later.values())
+
+
+def test_no_category_leads_out_of_the_cache(sets, tmp_path):
+    from dataclasses import replace
+    job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path/'c').jobs[0]; key = job.rows[0][0]
+    names = ['/tmp/x', '../../..', 'a/b', '..', 'a_b', '']
+    files = [replace(job, category=c).result(key).resolve() for c in names]
+    assert all((tmp_path/'c').resolve() in f.parents and f.parent == job.result(key).resolve().parent for f in files) and len(set(files)) == len(names)
+
+
+def test_results_of_another_torch_are_kept_apart(sets, tmp_path, monkeypatch):
+    from zsad import bench
+    job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]; key = job.rows[0][0]; here = job.result(key)
+    monkeypatch.setattr(bench, 'TORCH', '9.9'); assert job.result(key) != here and job.result(key).name == here.name
+
+
+def test_a_result_that_lacks_metrics_is_measured_again_and_keeps_what_it_has(sets, tmp_path):
+    "Which metrics are asked for is not part of a run's identity."
+    from dataclasses import replace
+    from zsad.bench import forecast, stored_result
+    from zsad.metrics import Protocol
+    job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]; key = job.rows[0][0]
+    few = replace(job, rows=job.rows[:1], protocols={key: Protocol(metrics=('pixel_auroc',))}); more = replace(few, protocols={key: Protocol(metrics=('image_ap',))})
+    first = run_job(few)[key]['values']; assert set(first) == {'pixel_auroc'} and forecast([few]).results == 0 and forecast([more]).results == 1
+    assert run_job(more)[key]['values'].keys() == {'pixel_auroc', 'image_ap'} and run_job(few)[key]['values']['pixel_auroc'] == first['pixel_auroc']
+    assert stored_result(few, key) and stored_result(more, key)
+
+
+def test_tokens_are_moved_to_the_encoders_device(sets, tmp_path):
+    from dataclasses import replace
+    from zsad.bench import all_tokens, open_model
+    from zsad.exhibits import shots
+    job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]; run_job(job); m = job.rows[0][1].method
+    enc = open_model(job.model); away = replace(enc, device='meta')
+    for device, encoder in (('cpu', enc), ('meta', away)):
+        from zsad import bench
+        t = bench.on_device(all_tokens(job, enc, replace(m, encode=m.encode.resolved(enc.blocks)), job.pixels, job.files), encoder.device)
+        assert {x.device.type for x in (t.cls, *t.patches.values(), *t.windows.values())} == {device}
+
+
+# ---- a term of one's own
+
+OWN_TERM = """
+import torch
+from zsad.method import term
+@term('mine', rev=1)
+def mine(s, power:float=2.)->torch.Tensor:
+    "Raise the distance of a patch to the mean patch to a power."
+    p = list(s.tokens.patches.values())[0][-1]
+    return (p - p.mean(1, keepdim=True)).norm(dim=-1)**power
+"""
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "A function that registers a term 'mine', in a module or as in a notebook; it is gone afterwards."
+    from zsad.method import TERMS
+    def register(module):
+        if module:
+            (tmp_path/'own_terms.py').write_text(OWN_TERM); monkeypatch.syspath_prepend(tmp_path); monkeypatch.setenv('PYTHONPATH', f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+            sys.modules.pop('own_terms', None); __import__('own_terms')
+        else: exec(OWN_TERM, {'__name__': '__main__'})
+    yield register
+    TERMS.operations.pop('mine', None); sys.modules.pop('own_terms', None)
+
+
+def made_by_hand(power=2.):
+    from dataclasses import replace
+    from zsad.exhibits import Exhibit, Row
+    from zsad.method import METHODS
+    row = Row('Mine', replace(METHODS['anoclip'], name='mine', terms=(('mine', dict(power=power)),)))
+    return (Exhibit('mine', 'A term of my own', '', (row, Row('AnoCLIP', METHODS['anoclip'])), ('mvtec',), ('image_auroc', 'pixel_auroc', 'pro'), contrasts=(('AnoCLIP', 'Mine', 'pixel_auroc'),), print_state='own'),)
+
+
+def table_of(sets, cache, out, **how):
+    from zsad.report import read_results, table, verdicts
+    shown = made_by_hand(); plan = plan_jobs(shown, sets[1], Model(), cache=cache)
+    res = read_results(write_results(out, plan, collect(plan, run_all(plan.jobs, show=False, **how))))
+    assert len(verdicts(shown[0], res).data) == 1
+    return table(shown[0], res), plan
+
+
+@pytest.mark.parametrize('module', [True, False], ids=['module', 'notebook'])
+def test_a_term_of_ones_own_works_from_build_to_a_table(own, sets, tmp_path, module):
+    import json
+    from zsad.clip import load_encoder
+    from zsad.data import load_image
+    from zsad.method import build
+    own(module); enc = load_encoder('mini', device='cpu'); s = sets[1]['mvtec'].dataset.of('pill')[0]
+    p = build(made_by_hand()[0].rows[0].method, ['pill'], enc)(enc.preprocess([load_image(s.path)]), ['pill'])
+    assert p.map.shape == (1, 240, 240) and float(p.map.std()) > 0
+    t, plan = table_of(sets, tmp_path/'c', tmp_path/'o')
+    assert t.loc['Mine', ('pixel AUROC', 'ours')] > 0 and t.loc['Mine', ('pixel AUROC', 'ours')] != t.loc['AnoCLIP', ('pixel AUROC', 'ours')]
+    assert {json.loads(r['revs']).get('term mine') for r in plan.runs.values() if r['method_key']} == {1, None}
+
+
+def test_other_processes_compute_what_they_can_and_this_one_the_rest(own, sets, tmp_path, capsys):
+    "A term of a notebook exists in this process alone: two workers give the table of one, and a scheduler is refused."
+    own(False); alone, plan = table_of(sets, tmp_path/'a', tmp_path/'o')
+    two, _ = table_of(sets, tmp_path/'b', tmp_path/'p', workers=2)
+    assert alone.equals(two) and "computed in this process: rows that use [\"term 'mine'\"]" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--scheduler tcp://x:1: .*term 'mine'.*move them to a module"): run_all(plan.jobs, 'tcp://x:1', show=False)
 
 
 def test_a_changed_file_costs_its_category_only(sets, tmp_path):
     import shutil
     from zsad.bench import forecast
     shutil.copytree(sets[0], tmp_path/'d')
-    count = lambda: forecast(plan_jobs(SHOWN, open_sets(PROFILES['mini'], tmp_path/'d')[0], Model(), cache=tmp_path/'c')[1])
-    run_all(plan_jobs(SHOWN, open_sets(PROFILES['mini'], tmp_path/'d')[0], Model(), cache=tmp_path/'c')[1], show=False)
+    count = lambda: forecast(plan_jobs(SHOWN, open_sets(PROFILES['mini'], tmp_path/'d')[0], Model(), cache=tmp_path/'c').jobs)
+    run_all(plan_jobs(SHOWN, open_sets(PROFILES['mini'], tmp_path/'d')[0], Model(), cache=tmp_path/'c').jobs, show=False)
     assert count().results == 0
     next((tmp_path/'d'/'pill'/'test'/'good').glob('*.png')).write_bytes(b'')                  # it rots, and is left out from now on
     assert (count().results, count().images) == (6, 0)                                        # the rows of one category; no image is encoded again
@@ -113,7 +229,7 @@ def test_a_changed_file_costs_its_category_only(sets, tmp_path):
 def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(sets, undisturbed, tmp_path):
     distributed = pytest.importorskip('distributed')
     want, _ = undisturbed
-    records, jobs, keys = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path/'cache')
+    plan = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path/'cache')
     with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
         pids, victims = client.run(os.getpid), []
         def kill():
@@ -121,20 +237,20 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(sets, undisturbed, t
             busy = next((w for w, keys in client.processing().items() if keys), next(iter(pids)))
             victims.append(pids[busy]); os.kill(pids[busy], signal.SIGKILL)
         t = threading.Thread(target=kill); t.start()
-        answers = run_all(jobs, cluster.scheduler_address, show=False); t.join()
+        answers = run_all(plan.jobs, cluster.scheduler_address, show=False); t.join()
         assert victims and victims[0] not in client.run(os.getpid).values()
-    write_results(tmp_path/'out', SHOWN, records, collect(jobs, answers, keys))
+    write_results(tmp_path/'out', plan, collect(plan, answers))
     assert tables(tmp_path/'out') == want
 
 
 def test_two_local_processes_give_the_same_bytes(sets, undisturbed, tmp_path):
     pytest.importorskip('distributed')
-    records, jobs, keys = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path/'cache')
-    write_results(tmp_path/'out', SHOWN, records, collect(jobs, run_all(jobs, '2', show=False), keys))
+    plan = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path/'cache')
+    write_results(tmp_path/'out', plan, collect(plan, run_all(plan.jobs, '2', show=False)))
     assert tables(tmp_path/'out') == undisturbed[0]
 
 
 def test_no_scheduler_is_an_error_in_words(sets, tmp_path):
     pytest.importorskip('distributed')
-    _, jobs, _ = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path)
+    jobs = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs
     with pytest.raises(ValueError, match='no Dask scheduler'): run_all(jobs, 'tcp://127.0.0.1:1', show=False)

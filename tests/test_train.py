@@ -38,6 +38,16 @@ def test_another_recipe_is_refused(pairs, tmp_path):
     with pytest.raises(ValueError, match='another recipe or device'): train(replace(TINY, lr=1.), tmp_path, **quiet)
 
 
+def test_other_pairs_are_another_run(pairs, tmp_path, monkeypatch):
+    "By default they get another folder, and in a folder of one's own they are refused; the same pairs in a copy go on."
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
+    others = gather_pairs([draw_pair(n) for n in range(8, 16)])
+    a, b = (train(TINY, data=d, limit=1, **QUIET) for d in (pairs, others))
+    assert a != b and train(TINY, data=replace(pairs, images=pairs.images.copy()), **QUIET) == a and weights(a)['step'] == TINY.steps
+    with pytest.raises(ValueError, match='of other pairs'): train(TINY, a, data=others, **QUIET)
+    assert sorted(p.name for p in a.iterdir()) == ['checkpoint.pt', 'curve.csv']
+
+
 def test_exported_weights_load(pairs, tmp_path):
     folder = train(TINY, tmp_path, data=pairs, **QUIET)
     path = export_weights(folder)

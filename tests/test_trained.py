@@ -1,9 +1,11 @@
 """Trained artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the key of a run; subsets of an unlabelled set."""
+import json
 from dataclasses import replace
+import copy, json
 from types import SimpleNamespace
 import pytest, torch
 from test_parity import gap
-from zsad.bench import Model, code_of, compute, plan_jobs
+from zsad.bench import Model, compute, plan_jobs
 from zsad.clip import AttentionPath, EncodeSpec, load_encoder
 from zsad.data import load_dataset, survey
 from zsad.exhibits import Row
@@ -13,7 +15,7 @@ from zsad.knpl import PROMPT_RECIPES, start_prompts, text_of
 from zsad.method import METHODS, Method, build
 from zsad.musc import musc_map, split_subsets
 from zsad.procad import render_procad
-from zsad.trained import LayerMaps, find_artifact, load_trained, save_trained
+from zsad.trained import LayerMaps, cached_artifact, find_artifact, load_trained, save_trained, shipped_artifact
 
 S = 96
 VV, QKV = EncodeSpec((AttentionPath('vv'),), 'quarters'), EncodeSpec((AttentionPath('qkv'),), 'quarters', 'raw')
@@ -82,16 +84,16 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
     "The bench gives what the detector gives; another artifact is another run, and rows without one are as they were."
     root = render_procad(('pill', 'wood'), good=2, bad=2, train=1, size=S, root=tmp_path/'procad', workers=1); m = rows(made)
     sets, model = dict(mvtec=survey(load_dataset('procad', root), 1)), Model(*files, dtype='float32')
-    shown = lambda *ms: (SimpleNamespace(rows=tuple(Row(k.name, k) for k in ms), roles=('mvtec',), form='table', metrics=()),)
-    records, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
-    told = {r['method']: r for r in records}
+    shown = lambda *ms: (SimpleNamespace(name='x', rows=tuple(Row(k.name, k) for k in ms), roles=('mvtec',), form='table', metrics=()),)
+    plan, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
+    told = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}
     assert {k: bool(r['artifact']) for k, r in told.items()} == dict.fromkeys(m, True) | dict(anoclip=False)
-    assert told['mvfa']['artifact'] == load_trained(m['mvfa'].artifact, enc).hash and code_of(m['mvfa']) != code_of(METHODS['anoclip'])
-    key = lambda row: plan_jobs(shown(row), sets, model, cache=tmp_path)[0][0]
+    assert told['mvfa']['artifact'] == load_trained(m['mvfa'].artifact, enc).hash and json.loads(told['mvfa']['revs']).keys() == {'head mvfa', 'encoding', 'pipeline'}
+    key = lambda row: next(iter(plan_jobs(shown(row), sets, model, cache=tmp_path).runs.values()))
     other = replace(m['kanoclip'], artifact=m['anomalyclip'].artifact)
-    assert key(other)['run'] != key(m['kanoclip'])['run'] and key(other)['resolved'] == key(m['kanoclip'])['resolved']
+    assert key(other)['run'] != key(m['kanoclip'])['run'] and key(other)['row_key'] != key(m['kanoclip'])['row_key']
     gone = replace(m['kanoclip'], name='gone', artifact='nowhere')
-    assert {r['method'] for r in plan_jobs(shown(gone, m['mvfa']), sets, model, cache=tmp_path)[0]} == {'mvfa'} and 'gone left out' in capsys.readouterr().err      # named, not fatal
+    assert {label for _, _, label in plan_jobs(shown(gone, m['mvfa']), sets, model, cache=tmp_path).shown} == {'mvfa'} and 'gone left out' in capsys.readouterr().err      # named, not fatal
     s = load_dataset('procad', root).of('pill'); prep = enc.preprocess
     from zsad.data import load_image, load_mask
     from zsad.metrics import evaluate
@@ -113,3 +115,51 @@ def test_musc_in_subsets_compares_each_image_within_its_own(enc, x):
     assert gap(once.map, got.map) > 1e-3 and gap(build(replace(halves, seed=1), ['pill'], enc)(x, ['pill']*7, ids=ids).map, got.map) > 1e-3
     turned = det(x.flip(0), ['pill']*7, ids=ids[::-1])
     assert gap(turned.map.flip(0), got.map) < 1e-5
+
+def changed(enc, *names):
+    "The encoder with other numbers in one tensor."
+    model = copy.deepcopy(enc.model)
+    for name in names: model.get_parameter(name).data += .1
+    return replace(enc, model=model)
+
+@pytest.mark.parametrize('name', ['kanoclip', 'anomalyclip', 'april-gan', 'mvfa', 'words'])
+def test_an_artifact_belongs_to_both_towers_of_its_encoder(enc, made, name):
+    vision, text = 'visual.transformer.resblocks.2.mlp.c_fc.bias', 'ln_final.bias'
+    for tensor, says in ((vision, 'the vision tower'), ('visual.proj', 'the vision tower'), (text, 'the text tower')):
+        with pytest.raises(ValueError, match=f'belongs to {says}.*load the encoder that it was trained with'): load_trained(made/name, changed(enc, tensor))
+    with pytest.raises(ValueError, match='text tower.*and the vision tower'): load_trained(made/name, changed(enc, vision, text))
+
+@pytest.mark.parametrize('name', ['kanoclip', 'anomalyclip', 'april-gan', 'mvfa'])
+def test_a_head_serves_its_towers_at_any_size_and_in_bfloat16(files, made, name):
+    for how in (dict(size=128, dtype='float32'), dict(dtype='bfloat16')):
+        e = load_encoder(*files, device='cpu', **how); S = e.preprocess.size
+        x = torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(3))
+        p = build(rows(made)[name], ['pill'], e)(x, ['pill']*2)
+        assert p.map.shape == (2, S, S) and p.map.isfinite().all() and p.score.isfinite().all()
+
+def test_an_artifacts_hash_is_of_what_changes_predictions(enc, made, tmp_path):
+    head = load_trained(made/'april-gan', enc).head; settings = dict(width=head.width, dim=enc.dim)
+    def save(n, settings=settings, inputs=None, **notes): return save_trained(tmp_path/n, enc, None, head, settings, inputs, **notes)
+    first = save('a', seed=1, losses=dict(local=[1., .5]), images=4)
+    assert save('b', seed=1, seconds=3.) == first                                                     # what is told beside
+    assert first not in (save('c', {**settings, 'tau': .07}), save('d', inputs=dict(encode={}, prompts='april-gan')))
+    said = json.loads((tmp_path/'a.json').read_text())
+    assert set(said) == {'hash', 'identity', 'notes', 'tensors'} and said['notes']['losses'] == dict(local=[1., .5])
+    assert set(said['identity']) == {'kind', 'head', 'settings', 'prompts', 'required_inputs', 'text_weights', 'vision_weights'}
+    (tmp_path/'a.json').write_text(json.dumps(dict(reversed(said.items())), sort_keys=True))          # another format of the file
+    assert load_trained(tmp_path/'a', enc).hash == first
+    (tmp_path/'a.json').write_text(json.dumps({**said, 'identity': {**said['identity'], 'settings': {**settings, 'tau': .07}}}))
+    with pytest.raises(ValueError, match='one of the two was changed'): load_trained(tmp_path/'a', enc)
+
+def test_the_artifact_that_fits_the_encoder_is_found(tmp_path, monkeypatch, capsys):
+    "Of those with one name, in the package and in the cache; what ships comes first, and a difference is told."
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path)); name = 'april-gan-mini-procad-aux-s0'
+    mini, other = (load_encoder('mini', w, device='cpu', dtype='float32') for w in (None, 'random:5'))
+    shipped = shipped_artifact(name); width = mini.model.visual.conv1.out_channels
+    with pytest.raises(ValueError, match='text tower.*vision tower.*load the encoder'): find_artifact(name, other)
+    keys = {e: save_trained(cached_artifact(name, e), e, None, AprilGan(width, e.dim), dict(width=width, dim=e.dim)) for e in (mini, other)}
+    save_trained(tmp_path/'trained'/name, other, None, AprilGan(width, other.dim), dict(width=width, dim=other.dim))      # a stray file of that name
+    assert find_artifact(name) == find_artifact(name, mini) == shipped and load_trained(name, other).hash == keys[other]
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and name in said and keys[mini] in said and 'the shipped one is used' in said
+    assert load_trained(cached_artifact(name, mini), mini).hash == keys[mini]                          # named by its file

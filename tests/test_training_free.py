@@ -11,7 +11,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from PIL import Image
 from test_parity import gap, unit
-from zsad.bench import Model, average_seeds, collect, compute, contrast_rows, find_run, forecast, gather_rows, plan_jobs, possible, reference_of, run_all, shots_of, write_results
+from zsad.bench import Model, collect, compute, forecast, gather_rows, plan_jobs, possible, reference_of, run_all, shots_of, write_results
 from zsad.cli import main
 from zsad.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
 from zsad.core import digest
@@ -23,7 +23,7 @@ from zsad.metrics import METRICS, evaluate
 from zsad.musc import musc_map, rscin
 from zsad.procad import render_procad
 from zsad.prompts import encode_prompts
-from zsad.report import read_results, readable, run_of, spread_of, table
+from zsad.report import cell, read_results, readable, runs_of, table
 from zsad.store import join, prune, recall, split, streams_in, streams_of, verify
 from zsad.windows import choose_references, read_windows, window_places, zero_shot_map
 
@@ -456,28 +456,35 @@ SHOWN = (Exhibit('own', 'Rows without training', '', OWN, ('mvtec',), ('image_au
 DRAWN = ('winclip+', 'musc-2', 'dual', 'dual/normal')
 
 def sets_of(root): return dict(mvtec=survey(load_dataset('procad', root), 1))
-def numbers(results): return {run: {c: json.dumps([r['values'], r['again'], r['defects']]) for c, r in by.items()} for run, by in results.items()}      # as text: NaN is NaN
+def numbers(results): return {run: {c: json.dumps([r['values'], r['bootstrap_values'], r['defects']]) for c, r in by.items()} for run, by in results.items()}      # as text: NaN is NaN
 
 @pytest.fixture(scope='module')
 def model(files): return Model(*files, dtype='float32')
 
 def some(*rows):
     "An exhibit of these rows, without the controls that would join them."
-    return (SimpleNamespace(rows=rows, roles=('mvtec',), form='table', metrics=()),)
+    return (SimpleNamespace(name='some', rows=rows, roles=('mvtec',), form='table', metrics=()),)
 
 def go(root, model, cache, seeds=3, scheduler=None, turn=lambda jobs: jobs, shown=SHOWN, batch=16):
     "Plan and run; jobs may be turned round before."
-    records, jobs, keys = plan_jobs(shown, sets_of(root), model, batch, cache, seeds)
-    jobs = turn(jobs)
-    return average_seeds(records, collect(jobs, run_all(jobs, scheduler, show=False), keys)), jobs
+    plan = plan_jobs(shown, sets_of(root), model, batch, cache, seeds)
+    plan = replace(plan, jobs=tuple(turn(plan.jobs)))
+    return (plan, collect(plan, run_all(plan.jobs, scheduler, show=False))), plan.jobs
+
+def records_of(plan):
+    "One record for every row and seed, with the name of its method."
+    name = {(e.name, r.label): r.method.name if r.method else 'foreground' for e in plan.exhibits for r in e.rows if not r.state}
+    return [dict(plan.runs[k], method=name[e, label], label=label) for (e, _, label), runs in plan.shown.items() for k in runs]
+
+def runs_named(plan, name, control=''): return [r['run'] for r in records_of(plan) if (r['method'], r['control']) == (name, control)]
 
 @pytest.fixture(scope='module')
 def run(rendered, model, tmp_path_factory):
-    "Three seeds of everything, undisturbed: records, results, jobs, folder of the results, cache."
+    "Three seeds of everything, undisturbed: plan, results, jobs, folder of the results, cache."
     cache, out = tmp_path_factory.mktemp('cache'), tmp_path_factory.mktemp('out')
-    (records, results), jobs = go(rendered, model, cache)
-    write_results(out, SHOWN, records, results)
-    return records, results, jobs, out, cache
+    (plan, results), jobs = go(rendered, model, cache)
+    write_results(out, plan, results)
+    return plan, results, jobs, out, cache
 
 def by_hand(enc, method, ds, category, texts):
     "One row on one category without store, jobs or shared passes: prediction and metric values."
@@ -496,7 +503,7 @@ def by_hand(enc, method, ds, category, texts):
 def agree(mine, told): return all(abs(v - told[k]) < 1e-6 or v != v and told[k] != told[k] for k, v in mine.items()) and mine['pixel_auroc'] > 0
 
 def test_every_number_is_that_of_the_row_by_hand(run, enc, rendered):
-    records, results, *_ = run; ds, seen, texts = load_dataset('procad', rendered), 0, {}
+    plan, results, *_ = run; records = records_of(plan); ds, seen, texts = load_dataset('procad', rendered), 0, {}
     for r in OWN:
         for seed in range(3 if r.method.stochastic else 1):
             m = replace(r.method, seed=seed); rec = next(k for k in records if (k['method'], k['control'], k['seed']) == (m.name, '', seed))
@@ -505,93 +512,90 @@ def test_every_number_is_that_of_the_row_by_hand(run, enc, rendered):
     assert seen == 2*(2 + 4*3) and len({results[r['run']]['pill']['values']['pixel_auroc'] for r in records}) > 10
 
 def test_rows_that_draw_nothing_run_once_and_others_once_per_seed(run):
-    records, results, jobs, *_ = run
-    ran = Counter(r['method'] for r in records if r['seed'] != 'mean')
-    assert ran == {'winclip': 1, 'musc': 1, 'anoclip': 1, 'foreground': 1} | dict.fromkeys(DRAWN, 3)
-    assert sorted(r['method'] for r in records if r['seed'] == 'mean') == sorted(DRAWN) and len({r['run'] for r in records}) == len(records)
-    for n in DRAWN: assert sorted(str(r['seed']) for r in records if r['method'] == n) == ['0', '1', '2', 'mean']
+    plan, *_ = run; records = records_of(plan)
+    assert Counter(r['method'] for r in records) == {'winclip': 1, 'musc': 1, 'anoclip': 1, 'foreground': 1} | dict.fromkeys(DRAWN, 3)
+    for n in DRAWN: assert [r['seed'] for r in records if r['method'] == n] == [0, 1, 2] and len({r['row_key'] for r in records if r['method'] == n}) == 1
+    assert len({r['run'] for r in records}) == len(records) == len(plan.runs) and len({r['row_key'] for r in records}) == 8
     assert len(gather_rows(SHOWN, 'mvtec')) == 8 and len(gather_rows(SHOWN, 'mvtec', 5)) == 4 + 5*4 and gather_rows(SHOWN, 'visa', 5) == []
 
 def test_a_row_keeps_a_seed_of_its_own():
     "Seeds are counted from the row's."
     shown = some(Row('x', replace(METHODS['dual'], seed=4)))
-    assert [[r.method.seed for r, _ in gather_rows(shown, 'mvtec', n)] for n in (1, 3)] == [[4], [4, 5, 6]]
+    assert [[a.row.method.seed for a in gather_rows(shown, 'mvtec', n)] for n in (1, 3)] == [[4], [4, 5, 6]]
 
 def test_seeds_draw_other_references_and_give_other_numbers(run):
-    records, results, jobs, *_ = run
+    plan, results, jobs, *_ = run
     for j in (j for j in jobs if j.shots): assert len(j.shots) == 3 and len({s for s in j.shots.values()}) > 1
-    for n in DRAWN: assert len({json.dumps(results[r['run']]['pill']['values']) + json.dumps(results[r['run']]['wood']['values']) for r in records if r['method'] == n and r['seed'] != 'mean'}) == 3
+    for n in DRAWN: assert len({json.dumps(results[k]['pill']['values']) + json.dumps(results[k]['wood']['values']) for k in runs_named(plan, n)}) == 3
 
 def test_the_mean_is_the_mean_and_the_spread_the_sample_deviation(run):
-    records, results, _, out, _ = run
-    rows = {(r['run'], r['category'], r['metric']): r for r in csv.DictReader((out/'metrics.csv').open(newline=''))}
-    for n in DRAWN:
-        runs = [r['run'] for r in records if r['method'] == n and r['seed'] != 'mean']; mean = next(r['run'] for r in records if r['method'] == n and r['seed'] == 'mean')
-        for c, metric in itertools.product(('pill', 'wood'), ('image_auroc', 'pixel_auroc', 'pixel_ap', 'pro')):
-            each = [results[r][c]['values'][metric] for r in runs]
-            assert results[mean][c]['values'][metric] == pytest.approx(sum(each)/3) and results[mean][c]['each'][metric] == each
-            assert float(rows[mean, c, metric]['value']) == pytest.approx(100*sum(each)/3, abs=1e-4) and float(rows[mean, c, metric]['spread']) == pytest.approx(100*statistics.stdev(each), abs=1e-4)
-            assert results[mean][c]['again'][metric][7] == pytest.approx(sum(results[r][c]['again'][metric][7] for r in runs)/3)
-        over = [sum(results[r][c]['values']['pixel_auroc'] for c in ('pill', 'wood'))/2 for r in runs]      # the mean over categories of every seed
-        assert float(rows[mean, 'mean', 'pixel_auroc']['value']) == pytest.approx(100*sum(over)/3, abs=1e-4) and float(rows[mean, 'mean', 'pixel_auroc']['spread']) == pytest.approx(100*statistics.stdev(over), abs=1e-4)
-        for d, v in results[mean]['pill']['defects'].items(): assert v['n'] == results[runs[0]]['pill']['defects'][d]['n'] and v['image_auroc'] == pytest.approx(sum(results[r]['pill']['defects'][d]['image_auroc'] for r in runs)/3)
-    assert all(r['spread'] == '' for r in rows.values() if not next(k for k in records if k['run'] == r['run'])['seed'] == 'mean')
-    assert sum(r['spread'] != '' for r in rows.values()) > 40
+    plan, results, _, out, _ = run
+    rows = {(r['row'], r['category'], r['metric']): r for r in csv.DictReader((out/'own'/'metrics.csv').open(newline=''))}
+    for own in OWN:
+        runs = runs_named(plan, own.method.name)
+        for span, metric in itertools.product(('pill', 'wood', 'mean'), ('image_auroc', 'pixel_auroc', 'pixel_ap', 'pro')):
+            cats = ('pill', 'wood') if span == 'mean' else (span,)
+            each = [100*sum(results[r][c]['values'][metric] for c in cats)/len(cats) for r in runs]; line = rows[own.label, span, metric]
+            assert float(line['value']) == pytest.approx(sum(each)/len(each), abs=1e-4) and int(line['seeds']) == len(runs)
+            assert line['spread'] == line['seed_values'] == '' if len(runs) == 1 else float(line['spread']) == pytest.approx(statistics.stdev(each), abs=1e-4)
+    defects = {(r['row'], r['defect'], r['metric']): r for r in csv.DictReader((out/'own'/'defects.csv').open(newline=''))}
+    runs = runs_named(plan, 'dual')
+    for d in results[runs[0]]['pill']['defects']:
+        have = [c for c in ('pill', 'wood') if d in results[runs[0]][c]['defects']]; each = [results[k][c]['defects'][d]['image_auroc'] for k in runs for c in have]
+        assert float(defects['dual', d, 'image_auroc']['value']) == pytest.approx(100*sum(each)/len(each), abs=1e-4) and int(defects['dual', d, 'image_auroc']['categories']) == len(have)
 
 def test_tables_show_the_mean_and_its_spread(run):
-    records, results, _, out, _ = run; res = read_results(out); t = table(SHOWN[0], res); d = readable(t)
+    plan, results, _, out, _ = run; res = read_results(out); e = SHOWN[0]; t = table(e, res); d = readable(t)
     for r in OWN:
-        own = [k for k in records if k['method'] == r.method.name and not k['control']]; shown = next((k for k in own if k['seed'] == 'mean'), own[0])
-        assert run_of(res, r) == shown['run'] == find_run(records, r, 'procad')['run']
-        assert t.loc[r.label, ('pixel AUROC', 'ours')] == pytest.approx(50*sum(results[shown['run']][c]['values']['pixel_auroc'] for c in ('pill', 'wood')), abs=1e-4)
+        own = runs_named(plan, r.method.name)
+        assert list(runs_of(res, e, r, 'mvtec').run) == own == plan.shown['own', 'procad', r.label]
+        assert t.loc[r.label, ('pixel AUROC', 'ours')] == pytest.approx(50*sum(results[k][c]['values']['pixel_auroc'] for k in own for c in ('pill', 'wood'))/len(own), abs=1e-4)
         spread = t.loc[r.label, ('pixel AUROC', 'spread')]
         assert (spread > 0 and f'±{spread:.1f}' in d.loc[r.label, 'pixel AUROC']) if len(own) > 1 else (spread != spread and '±' not in d.loc[r.label, 'pixel AUROC'])
-        assert (spread_of(res, shown['run'], 'image_auroc') >= 0) == (len(own) > 1)
+        assert (cell(res, e, r.label, 'mvtec', 'image_auroc', columns=('spread',))[0] >= 0) == (len(own) > 1)
     assert '±' not in d.loc['foreground mask', 'pixel AUROC']
 
 def test_curves_measure_what_they_show_and_tables_everything(run, rendered, model, tmp_path):
-    curve = SimpleNamespace(rows=OWN[:1] + OWN[4:5], roles=('mvtec',), form='curve', metrics=('pixel_auroc', 'pro'))
-    (records, results), jobs = go(rendered, model, tmp_path, seeds=1, shown=(curve, *some(OWN[4])))
-    full, short = (results[next(r['run'] for r in records if r['method'] == n)]['pill'] for n in ('dual', 'winclip'))
-    before = run[1][next(r['run'] for r in run[0] if r['method'] == 'winclip')]['pill']
-    assert set(short['values']) == set(short['again']) == {'pixel_auroc', 'pro'} and len(full['values']) == 9
-    assert all(short['values'][k] == before['values'][k] and short['again'][k] == before['again'][k] for k in short['values'])
-    assert {r['method']: 'image_ap' in r['protocol'] for r in records} == dict(winclip=False, dual=True)
-    assert [k[2:] for k in short['defects']['crack'] if k != 'n'] == ['xel_auroc', 'o'] if 'crack' in short['defects'] else True
-    write_results(tmp_path/'out', (), records, results)
-    told = {r['metric'] for r in csv.DictReader((tmp_path/'out'/'metrics.csv').open(newline='')) if r['run'] == next(k['run'] for k in records if k['method'] == 'winclip')}
-    assert told == {'pixel_auroc', 'pro'}
+    curve = Exhibit('curve', 'Two rows', '', OWN[:1] + OWN[4:5], ('mvtec',), ('pixel_auroc', 'pro'), 'curve', print_state='own'); curve = replace(curve)
+    (plan, results), jobs = go(rendered, model, tmp_path, seeds=1, shown=(curve, *some(OWN[4])))
+    full, short = (results[runs_named(plan, n)[0]]['pill'] for n in ('dual', 'winclip'))
+    before = run[1][runs_named(run[0], 'winclip')[0]]['pill']
+    assert set(short['values']) == set(short['bootstrap_values']) == {'pixel_auroc', 'pro'} and len(full['values']) == 9
+    assert all(short['values'][k] == before['values'][k] and short['bootstrap_values'][k] == before['bootstrap_values'][k] for k in short['values'])
+    assert runs_named(plan, 'winclip') == runs_named(run[0], 'winclip')                              # what is measured is not part of a run's key
+    write_results(tmp_path/'out', replace(plan, exhibits=(curve,)), results)
+    told = {(r['row'], r['metric']) for r in csv.DictReader((tmp_path/'out'/'curve'/'metrics.csv').open(newline=''))}
+    assert {m for _, m in told} == {'pixel_auroc', 'pro'} and {r for r, _ in told} >= {'winclip', 'dual'}
 
 def test_a_run_knows_the_pixels_of_its_references(copy, model, tmp_path):
-    plan = lambda: plan_jobs(some(*OWN[:2]), sets_of(copy), model, cache=tmp_path)[0]
-    before = {r['method']: r for r in plan()}
+    plan = lambda: {r['method']: r for r in records_of(plan_jobs(some(*OWN[:2]), sets_of(copy), model, cache=tmp_path))}
+    before = plan()
     for f in (copy/'pill'/'train'/'good').glob('*.png'): Image.fromarray(255 - np.asarray(Image.open(f))).save(f)
-    after = {r['method']: r for r in plan()}
-    assert before['winclip'] == after['winclip'] and before['winclip']['shown'] == ''
-    assert before['winclip+']['run'] != after['winclip+']['run'] and before['winclip+']['shown'] != after['winclip+']['shown'] and before['winclip+']['data'] == after['winclip+']['data']
+    after = plan()
+    assert before['winclip'] == after['winclip'] and before['winclip']['references'] == ''
+    assert before['winclip+']['run'] != after['winclip+']['run'] and before['winclip+']['references'] != after['winclip+']['references'] and before['winclip+']['data'] == after['winclip+']['data']
 
 def test_the_forecast_counts_references(rendered, model, tmp_path):
-    count = lambda *rows: forecast(plan_jobs(some(*rows), sets_of(rendered), model, cache=tmp_path)[1])
+    count = lambda *rows: forecast(plan_jobs(some(*rows), sets_of(rendered), model, cache=tmp_path).jobs)
     assert (count(OWN[0]).images, count(OWN[1]).images) == (14, 16)                              # one image for each of two categories more
     assert count(OWN[1]).bytes*14 == count(replace(OWN[1], method=replace(OWN[1].method, reference=('pair', {})))).bytes*16
 
-def test_one_seed_has_neither_mean_nor_spread(run, rendered, model, tmp_path):
-    (records, results), _ = go(rendered, model, run[-1], seeds=1); write_results(tmp_path, SHOWN, records, results)
-    assert {r['seed'] for r in records} == {0} and not any(r['spread'] for r in csv.DictReader((tmp_path/'metrics.csv').open(newline='')))
+def test_one_seed_has_no_spread(run, rendered, model, tmp_path):
+    (plan, results), _ = go(rendered, model, run[-1], seeds=1); write_results(tmp_path, plan, results)
+    assert {r['seed'] for r in plan.runs.values()} == {0} and not any(r['spread'] for r in csv.DictReader((tmp_path/'own'/'metrics.csv').open(newline='')))
     assert 'spread' not in table(SHOWN[0], tmp_path).columns.get_level_values(1) and '±' not in str(readable(table(SHOWN[0], tmp_path)).values)
 
 def test_contrasts_compare_means(run):
-    records, results, _, out, _ = run; said = {(r['better'], r['worse'], r['metric']): float(r['difference']) for r in csv.DictReader((out/'contrasts.csv').open(newline=''))}
-    def value(name, metric, seed):
-        rec = next(r for r in records if r['method'] == name and r['seed'] == seed and not r['control']); return 50*sum(results[rec['run']][c]['values'][metric] for c in ('pill', 'wood'))
-    for better, worse, metric, seed in (('winclip+', 'winclip', 'pixel_auroc', 0), ('dual', 'musc-2', 'image_auroc', 'mean')):
-        assert said[better, worse, metric] == pytest.approx(value(better, metric, 'mean') - value(worse, metric, seed), abs=1e-3)
-    assert abs(said['winclip+', 'winclip', 'pixel_auroc'] - (value('winclip+', 'pixel_auroc', 0) - value('winclip', 'pixel_auroc', 0))) > 1e-2
-    assert contrast_rows(SHOWN, [r for r in records if r['seed'] != 'mean'], results) != contrast_rows(SHOWN, records, results)
+    plan, results, _, out, _ = run; said = {(r['better'], r['worse'], r['metric']): float(r['difference']) for r in csv.DictReader((out/'own'/'contrasts.csv').open(newline=''))}
+    def value(name, metric, seeds=slice(None)):
+        runs = runs_named(plan, name)[seeds]; return 50*sum(results[k][c]['values'][metric] for k in runs for c in ('pill', 'wood'))/len(runs)
+    for better, worse, metric in (('winclip+', 'winclip', 'pixel_auroc'), ('dual', 'musc-2', 'image_auroc')):
+        assert said[better, worse, metric] == pytest.approx(value(better, metric) - value(worse, metric), abs=1e-3)
+    assert abs(said['winclip+', 'winclip', 'pixel_auroc'] - (value('winclip+', 'pixel_auroc', slice(1)) - value('winclip', 'pixel_auroc'))) > 1e-2
 
 def test_a_second_run_computes_nothing(run, rendered, model, passes, monkeypatch):
     _, results, _, _, cache = run; seen, _ = passes
-    _, jobs, _ = plan_jobs(SHOWN, sets_of(rendered), model, 16, cache, 3)
+    jobs = plan_jobs(SHOWN, sets_of(rendered), model, 16, cache, 3).jobs
     todo = forecast(jobs); assert (todo.images, todo.results, todo.bytes) == (0, 0, 0)
     monkeypatch.setattr('zsad.bench.predictions', lambda *a: pytest.fail('a row was scored again'))
     assert numbers(go(rendered, model, cache)[0][1]) == numbers(results) and seen == []
@@ -633,10 +637,10 @@ def test_an_image_that_is_there_twice(copy, model, enc, tmp_path):
     for part in ('test', 'train'): shutil.copy(copy/'pill'/part/'good'/'000.png', copy/'pill'/part/'good'/'900.png')
     shutil.copy(copy/'wood'/'train'/'good'/'001.png', copy/'wood'/'test'/'good'/'900.png')
     shown = some(*OWN[1:4], OWN[5], Row('four', shots(4)), Row('again', replace(METHODS['winclip+@code'], name='again', reference=('shots', dict(k=4, replace=True)))))
-    (records, results), jobs = go(copy, model, tmp_path/'c', 1, shown=shown); ds, texts = load_dataset('procad', copy), {}
+    (plan, results), jobs = go(copy, model, tmp_path/'c', 1, shown=shown); ds, texts = load_dataset('procad', copy), {}
     assert any(len(j.pixels) == 8 and len(j.files) == 7 for j in jobs) and {r['n'] for by in results.values() for r in by.values()} == {8}
     for r in shown[0].rows:
-        run = next(k['run'] for k in records if k['method'] == r.method.name)
+        run, = plan.shown['some', 'procad', r.label]
         for c in ('pill', 'wood'):
             p, values = by_hand(enc, r.method, ds, c, texts)
             assert agree(values, results[run][c]['values']), (r.label, c)
@@ -652,7 +656,7 @@ def thin(root, train):
 
 def test_more_shots_than_training_images_are_missing_not_an_error(copy, model, tmp_path, monkeypatch):
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); e = EXHIBITS['winclip-t2']
-    write_results(tmp_path/'o', (e,), *compute((e,), sets_of(thin(copy, 2)), model, show=False))
+    write_results(tmp_path/'o', *compute((e,), sets_of(thin(copy, 2)), model, show=False))
     d = readable(table(e, tmp_path/'o'))
     assert d.loc['Reprod k=4', 'image AUROC'] == 'missing' and all(d.loc[f'Reprod k={k}', 'image AUROC'][0].isdigit() for k in (0, 1, 2)) and d.loc['Paper k=4', 'image AUROC'] == 'reported only'
     thin(copy, 0); assert not possible(Row('x', shots(1)), load_encoder(model.backbone, model.weights), load_dataset('procad', copy))

@@ -54,7 +54,9 @@ def test_windows_that_do_not_fit_are_refused_by_name(k):
 @pytest.mark.parametrize('name', CONFIGS)
 @torch.inference_mode()
 def test_a_window_is_encoded_as_if_it_were_alone(name):
-    v, rng = make(name); x = normal(rng, 2, 3, 96, 96)
+    "In float64, where the order of sums does not show; the last norm and projection are float32 (6e-8 a rounding)."
+    v, rng = make(name)
+    v, x = v.double(), normal(rng, 2, 3, 96, 96).double()
     p = F.unfold(x, 16, stride=16).mT @ v.conv1.weight.flatten(1).T + v.positional_embedding[1:]
     first = v.class_embedding + v.positional_embedding[0]
     for k in (1, 2, 3, 6):
@@ -65,7 +67,7 @@ def test_a_window_is_encoded_as_if_it_were_alone(name):
             r, c = tops[m]
             alone = torch.stack([first, *(p[b, (r + i)*6 + c + j] for i in range(k) for j in range(k))])
             want = unit(v.ln_post(v.transformer(v.ln_pre(alone)[None])[0, 0]) @ v.proj)
-            assert gap(got[b, m], want) < 1e-5, (k, b, m)
+            assert gap(got[b, m], want) < 2e-6, (k, b, m)
 
 @torch.inference_mode()
 def test_the_largest_window_is_the_image_and_windows_differ():

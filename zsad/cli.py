@@ -11,8 +11,8 @@ __all__ = ['chosen', 'pictured', 'span', 'cores', 'announce_data', 'announce_wor
            'read_scores', 'read_map', 'check_kinds', 'fit_masks', 'read_maps', 'evaluate_folder', 'list_exhibits',
            'list_methods', 'list_datasets', 'print_counts', 'full_path', 'check_data', 'convert_data', 'arrange_data',
            'list_store', 'verify_store', 'prune_store', 'train_any', 'train_course', 'train_mini', 'doctor',
-           'data_options', 'store_options', 'train_options', 'parser', 'build_knowledge', 'knowledge_options',
-           'expected', 'main']
+           'data_options', 'store_options', 'train_options', 'reproduce_options', 'parser', 'build_knowledge',
+           'knowledge_options', 'expected', 'main']
 
 # %% ../nbs/25_cli.ipynb #edfa0ba3
 import argparse, csv, glob, os, shutil, sys, tempfile
@@ -38,11 +38,11 @@ def span(seconds)->str:
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/25_cli.ipynb #b0831842
-def cores(workers:int)->int:
-    "Give the number of processes that was asked for, or one per core; a GPU is not shared."
+def cores(workers:int, device:str='auto')->int:
+    "Give the number of processes that was asked for, or one per core that this process may use; a GPU is not shared."
     from zsad.clip import choose_device
     from zsad.core import available_cores
-    return workers or (1 if choose_device() != 'cpu' else available_cores())
+    return workers or (1 if choose_device(device) != 'cpu' else available_cores())
 
 def announce_data(sets, lacking)->list:
     "Say which data sets are there, what is not as published, and where missing ones come from."
@@ -59,7 +59,7 @@ def announce_work(model, jobs, todo)->list:
     "Say what is left to do, how long it will take about, and how much disk it needs."
     from zsad.bench import machine, open_model
     encoder = open_model(model)
-    return [f'on {machine(encoder)["device"]} in {encoder.dtype}'.replace('torch.', ''),
+    return [f'on {machine(encoder)["device"]} in {encoder.dtype}, {encoder.preprocess.size} px'.replace('torch.', ''),
             f'to do: {todo.images} images to encode ({todo.stored} stored), {todo.results} results' + ('' if todo.seconds != todo.seconds else f', about {span(todo.seconds)} in one process'),
             f'disk: {todo.bytes/1e9:.2f} GB of tokens to write, {todo.free/1e9:.0f} GB free in {jobs[0].cache if jobs else ""}']
 
@@ -68,16 +68,17 @@ def prepare(a, shown, drawn=())->tuple:
     "Open data and encoder of a run and say what it will cost: (data sets by role, Model)."
     from zsad.bench import PROFILES, Model, forecast, open_sets, plan_jobs
     from zsad.clip import weights_origin
-    from zsad.exhibits import PICTURES, seeded
+    from zsad.exhibits import PICTURES
     profile = PROFILES[a.profile]
     if a.seeds < 1: raise ValueError(f'--seeds {a.seeds}: a whole number, 1 or more')
+    if a.size is not None and a.size < 1: raise ValueError(f'--size {a.size}: pixels per side, such as 240 or 518')
     sets, lacking = open_sets(profile, a.data, {r for e in (*shown, *(PICTURES[n] for n in drawn)) for r in e.roles})
-    model = Model(a.backbone or profile.backbone, a.weights or profile.weights)
+    model = Model(a.backbone or profile.backbone, a.weights or profile.weights, size=a.size, device=a.device)
     print('\n'.join([*announce_data(sets, lacking), f'encoder: {model.backbone}, {weights_origin(model.backbone, model.weights)}']), flush=True)      # before anything is fetched
     if drawn: print(f"pictures, of a few images each: {', '.join(drawn)}", flush=True)
     if not shown: return sets, model
     train_missing(a, shown, sets, model)
-    _, jobs, _ = plan_jobs(list(map(seeded, shown)), sets, model, a.batch, seeds=a.seeds)
+    jobs = plan_jobs(shown, sets, model, a.batch, seeds=a.seeds).jobs
     todo = forecast(jobs, measure=True)
     print('\n'.join(announce_work(model, jobs, todo)), flush=True)
     if todo.bytes > 0.95*todo.free: raise ValueError(f'{todo.bytes/1e9:.1f} GB of tokens do not fit {todo.free/1e9:.1f} GB of free disk in {jobs[0].cache}: set ZSAD_CACHE to a larger disk, or name fewer exhibits')
@@ -89,11 +90,11 @@ def train_missing(a, shown, sets, model):
     from dataclasses import replace
     from zsad.bench import gather_rows, open_model, possible, twin_of
     from zsad.data import find_sets
-    from zsad.exhibits import seeded
     from zsad.learn import learn_missing, missing
     lacking = {}      # name -> (twin of the encoder, what is to be trained)
     for role, s in sets.items():
-        rows = [r for r, _ in gather_rows(list(map(seeded, shown)), role, a.seeds) if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
+        rows = [asked.row for asked in gather_rows(shown, role, a.seeds)]
+        rows = [r for r in rows if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
         for twin in {twin_of(r) for r in rows}:
             lacking |= {n[0]: (twin, n) for n in missing([r.method for r in rows if twin_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])}
     if not lacking: return
@@ -140,11 +141,10 @@ def reproduce_runs(a, shown, drawn, out):
 def compute_tables(a, shown, sets, model, out)->tuple:      # results, gallery
     "Compute exhibits, write results, tables and figures, and draw the gallery."
     from zsad.bench import compute, open_model, write_results
-    from zsad.exhibits import seeded
     from zsad.explore import write_gallery
     from zsad.report import read_results, write_report
-    write_results(out/'results', shown, *compute(list(map(seeded, shown)), sets, model, a.batch, a.scheduler, seeds=a.seeds, workers=cores(a.workers)))
-    results = read_results(out/'results')
+    plan, found = compute(shown, sets, model, a.batch, a.scheduler, seeds=a.seeds, workers=cores(a.workers, a.device))
+    results = read_results(write_results(out/'results', plan, found))
     write_report(shown, results, out)
     return results, write_gallery(open_model(model), next(iter(sets.values())).dataset, out)
 
@@ -152,17 +152,17 @@ def compute_tables(a, shown, sets, model, out)->tuple:      # results, gallery
 def check_accept(a, shown):
     "Refuse, before anything is computed, what could not be accepted."
     from zsad.accept import find_checkout
-    from zsad.exhibits import EXHIBITS
     if not shown and 'cost' not in a.exhibits: raise ValueError('--accept: pictures alone have no results to accept; name an exhibit with a table or a curve')
-    if shown and (a.profile != 'mini' or a.data or a.backbone or a.weights): raise ValueError("--accept takes runs of the mini profile on its own data, with its own encoder: leave --profile, --data, --backbone and --weights out")
-    whole, root = {n for n, e in EXHIBITS.items() if not e.asked} <= {e.name for e in shown}, find_checkout()
-    if shown and not whole and not (root/'nbs'/'results'/'runs.csv').exists(): raise ValueError('--accept: nothing was accepted yet that some exhibits could join; name none, for all of them')
+    own = dict(profile='mini', data=None, backbone=None, weights=None, size=None, seeds=1)
+    other = [f'--{k}' for k, v in own.items() if getattr(a, k) != v]
+    if shown and other: raise ValueError(f"--accept takes runs of the mini profile on its own data, with its own encoder and each exhibit's own seeds: leave {', '.join(other)} out")
+    find_checkout()
 
 def accept_results(a, shown, out):
     "Make what this run wrote the project's own results."
-    from zsad.accept import FILES, accept
-    files = [out/'results'/f'{n}.csv' for n in (FILES if shown else ()) + (('cost',) if 'cost' in a.exhibits else ())]
-    print(f'accepted; {len(accept(files, ran=[e.name for e in shown] if shown and a.exhibits else None))} notebooks executed')
+    from zsad.accept import accept
+    changed, pages = accept(out/'results', [e.name for e in shown], 'cost' in a.exhibits)
+    print(f"accepted: {', '.join(changed) or 'nothing, no exhibit changed'}; {len(pages)} notebooks executed")
 
 # %% ../nbs/25_cli.ipynb #d2bf90c5
 def write_rows(path, head, rows):
@@ -266,11 +266,12 @@ def check_device(name):
 def asked_row(a):
     "Find the row of `zsad score` with the seed that was asked for."
     from dataclasses import replace
-    from zsad.method import find_method
+    from zsad.method import find_method, without_reference
     row = find_method(a.method)
     check_reference(row, a.reference)
+    if not a.reference: row = without_reference(row)      # said above, once
     if a.seed is None: return row
-    if not row.draws: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
+    if not row.stochastic: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
     return replace(row, seed=a.seed)
 
 def open_detector(a, row):
@@ -633,6 +634,21 @@ def train_options(command, o, model):
             o('--epochs', type=int), o('--lr', type=float), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
             o('--steps', type=int, help='of an encoder'), o('--pairs', type=int, help='of an encoder'), o('--start', help='weights file of the stage before, of an encoder'))
 
+# %% ../nbs/25_cli.ipynb #e1c2d301
+def reproduce_options(command, o, model):
+    "Describe `zsad reproduce`."
+    command('reproduce', reproduce, 'compute tables and figures', o('exhibits', nargs='*'),
+            o('--profile', choices=('mini', 'paper'), default='mini'), o('--data', help='folder of the data set'), *model,
+            o('--size', type=int, help='pixels per side that the encoder reads; the configuration\'s'),
+            o('--device', default='auto', help='auto, cpu, cuda, cuda:1'),
+            o('--out', default='zsad-out'), o('--batch', type=int, default=16),
+            o('--seeds', type=int, default=1, help='of rows that learn or draw something; at least as many as the exhibit has'),
+            o('--workers', type=int, default=0, help='processes of one thread each; 0: one per core, on a GPU one'),
+            o('--scheduler', help='address of a Dask scheduler, or a number of local processes of one thread each'),
+            o('--dry-run', '--plan', dest='plan', action='store_true', help='say what it would take, and stop'),
+            o('--train', action='store_true', help='train what rows lack'),
+            o('--accept', action='store_true', help="make the results the project's own and execute the notebooks that show them"))
+
 # %% ../nbs/25_cli.ipynb #e861c509
 def parser():
     "Describe the commands."
@@ -644,9 +660,7 @@ def parser():
     group = lambda name, help: sub.add_parser(name, help=help, description=help).add_subparsers(dest='what', required=True)
     o = lambda *flags, **kw: (flags, kw)
     model = (o('--backbone', help="'mini', an open_clip name, or a configuration .json"), o('--weights', help='a tag or a local file'))
-    command('reproduce', reproduce, 'compute tables and figures', o('exhibits', nargs='*'), o('--profile', choices=('mini', 'paper'), default='mini'), o('--data', help='folder of the data set'),
-            o('--out', default='zsad-out'), o('--batch', type=int, default=16), o('--seeds', type=int, default=1, help='of rows that draw reference images'), o('--workers', type=int, default=0, help='processes of one thread each; 0: one per core, on a GPU one'), o('--scheduler', help='address of a Dask scheduler, or a number of local processes of one thread each'),
-            o('--plan', action='store_true', help='say what it would take, and stop'), o('--train', action='store_true', help='train what rows lack'), o('--accept', action='store_true', help="make the results the project's own and execute all notebooks"), *model)
+    reproduce_options(command, o, model)
     command('score', score, 'score your own images', o('method'), o('images', nargs='+', metavar='IMAGE_OR_FOLDER'), o('--category', required=True), o('--out', required=True),
             o('--reference', nargs='+', default=(), metavar='IMAGE', help='reference images, the same for all'), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
             o('--size', type=int, help='side of the encoder input in pixels'), o('--device', default='auto', help="'cpu', 'cuda', 'cuda:1', ...; a GPU where there is one"),

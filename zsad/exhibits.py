@@ -11,7 +11,7 @@ __all__ = ['STATES', 'TWINS', 'ROLES', 'STAND_INS', 'CONTROLS', 'ano', 'ATTENTIO
            'TRAINED', 'WRITTEN', 'PLAINLY', 'BY_HAND', 'FOUR_PAPERS', 'ADDED', 'LEFT_OUT', 'AWARE', 'KNOWN', 'RULED',
            'READ_AS', 'TRIED', 'LEARNED_FROM', 'IP', 'WORTH', 'KANOCLIP', 'LEARNING', 'EXHIBITS', 'PLUS', 'CABLE',
            'BOARDS', 'PICTURES', 'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots', 'switch', 'silent',
-           'course', 'seeded', 'Picture', 'reported', 'printed']
+           'course', 'seeds_of', 'Picture', 'reported', 'printed']
 
 # %% ../nbs/22_exhibits.ipynb #4a0f97db
 import csv
@@ -33,6 +33,7 @@ class Row:
     control: str = ''            # '', one of TWINS, or 'foreground mask'
     note: str = ''
     state: str = ''              # '' = run here, else why not: one of STATES
+    seeds: int = 0               # how many, where it learns or draws something; 0: as many as the exhibit has
 
     def __post_init__(self):
         if self.state not in ('', *STATES): raise ValueError(f"row {self.label!r}: state={self.state!r}: choose '' or one of {STATES}")
@@ -85,7 +86,7 @@ class Exhibit:
     print_state: str = 'printed' # 'printed', 'lost', 'drawing' or 'own'
     axis: str = ''               # of a curve: what the rows count
     asked: bool = False          # long: run only when it is named
-    seeds: int = 1               # of its rows that draw something, where it is about their spread
+    seeds: int = 1               # of its rows that learn or draw something
 
     def __post_init__(self):
         object.__setattr__(self, 'rows', with_controls(self.rows, self.metrics))
@@ -268,7 +269,7 @@ AWARE = (course('anomalyclip', 'AnomalyCLIP, object'), course('anomalyclip-aware
 KNOWN = (course('knpl-none', 'no knowledge'), course('knpl-clip', 'fixed CLIP prompts', 'as in KgCoOp'), course('knpl-llm', 'of categories'), course('knpl-vqa', 'of images'), course('kanoclip-vv', 'both', 'n = 5, m = 1: the default'),
          *(course(f'knpl-n{n}', f'both, n = {n}') for n in (1, 3, 10)), course('knpl-one', 'both, one adjective'), course('knpl-margin', 'both, margin 0.3', 'the printed margin is 0'))
 RULED = (course('kanoclip', 'Eq. 12'), course('kanoclip-max', 'max(M) alone'))
-READ_AS = (course('kanoclip', 'KAnoCLIP'), course('kanoclip-eq11', 'Eq. 11 as printed', 'no convolution, no residual'), course('kanoclip-norm', 'Norm of Eq. 9 by image'), course('kanoclip-grid', "grid of DAT's code"), course('kanoclip-drawn', 'last layers start at random'), course('kanoclip-apart', 'vectors of their own per adjective'))
+READ_AS = (replace(course('kanoclip', 'KAnoCLIP'), seeds=5), course('kanoclip-eq11', 'Eq. 11 as printed', 'no convolution, no residual'), course('kanoclip-norm', 'Norm of Eq. 9 by image'), course('kanoclip-grid', "grid of DAT's code"), course('kanoclip-drawn', 'last layers start at random'), course('kanoclip-apart', 'vectors of their own per adjective'))
 TRIED = (Row('AnoCLIP', METHODS['anoclip']), course('kanoclip', 'KAnoCLIP'), course('kanoclip-last', 'last block alone'), course('kanoclip-last-by-hand', 'last block, sentences by hand', 'fusion and adapter learned, no prompts'), course('kanoclip-drawn', 'four blocks, random start', 'last layers of fusion and adapter'))
 LEARNED_FROM = tuple(Row(f'from {on}', replace(METHODS['kanoclip'], name=f'kanoclip from {on}', artifact='kanoclip-{backbone}-' + on + '-s{seed}')) for on in ('procad', 'procad-b', 'procad-novel', 'procad-med', 'procad-aux'))
 
@@ -295,10 +296,11 @@ LEARNING = (
     Exhibit('transfer', 'Learned from one set, asked about the others', '', LEARNED_FROM, ('mvtec', 'visa', 'novel', 'brainmri'), IP, print_state='own', asked=True),)
 
 # %% ../nbs/22_exhibits.ipynb #9e7b3e77
-def seeded(e:Exhibit)->Exhibit:
-    "Give an exhibit that is about spread a row for each of its seeds; others are given back as they are."
-    again = lambda r: r.method is not None and r.method.stochastic and r.own
-    return e if e.seeds == 1 else replace(e, rows=tuple(r if k == 0 else replace(r, label=f'{r.label}, seed {k}', method=replace(r.method, seed=k)) for r in e.rows for k in range(e.seeds if again(r) else 1)))
+def seeds_of(e, row:Row, at_least:int=1)->tuple:
+    "List the seeds of an exhibit's row, from the row's own upwards; one where nothing is learned or drawn."
+    if row.method is None: return (0,)
+    count = max(row.seeds or getattr(e, 'seeds', 1), at_least) if row.method.stochastic else 1
+    return tuple(range(row.method.seed, row.method.seed + count))
 
 EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS, *KANOCLIP, *LEARNING)}
 

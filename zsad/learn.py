@@ -30,7 +30,7 @@ from .knpl import (Learned, dice_loss, focal_loss, full_precision, global_loss, 
                        local_loss, read_artifact, save_state, start_prompts, state_maps, text_of)
 from .prompts import encode_text, prompt_set
 from .store import encode_missing, recall
-from .trained import HEADS, artifact_files, artifact_name, auxiliary_of, cached_artifact, find_artifact, save_trained
+from .trained import HEAD_REVS, HEADS, artifact_files, artifact_name, auxiliary_of, cached_artifact, find_artifact, save_trained
 
 # %% ../nbs/26_learn.ipynb #ebfe1b18
 @dataclass(frozen=True, eq=False)
@@ -262,7 +262,7 @@ def training_identity(c:Course, encoder:Encoder, lessons:Lessons)->dict:
     encoder, device, data and knowledge, all by content; names and places of files do not count."""
     fields = {k: v for k, v in config_notes(c).items() if k not in ('name', 'base')}
     names = [c.text] + (['clip'] if c.kd and c.teacher == 'clip' else [])
-    return dict(rev=TRAINING_REV, fields=fields, sentences=[t and plain(prompt_set(t)) for t in names],
+    return dict(rev=[TRAINING_REV, HEAD_REVS[c.head]], fields=fields, sentences=[t and plain(prompt_set(t)) for t in names],
                 encoder=encoder.weights, device=torch.device(encoder.device).type,
                 data=lessons.data, knowledge=lessons.told)
 

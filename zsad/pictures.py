@@ -269,7 +269,7 @@ DRAWINGS = {'anoclip-f4': draw_localisation, 'anoclip-f6': draw_tokens, 'dual-f3
 
 def jobs_of(p:Picture, sets:dict, model:Model)->list:
     "List the jobs of a picture's categories on data sets ({role: Survey}), in the order they are drawn."
-    jobs = {(j.dataset, j.category): j for j in plan_jobs((p,), {r: s for r, s in sets.items() if r in p.roles}, model)[1]}
+    jobs = {(j.dataset, j.category): j for j in plan_jobs((p,), {r: s for r, s in sets.items() if r in p.roles}, model).jobs}
     drawn = [jobs.get((s.dataset.name, c)) for r, s in sets.items() if r in p.roles for c in choose_categories(s.dataset, p.categories, p.count)]
     if not any(drawn): raise ValueError(f'{p.name}: nothing to draw; it needs a data set for one of {list(p.roles)} with defective images, and an encoder that its rows run on')
     return [j for j in drawn if j]
