@@ -172,6 +172,8 @@ def test_one_rule_has_one_answer(rule, tmp_path):
     Image.fromarray(disk.astype('u1')*255).save(tmp_path/'m.png')
     small = load_mask(tmp_path/'m.png', 240, rule)
     assert np.array_equal(small, resize_mask(disk[None], 240, rule)[0])
+    from zsad.bench import read_truth
+    assert np.array_equal(read_truth([Sample(tmp_path/'a.png', 1, 'a', 'a', tmp_path/'m.png')], 240, rule).masks[0], small)
     both, maps = np.stack([disk, 0*disk]), np.stack([small, 0*small]).astype('f4')
     assert evaluate(maps, both, None, None, Protocol(size=240, mask_rule=rule, metrics=('pixel_auroc',)))['pixel_auroc'] == 1
 

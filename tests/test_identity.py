@@ -78,7 +78,7 @@ def test_a_function_renamed_moved_and_documented_anew_changes_no_key_and_no_snap
 MUTATIONS = {     # file, text, other text, operation, stage
     'term': ('dual.py', 'torch.cat([2*association', 'torch.cat([2.01*association', 'term pair', 'term pair'),
     'score': ('dual.py', 'beta*score + (1 - beta)', 'beta*score + (1.01 - beta)', 'score joint', 'score joint'),
-    'sampler': ('dual.py', "keyed(seed, 'reference', i)", "keyed(seed + 1, 'reference', i)", 'reference sampler pair', 'reference sampler pair'),
+    'sampler': ('dual.py', "keyed(seed, 'reference', i)", "keyed(seed + 1, 'reference', i)", 'reference pair', 'reference pair'),
     'smoothing': ('method.py', '(1, 1, 1, 1), mode=\'replicate\'', '(1, 1, 1, 1), mode=\'reflect\'', 'pipeline', 'smoothing'),
     'upsampling': ('method.py', "mode='bilinear'", "mode='bicubic'", 'pipeline', 'upsampling'),
     'prompts': ('prompts.py', "'a dark {domain} of a {}'", "'a dark {domain} of one {}'", 'pipeline', 'prompts'),

@@ -8,13 +8,14 @@ __all__ = ['TORCH', 'IDENTITY', 'PROFILES', 'SCORING', 'RUN_COLUMNS', 'COLUMNS',
            'method_record', 'head_of', 'encoder_record', 'run_record', 'row_key', 'complete', 'machine', 'Model',
            'load_model', 'open_model', 'Job', 'read_result', 'stored_result', 'protocol_of', 'predictions',
            'predict_job', 'on_device', 'all_tokens', 'reference_of', 'check_revisions', 'run_job', 'result_of', 'bare',
-           'run_local', 'run_processes', 'run_cluster', 'keep_here', 'run_on', 'run_all', 'keep_answer', 'Profile',
-           'open_sets', 'Asked', 'content', 'gather_rows', 'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted',
-           'enough', 'readable_shots', 'Plan', 'runnable', 'record_of', 'plan_jobs', 'plan_encoder', 'add_jobs',
-           'collect', 'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count',
-           'compute', 'defined', 'seed_draws', 'RowResults', 'rows_of', 'datasets_shown', 'metrics_of', 'spans_of',
-           'decimals', 'percent_of', 'metric_line', 'metric_rows', 'defect_rows', 'defect_line', 'contrasts_of',
-           'contrast_line', 'contrast_rows', 'machine_of', 'run_rows', 'to_csv', 'exhibit_files', 'write_results']
+           'run_local', 'run_processes', 'run_cluster', 'keep_here', 'with_rows', 'run_on', 'run_all', 'keep_answer',
+           'Profile', 'open_sets', 'Asked', 'content', 'gather_rows', 'image_hash', 'shots_of', 'twin_of', 'possible',
+           'fitted', 'enough', 'readable_shots', 'Plan', 'runnable', 'record_of', 'plan_jobs', 'plan_encoder',
+           'add_jobs', 'collect', 'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence',
+           'sentence_count', 'compute', 'defined', 'seed_draws', 'RowResults', 'rows_of', 'datasets_shown',
+           'metrics_of', 'spans_of', 'decimals', 'percent_of', 'metric_line', 'metric_rows', 'defect_rows',
+           'defect_line', 'contrasts_of', 'contrast_line', 'contrast_rows', 'machine_of', 'run_rows', 'to_csv',
+           'exhibit_files', 'write_results']
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, math, os, platform, shutil, sys, time
@@ -91,6 +92,7 @@ def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
         if reason_: why['pixel_auroc_within'] = reason_
     return values, again, why, measure_defects(kinds, each, scores, t, p)
 
+# %% ../nbs/23_bench.ipynb #3c0357b1
 def measure_within(pixels, t:Truth, protocol)->tuple:      # value, reason of NaN
     "Compute pixel AUROC over the pixels of the object."
     if t.foreground is None: return float('nan'), 'no outline of an object here'
@@ -381,8 +383,13 @@ def keep_here(jobs, elsewhere:bool, scheduler=None)->tuple:      # jobs to hand 
     if home and scheduler:
         raise ValueError(f'--scheduler {scheduler}: {sorted({n for names in home.values() for n in names})} were registered outside a module that can be imported, and other processes do not have them: move them to a module, or leave the scheduler out')
     if home: print(f'computed in this process: rows that use {sorted({n for names in home.values() for n in names})}, which no module holds', file=sys.stderr)
-    part = lambda own: [replace(j, rows=tuple((k, r) for k, r in j.rows if ((n, k) in home) == own)) for n, j in enumerate(jobs)]
+    part = lambda own: [with_rows(j, tuple((k, r) for k, r in j.rows if ((n, k) in home) == own)) for n, j in enumerate(jobs)]
     return part(False), part(True)
+
+def with_rows(job:Job, rows:tuple)->Job:
+    "Give a job for some of its rows, with the revisions that they use."
+    used = revisions([r for _, r in rows])
+    return replace(job, rows=rows, revs={k: rev for k, rev in job.revs.items() if k in used})
 
 def run_on(jobs, scheduler, workers:int):
     "Yield (job number, answer or exception) from wherever jobs are to run."

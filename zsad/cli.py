@@ -266,9 +266,10 @@ def check_device(name):
 def asked_row(a):
     "Find the row of `zsad score` with the seed that was asked for."
     from dataclasses import replace
-    from zsad.method import find_method
+    from zsad.method import find_method, without_reference
     row = find_method(a.method)
     check_reference(row, a.reference)
+    if not a.reference: row = without_reference(row)      # said above, once
     if a.seed is None: return row
     if not row.stochastic: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
     return replace(row, seed=a.seed)
