@@ -5,6 +5,10 @@ if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS',
 import pytest
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: needs a CUDA device')
+
+
 @pytest.fixture(scope='session')
 def files(tmp_path_factory):
     "Configuration and weights of a small encoder: 96 pixels, 6 x 6 patches, four blocks."

@@ -295,7 +295,7 @@ def message(stored:dict, now:dict, whole:bool=True)->str:
                         'run `python tests/snapshot.py --store`, and commit the new values with the new rev')
     return '\n'.join(said)
 
-RAISE = dict(pipeline='the pipeline, PIPELINE_REV in nbs/00_identity.ipynb', encoding='encoding, ENCODING_REV in nbs/20_method.ipynb')
+RAISE = dict(pipeline='the pipeline, PIPELINE_REV in nbs/00_identity.ipynb', encoding='encoding, ENCODING_REV in nbs/00_identity.ipynb')
 
 def refused(stored:dict, now:dict)->list:
     "List operations that give other values under the revision they had."

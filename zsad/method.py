@@ -6,11 +6,11 @@
 __all__ = ['TERMS', 'term', 'TAU', 'SMOOTHING', 'SCORES', 'score', 'GIVEN', 'REFERENCES', 'sampler', 'SET_STEPS', 'set_step',
            'MISSING', 'RAW', 'PLAIN_ROWS', 'WINDOWS', 'WINDOWS_RAW', 'FEW_SHOT', 'WINCLIP_ROWS', 'BY_CODE',
            'ADAPTED_BY_CODE', 'ANOCLIP_ROWS', 'MUSC', 'TEXT_AND_PAIR', 'REFERENCE_ROWS', 'LEARNED_ROWS', 'ROWS',
-           'METHODS', 'ENCODING_REV', 'Reference', 'ScoringInputs', 'patches_of', 'text_term', 'windows_term',
-           'pair_term', 'memory_term', 'mutual_term', 'relevance_term', 'adapted_tokens', 'adapted_term',
-           'synthetic_images', 'synthetic_tokens', 'synthetic_adapted_term', 'smooth_map', 'upsample', 'class_score',
-           'views_score', 'memory_score', 'joint_score', 'max_score', 'operations_of', 'check_needs', 'check_earlier',
-           'check_stage', 'check_path', 'check_method', 'Method', 'one_path', 'learned', 'prompts_content', 'revs_of',
+           'METHODS', 'Reference', 'ScoringInputs', 'patches_of', 'text_term', 'windows_term', 'pair_term',
+           'memory_term', 'mutual_term', 'relevance_term', 'adapted_tokens', 'adapted_term', 'synthetic_images',
+           'synthetic_tokens', 'synthetic_adapted_term', 'smooth_map', 'upsample', 'class_score', 'views_score',
+           'memory_score', 'joint_score', 'max_score', 'operations_of', 'check_needs', 'check_earlier', 'check_stage',
+           'check_path', 'check_method', 'Method', 'one_path', 'learned', 'prompts_content', 'revs_of',
            'method_identity', 'local_operations', 'Prediction', 'select_paths', 'select_images', 'without_reference',
            'Detector', 'run_terms', 'fuse_terms', 'find_method', 'fit', 'build', 'encode_categories']
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from .clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score
 from .core import keyed
 from .dual import draw_references, dual_score, joint_map, pair_map
-from .identity import PIPELINE_REV, Registry, importable
+from .identity import ENCODING_REV, PIPELINE_REV, Registry, importable
 from .musc import musc_map, rscin, split_subsets
 from .prompts import PROMPTS, encode_text, prompt_set
 from .relevance import relevance
@@ -474,8 +474,6 @@ ROWS = PLAIN_ROWS + WINCLIP_ROWS + ANOCLIP_ROWS + REFERENCE_ROWS + LEARNED_ROWS
 METHODS = {m.name: m for m in ROWS}
 
 # %% ../nbs/20_method.ipynb #fe0dfa99
-ENCODING_REV = 1      # of class tokens, views, windows and every attention path
-
 def prompts_content(prompts):
     "Give what a row's prompts mean: the templates of a set without its name, or the sentences."
     if not isinstance(prompts, str) and not hasattr(prompts, 'templates'): return prompts

@@ -154,7 +154,8 @@ def head(e:Exhibit, role:str, metric:str)->str:
 
 def metric_cells(e:Exhibit, res:Results, row:Row, role:str, metric:str)->dict:
     "Collect what one row has of one metric: ours, low, high, spread, paper, delta (percent, NaN where absent)."
-    if metric == 'time_ms': (ours, low, high), spread = time_of(res, row), np.nan
+    if row.state: ours = low = high = spread = np.nan
+    elif metric == 'time_ms': (ours, low, high), spread = time_of(res, row), np.nan
     else: ours, low, high, spread = cell(res, e, row.label, role, metric, columns=('value', 'low', 'high', 'spread'))
     paper = float(printed(e, row.label, role, metric) or 'nan')
     delta = ours - paper if metric != 'time_ms' and comparable(res, e, row, role) else np.nan
@@ -162,7 +163,7 @@ def metric_cells(e:Exhibit, res:Results, row:Row, role:str, metric:str)->dict:
 
 def row_cells(e:Exhibit, res:Results, row:Row, role:str)->dict:
     "Collect what one row has on one role: {(metric's name, what): percent}."
-    at = lambda metric, span: cell(res, e, row.label, role, metric, span)[0]
+    at = lambda metric, span: np.nan if row.state else cell(res, e, row.label, role, metric, span)[0]
     out = {(head(e, role, m), k): v for m in e.metrics for k, v in metric_cells(e, res, row, role, m).items()}
     for m in [m for m in e.metrics if m in ('image_auroc', 'pixel_auroc')]:
         out |= {(head(e, role, m), f'{k}s'): at(m, f'mean {k}s') for k in ('object', 'texture')}
