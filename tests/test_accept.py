@@ -59,7 +59,7 @@ def test_what_is_not_accepted_yet_is_listed(checkout, tmp_path):
 
 @pytest.mark.parametrize('how', ['notebook', 'readme', 'killed'])
 def test_a_failure_leaves_everything_as_it_was(checkout, tmp_path, monkeypatch, how):
-    if how == 'notebook': notebook(checkout/'nbs'/'other.ipynb', "1/0 if '60' in open('results/anoclip-t3/metrics.csv').read() else 0")
+    if how == 'notebook': notebook(checkout/'nbs'/'other.ipynb', "1/0 if '60' in open('results/anoclip-t3/metrics.csv').read() else len('anoclip-t3')")
     if how == 'readme': (checkout/'.ci').mkdir(); (checkout/'.ci'/'readme.py').write_text('raise SystemExit(1)')
     if how == 'killed': monkeypatch.setattr(A, 'settle', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
     before = state(checkout); write_exhibit(tmp_path/'new', 'anoclip-t3', '60')

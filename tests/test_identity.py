@@ -81,7 +81,7 @@ MUTATIONS = {     # file, text, other text, operation, stage
     'sampler': ('dual.py', "keyed(seed, 'reference', i)", "keyed(seed + 1, 'reference', i)", 'reference pair', 'reference pair'),
     'smoothing': ('method.py', '(1, 1, 1, 1), mode=\'replicate\'', '(1, 1, 1, 1), mode=\'reflect\'', 'pipeline', 'smoothing'),
     'upsampling': ('method.py', "mode='bilinear'", "mode='bicubic'", 'pipeline', 'upsampling'),
-    'prompts': ('prompts.py', "'a dark {domain} of a {}'", "'a dark {domain} of one {}'", 'pipeline', 'prompts'),
+    'prompts': ('prompts.py', "in 'aeiou'", "in 'aeou'", 'pipeline', 'prompts'),
     'preprocessing': ('clip.py', '0.48145466', '0.4815', 'pipeline', 'preprocessing'),
     'encoding': ('vv.py', 'attend(v, v, v', 'attend(v, 1.01*v, v', 'encoding', 'encoding path vv, depth 6, proj'),
     'adaptation': ('tta.py', 'lam*SIMILARITY', '1.1*lam*SIMILARITY', 'term synthetic_adapted', 'term synthetic_adapted')}

@@ -608,12 +608,12 @@ def test_any_order_batch_and_resume_give_the_same_numbers(run, rendered, model, 
         for key, _ in j.rows[::2]: j.result(key).unlink()
     shutil.rmtree(next(f for s, f, *_ in streams_in(tmp_path/'c'/'tokens') if s.part == 'windows 3'))
     (_, resumed), _ = go(rendered, model, tmp_path/'c', shown=shown)
-    assert numbers(got) == numbers(resumed) == {k: want[k] for k in got} and len(got) == 2*4
+    assert numbers(got) == numbers(resumed) == {k: want[k] for k in got} and len(got) == 2*3
 
 def test_two_processes_give_the_same_numbers(run, rendered, model, tmp_path):
     pytest.importorskip('distributed')
     (_, got), _ = go(rendered, model, tmp_path/'c', scheduler='2', shown=some(OWN[1], OWN[3], OWN[5]))
-    assert numbers(got) == {k: numbers(run[1])[k] for k in got} and len(got) == 3*4
+    assert numbers(got) == {k: numbers(run[1])[k] for k in got} and len(got) == 3*3
 
 def test_references_depend_on_ids_and_the_seed_alone(run, enc):
     for job in (j for j in run[2] if j.shots):
@@ -670,8 +670,8 @@ def test_more_references_than_images_are_missing_not_an_error(copy, model, enc, 
     ask = lambda **how: Row('x', replace(METHODS['dual'], name='dual/x', reference=('pair', how))); ds = load_dataset('procad', copy)
     assert [possible(ask(count=k), enc, ds) for k in (1, 6, 7, 16)] == [True, True, False, False]
     assert [possible(ask(count=k, policy='normal'), enc, ds) for k in (2, 3)] == [True, False]        # three good ones, and a good image has two others
-    (records, _), _ = go(copy, model, tmp_path/'c', 1, shown=some(ask(count=16), OWN[4]))
-    assert [r['method'] for r in records] == ['dual']
+    (plan, _), _ = go(copy, model, tmp_path/'c', 1, shown=some(ask(count=16), OWN[4]))
+    assert [r['method'] for r in records_of(plan)] == ['dual']
 
 def test_neighbourhoods_and_windows_that_do_not_fit_the_encoder_are_missing_not_an_error(files, rendered, enc):
     "MuSc averages over 5 x 5 patches, WinCLIP reads windows of 3 x 3."
@@ -687,7 +687,7 @@ def test_results_of_shots_are_kept_apart_by_their_pixels(rendered, model, tmp_pa
         for f in (other/c/'train'/'good').iterdir(): Image.open(f).transpose(Image.Transpose.ROTATE_90).convert('L').save(f)
     (one, a), jobs = go(rendered, model, tmp_path/'c', 1, shown=shown); (two, b), others = go(other, model, tmp_path/'c', 1, shown=shown); (_, alone), _ = go(other, model, tmp_path/'alone', 1, shown=shown)
     assert survey(load_dataset('procad', rendered), 1).hash == survey(load_dataset('procad', other), 1).hash
-    run = lambda records, name: next(r['run'] for r in records if r['method'] == name and not r['control'])
+    run = lambda plan, name: runs_named(plan, name)[0]
     assert numbers(b)[run(two, 'winclip+')] == numbers(alone)[run(two, 'winclip+')] != numbers(a)[run(one, 'winclip+')] and numbers(a)[run(one, 'dual')] == numbers(b)[run(two, 'dual')]
     for j, k in zip(jobs, others):
         for key, r in j.rows: assert (j.result(key) == k.result(key)) == (r.method is None or r.method.name != 'winclip+')
@@ -702,8 +702,8 @@ def test_a_training_image_that_changes_is_another_shot(copy, model, tmp_path):
 
 def test_a_training_image_that_cannot_be_read_costs_no_other_row(copy, model, tmp_path):
     for f in (copy/'pill'/'train'/'good').iterdir(): f.write_bytes(b'no image')
-    (records, _), _ = go(copy, model, tmp_path/'c', 1, shown=some(*OWN[:3]))
-    assert [r['method'] for r in records] == ['winclip', 'musc']
+    (plan, _), _ = go(copy, model, tmp_path/'c', 1, shown=some(*OWN[:3]))
+    assert [r['method'] for r in records_of(plan)] == ['winclip', 'musc']
 
 
 # ---- the command line

@@ -195,7 +195,7 @@ def by_category(exhibit, results, metric:str, role:str=None)->pd.DataFrame:     
 
 def readable(t:pd.DataFrame)->pd.DataFrame:
     "Format a table for people: 'ours [low, high]', one decimal, a word or '' instead of NaN."
-    f, out = (lambda v: '' if v != v else f'{v:.1f}'), {}
+    f, out = (lambda v: '' if v != v else f'{round(v, 1) + 0.:.1f}'), {}
     span = lambda r: '–' if r.ours != r.ours else f(r.ours) + (f' [{f(r.low)}, {f(r.high)}]' if r.low == r.low else '') + (f' ±{f(r.spread)}' if r.spread == r.spread else '')
     for m in dict.fromkeys(t.columns.get_level_values(0)):
         g, words = t[m], t.attrs.get('words', {}).get(m, {})
