@@ -96,14 +96,17 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_parameters(files, enc, root
     a, b = (tensors(tmp_path/t/'a', enc) for t in ('killed', 'whole'))
     assert all(torch.equal(a[k], b[k]) for k in a) and load_trained(tmp_path/'killed'/'a', enc).hash == load_trained(tmp_path/'whole'/'a', enc).hash
 
-@pytest.mark.parametrize('name', ['kanoclip', 'mvfa'])
+@pytest.mark.parametrize('name', ['kanoclip', pytest.param('mvfa', marks=pytest.mark.slow)])
 def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_path):
     "torchrun, gloo, each process half of every batch."
     (tmp_path/'s.py').write_text(SCRIPT); args = lambda tag: (tmp_path/'s.py', name, *files, root, tmp_path/tag, 0)
     p = start(*args('two'), launch=('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')); q = start(*args('one'))
     for r in (p, q): assert r.wait(170) == 0, r.communicate()[0]
     a, b = (tensors(tmp_path/t/'a', enc) for t in ('two', 'one')); fresh = Student(course_for(course(name), enc), enc).head.state_dict()
-    assert a.keys() == b.keys() and all(gap(a[k], b[k]) < 2e-4 for k in a) and max(gap(a[k], v) for k, v in fresh.items()) > 5e-4
+    assert a.keys() == b.keys()
+    distance = lambda t, keys: sum((a[k].double() - t[k].double()).square().sum().item() for k in keys)**.5
+    apart, moved = distance(b, a), distance(fresh, fresh)
+    assert moved > .01 and apart < moved/100       # sums in another order, and Adam divides by them; another batch gives tenths
 
 def test_every_image_is_seen_once_per_epoch():
     c = course('april-gan', epochs=3)
