@@ -128,6 +128,7 @@ def write_readme(copy:Path):
     if script.is_file() and subprocess.run([sys.executable, str(script)]).returncode:
         raise ValueError(f'{script.name} failed on the executed index; nothing was accepted')
 
+# %% ../nbs/29_accept.ipynb #0a0acb51
 def settle(copy:Path, root:Path)->list:
     "Move every file of a copy that is new or differs to its place, results first, each in one step."
     files = [p.relative_to(copy) for p in copy.rglob('*') if p.is_file()]
@@ -188,6 +189,7 @@ def stale(folder)->list:
             found += [(name, dataset, label, why) for why in stale_row(e, rows.get(label), dataset, g) if why]
     return found
 
+# %% ../nbs/29_accept.ipynb #18bab699
 def stale_row(e, row, dataset:str, lines:pd.DataFrame)->list:      # of lists of what differs
     "Compare the runs of one row with today's code: seeds, then each run."
     if row is None: return [['no such row']]

@@ -19,29 +19,53 @@ __all__ = ['TORCH', 'IDENTITY', 'PROFILES', 'SCORING', 'RUN_COLUMNS', 'COLUMNS',
 
 # %% ../nbs/23_bench.ipynb #e343b582
 import csv, io, json, math, os, platform, shutil, sys, time
+
 from collections import Counter
+
 from concurrent.futures import ProcessPoolExecutor, as_completed
+
 from dataclasses import dataclass, replace
+
 from functools import lru_cache
+
 from importlib.metadata import version
+
 from multiprocessing import get_context
+
 from pathlib import Path
+
 import numpy as np
+
 import torch
+
 from tqdm.auto import tqdm
+
 from .bootstrap import interval, resample_weights
+
 from .clip import SHIPPED, Encoder, Tokens, choose_device, choose_dtype, find_config, load_encoder, untrained, vision_weights
+
 from .core import cache_dir, digest, keep_memory, keyed, safe_name, write_atomic
+
 from .data import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_image, load_mask, set_name, survey
+
 from .dual import draw_references
+
 from .exhibits import CONTROLS, STAND_INS, TWINS, Exhibit, Row, datasets_of, seeds_of
+
 from .identity import PIPELINE_REV, canonical, identity_key
+
 from .method import Detector, Prediction, Reference, build, fit, local_operations, method_identity, select_images
+
 from .metrics import (METRICS, Protocol, auroc, check_shapes, group_counts, image_counts,
                           measure_set, metric_unit, pixel_arrays, pro, reason, resize_mask, sorted_counts)
+
 from .prompts import sentences
+
 from .store import encode_missing, held, recall, streams_of
+
 from .trained import HEAD_REVS
+
+# %% ../nbs/23_bench.ipynb #605763dc
 from .windows import choose_references
 
 # %% ../nbs/23_bench.ipynb #c8667495
@@ -175,6 +199,7 @@ def run_record(row:Row, method, trained, encoder:Encoder, s:Survey, shots:dict={
                   protocol=rules_of(protocol), **encoder_record(row, encoder), **method_record(row, method, trained))
     return dict(run=run_key(record), row_key=row_key(row, trained, record), **record)
 
+# %% ../nbs/23_bench.ipynb #41056d1c
 def row_key(row:Row, trained, record:dict)->str:
     "Hash what all seeds of a row on a data set have in common; `row` still has the pattern of its artifact's name."
     pattern = row.method and row.method.artifact
@@ -213,6 +238,7 @@ def load_model(backbone, weights, dtype, twin, size, device)->Encoder:
     if twin: return untrained(load_model(backbone, weights, dtype, '', size, device))
     return load_encoder(backbone, weights, size=size, device=device, dtype=dtype)
 
+# %% ../nbs/23_bench.ipynb #8deaf962
 def open_model(m:Model)->Encoder:
     "Give the encoder of a recipe and make sure of its weights."
     device = choose_device(m.device)
@@ -304,6 +330,7 @@ def all_tokens(job:Job, encoder:Encoder, m, pixels, files:dict):
     t, place = recall(job.tokens, encoder, m.encode, m.interpolation, files, job.batch), {i: k for k, i in enumerate(files)}
     return on_device(t if len(files) == len(pixels) else select_images(t, [place[i] for i in pixels]), encoder.device)
 
+# %% ../nbs/23_bench.ipynb #9ee941fb
 def reference_of(job:Job, key, m, encoder:Encoder, tokens):
     "Give the references of a job's images for a row: drawn shots, or other images of the category; None if it has none."
     if key in job.shots:
@@ -396,6 +423,7 @@ def run_on(jobs, scheduler, workers:int):
     if scheduler: return run_cluster(jobs, scheduler)
     return run_processes(jobs, workers) if min(workers, len(jobs)) > 1 else run_local(jobs)
 
+# %% ../nbs/23_bench.ipynb #095d74f1
 def run_all(jobs, scheduler=None, show=True, workers:int=1)->list:      # answers, in the order of the jobs
     "Run jobs; errors are raised when all others are done."
     away, here = keep_here(jobs, scheduler or min(workers, len(jobs)) > 1, scheduler)
@@ -538,6 +566,7 @@ def record_of(a:Asked, row:Row, shots:dict, encoder:Encoder, s:Survey)->dict:
     det = None if row.method is None else build(row.method, (), encoder)
     return run_record(a.row, det and det.method, det and det.trained, encoder, s, shots)
 
+# %% ../nbs/23_bench.ipynb #9f25502a
 def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None, seeds:int=1)->Plan:
     "Expand exhibits on data sets ({role: Survey}) into runs and jobs."
     cache, plan = str(Path(cache or cache_dir()).absolute()), Plan(tuple(exhibits), {}, [], {}, {})
@@ -567,6 +596,7 @@ def plan_encoder(plan:Plan, model:Model, ready:list, s:Survey, batch:int, cache:
     measured = {key: Protocol(metrics=tuple(m for m in METRICS if m in names)) for key, names in metrics.items()}
     add_jobs(plan, model, tuple(rows.items()), shown, measured, s, batch, cache)
 
+# %% ../nbs/23_bench.ipynb #3133482e
 def add_jobs(plan:Plan, model:Model, rows:tuple, shown:dict, measured:dict, s:Survey, batch:int, cache:str):
     "Add one job for each category."
     revs = revisions([r for _, r in rows])

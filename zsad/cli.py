@@ -239,6 +239,7 @@ def predict_set(det, named, category, known, left_out, batch:int=16):
     p = det.predict(join_tokens(tokens), [category]*len(seen), told and {category: told}, torch.cat(kept) if kept else None, [key for *_, key in seen])
     for (i, f, _), s, m in zip(seen, p.score, p.map): yield i, f, float(s), m.numpy()
 
+# %% ../nbs/25_cli.ipynb #626989cf
 def predict_files(det, named, category, reference=(), left_out=None):
     "Predict named files one by one or, if the method wants it, together: yields (id, file, score, map [H,W])."
     from zsad.core import digest
@@ -275,6 +276,7 @@ def asked_row(a):
     if not row.stochastic: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
     return replace(row, seed=a.seed)
 
+# %% ../nbs/25_cli.ipynb #e6282bbd
 def open_detector(a, row):
     "Make a row ready with the encoder, artifact, size and device that were asked for."
     from zsad.clip import choose_device, load_encoder
@@ -399,6 +401,7 @@ def pair_names(what:str, ids, folder, maps, maps_folder)->dict:      # id of a m
         out[best[0]] = i
     return out
 
+# %% ../nbs/25_cli.ipynb #143c7a7f
 def read_scores(path, maps, folder=None)->list:      # one per map
     "Read the scores of maps from a scores.csv: by its column id, or by the paths in its column image."
     with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
@@ -454,6 +457,7 @@ def read_maps(folder)->dict:      # id -> [H,W]
     if len(shapes) > 1: raise ValueError(f'{folder}: maps of different sizes {sorted(shapes)}; bring them to one size')
     return maps
 
+# %% ../nbs/25_cli.ipynb #24627ced
 def evaluate_folder(a):
     "Compute all metrics of maps on disk."
     import numpy as np
@@ -513,6 +517,7 @@ def check_data(a):
     if small: print(f'{len(small)} masks are smaller than a pixel of a map of 240x240; the pixels they touch count as anomalous: {", ".join(small[:5])}')
     return 1 if s.dataset.skipped else 0
 
+# %% ../nbs/25_cli.ipynb #38104f6a
 def convert_data(a):
     "Write the meta.json of the AnomalyCLIP family for a folder."
     from zsad.data import load_dataset, settle, write_meta

@@ -27,6 +27,7 @@ FILES = dict(runs=['dataset', 'row', 'seed', 'run', 'method', 'control', 'encode
              metrics=['dataset', 'row', 'category', 'metric', 'value', 'low', 'high', 'spread', 'seeds', 'n', 'why', 'seed_values'],
              contrasts=['dataset', 'better', 'worse', 'metric', 'over', 'difference', 'low', 'high'],
              defects=['dataset', 'row', 'defect', 'metric', 'value', 'categories', 'n'])      # columns of a file that is not there
+
 UNACCEPTED = 'NOT_ACCEPTED'      # list of exhibits beside the project's own results
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ExhibitResults:
 
 NOTHING = ExhibitResults(*(pd.DataFrame(columns=c) for c in FILES.values()))
 
+# %% ../nbs/24_report.ipynb #636e59c0
 @dataclass(frozen=True)
 class Results:
     "What a results folder holds: exhibits by name, and costs where they were measured."
@@ -82,6 +84,7 @@ def as_results(results, *exhibits)->Results:
     "Accept Results or the folder of some; of a folder only the named exhibits are read."
     return results if isinstance(results, Results) else read_results(results, [e.name for e in exhibits] or None)
 
+# %% ../nbs/24_report.ipynb #8c4a6441
 def as_exhibit(exhibit)->Exhibit:
     "Accept an Exhibit or the name of one."
     return EXHIBITS[exhibit] if isinstance(exhibit, str) else exhibit
@@ -114,6 +117,7 @@ def untimed(res:Results, row:Row)->str:
     "Say in words why a row has no time, '' if it has one or is a control."
     return row.state or ('' if row.control or time_of(res, row)[0] == time_of(res, row)[0] else 'not measured')
 
+# %% ../nbs/24_report.ipynb #b7a0659f
 def known_as(dataset:str)->str:
     "Give a data set the name people know it by."
     return ROLES.get(dataset, dataset)
@@ -170,6 +174,7 @@ def row_cells(e:Exhibit, res:Results, row:Row, role:str)->dict:
     if 'pixel_auroc' in e.metrics: out[head(e, role, 'pixel_auroc'), 'within object'] = at('pixel_auroc_within', 'mean')
     return out
 
+# %% ../nbs/24_report.ipynb #64da4ff7
 def table(exhibit, results)->pd.DataFrame:
     "Pivot results to an exhibit's table: columns (metric, ours / low / high / paper, spread over seeds where there are several, delta where it means something), values in percent; `attrs['words']` says why cells are empty."
     e = as_exhibit(exhibit); res = as_results(results, e)
