@@ -264,6 +264,7 @@ def meta_row(r, where:str, category:str)->tuple:      # as `read_rows` takes it
     text = {k: as_text(r.get(k), where, k) for k in ('cls_name', 'specie_name', 'img_path', 'mask_path', 'outline_path')}
     return text['cls_name'] or category, text['specie_name'], int(r['anomaly']), *(text[k] for k in ('img_path', 'mask_path', 'outline_path'))
 
+# %% ../nbs/02_data.ipynb #dde9f697
 def meta_part(told, split:str, path:Path)->dict:      # category -> its entries, None where there is no such part
     "Read a part of a meta.json, 'test' or 'train', whatever the case of its first letter."
     part = told.get(split, told.get(split.title())) if isinstance(told, dict) else None
@@ -285,6 +286,7 @@ def read_meta(path, name:str='folder')->Dataset:
     test, train = (rows(meta_part(told, split, path) or {}) for split in ('test', 'train'))
     return gather(name, root, read_rows(test, root, skipped), skipped, read_rows(train, root, []))
 
+# %% ../nbs/02_data.ipynb #300d21ef
 def write_meta(ds:Dataset, path)->Path:
     "Write a data set's samples as meta.json; paths relative to its folder, absolute outside of it."
     full = lambda p: Path(os.path.abspath(p)); here = full(path).parent

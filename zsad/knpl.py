@@ -315,6 +315,7 @@ def artifact_hash(tensors:dict,      # {name: tensor}
             for part in (k, str(t.dtype), tuple(t.shape), tensor_bytes(t))]
     return digest(canonical(identity), *rows)
 
+# %% ../nbs/18_knpl.ipynb #2bf51606
 def save_artifact(path,              # with or without .json
                   tensors:dict,      # {name: tensor}
                   identity:dict,     # what JSON can hold and changes predictions: kind, head, ...

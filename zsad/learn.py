@@ -60,6 +60,7 @@ def report_unmarked(samples)->list:      # [M] bool
               f'({", ".join(k.id for k in mine[:3])}{", ..." if len(mine) > 3 else ""})', file=sys.stderr)
     return marked
 
+# %% ../nbs/26_learn.ipynb #e748fabf
 def read_lessons(course:Course, encoder:Encoder, s:Survey, batch:int=16)->Lessons:
     "Read a surveyed data set for a resolved course, encoding what the store lacks."
     ds, root = s.dataset, cache_dir('tokens')
@@ -275,8 +276,7 @@ def learn(course,                   # a Course, or the name of one
           every:int=50,             # steps between checkpoints
           limit:int=None,           # stop after so many steps, without an artifact (to go on later)
           lessons:Lessons=None,     # read before; None: read now
-          show:bool=True,           # a progress bar
-          live=None                 # called with the folder at every checkpoint
+          show:bool=True, live=None # a progress bar; called with the folder at every checkpoint
          )->str:                    # hash of the artifact, '' if stopped early
     "Train a method on an auxiliary set, or go on with a run that was interrupted."
     keep_memory(); encoder = own_encoder(encoder)
@@ -285,15 +285,14 @@ def learn(course,                   # a Course, or the name of one
     folder = Path(folder or cache_dir('learn', key)); folder.mkdir(parents=True, exist_ok=True)
     encoder.model.requires_grad_(False); student = Student(c, encoder); model, total = spread(student), steps_of(c, len(lessons))
     opt = torch.optim.Adam(groups_of(student), lr=c.lr, betas=c.betas)
-    first, rows = go_on(folder, student, opt, key, rank), []
-    bar = tqdm(range(first, min(total, limit or total)), initial=first, total=total, disable=not show or rank > 0, desc=c.name)
+    first, rows, last = go_on(folder, student, opt, key, rank), [], min(total, limit or total)
+    bar = tqdm(range(first, last), initial=first, total=total, disable=not show or rank > 0, desc=c.name)
     for step in bar:
         told = one_step(model, c, opt, lessons, step); rows.append((step, told)); bar.set_postfix({k: f'{v:.3f}' for k, v in told.items()})
-        if (step + 1) % every == 0 or step + 1 in (total, limit):
+        if (step + 1) % every == 0 or step + 1 == last:
             if rank == 0: note(folder, student, opt, step + 1, rows, key); live and live(folder)
             rows = []
-    if min(total, limit or total) < total: return ''
-    return finish(path, student, encoder, lessons, folder) if rank == 0 else ''
+    return finish(path, student, encoder, lessons, folder) if rank == 0 and last == total else ''
 
 # %% ../nbs/26_learn.ipynb #27092f7f
 def note(folder, student, opt, step:int, rows, key:str):
@@ -314,6 +313,7 @@ def go_on(folder, student, opt, key:str, rank:int=0)->int:      # the step to be
     if rank == 0 and (f := folder/'curve.csv').exists(): write_atomic(f, ''.join(l for l in f.read_text().splitlines(True) if not l[0].isdigit() or int(l.split(',')[0]) < saved['step']))
     return saved['step']
 
+# %% ../nbs/26_learn.ipynb #aa41df0b
 def finish(path, student, encoder, lessons, folder)->str:
     "Save the artifact with its course, data and the curve of its losses, means of thirty stretches."
     c = student.course

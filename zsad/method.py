@@ -12,7 +12,7 @@ __all__ = ['TERMS', 'term', 'TAU', 'SMOOTHING', 'SCORES', 'score', 'GIVEN', 'REF
            'memory_score', 'joint_score', 'max_score', 'operations_of', 'check_needs', 'check_earlier', 'check_stage',
            'check_path', 'check_method', 'Method', 'one_path', 'learned', 'prompts_content', 'revs_of',
            'method_identity', 'local_operations', 'Prediction', 'select_paths', 'select_images', 'without_reference',
-           'Detector', 'run_terms', 'fuse_terms', 'find_method', 'fit', 'build', 'encode_categories']
+           'Detector', 'places_of', 'run_terms', 'fuse_terms', 'find_method', 'fit', 'build', 'encode_categories']
 
 # %% ../nbs/20_method.ipynb #50008a4b
 import difflib, warnings
@@ -62,6 +62,8 @@ def patches_of(t:Tokens, path:int, layer:int)->Tensor:      # [B,N,C or D]
 
 TERMS = Registry('term', given=('s',))
 term = TERMS.register
+
+# %% ../nbs/20_method.ipynb #7afa97b7
 TAU = (1e-6, 1e6)       # valid softmax temperatures
 
 # %% ../nbs/20_method.ipynb #91a842e3
@@ -103,6 +105,7 @@ def memory_term(s:ScoringInputs, path:int=0, layer:int=-1)->Tensor:        # [B,
         out[at] = few_shot_map(windows, p[at], bank, s.tokens.grid).flatten(1)
     return out
 
+# %% ../nbs/20_method.ipynb #4300e768
 @term('mutual', rev=1, ranges=dict(fraction=(1e-9, 1), subsets=(1, None)),
       stochastic=lambda p: p['subsets'] > 1, transductive=True)
 def mutual_term(s:ScoringInputs,
@@ -580,8 +583,7 @@ def predict(self:Detector, tokens:Tokens, categories,
         raise ValueError(f'{len(categories)} categories for {len(tokens.cls)} images: '
                          'give one per image')
     ids = [str(i) for i in range(len(categories))] if ids is None else list(ids)
-    names = dict.fromkeys(categories)
-    places = {c: [i for i, other in enumerate(categories) if other == c] for c in names}
+    places = places_of(categories)
     parts = []
     for c, at in places.items():
         own = tokens if len(places) == 1 else select_images(tokens, at)
@@ -591,6 +593,11 @@ def predict(self:Detector, tokens:Tokens, categories,
     return Prediction(*(torch.cat([getattr(p, k) for p in parts])[order] for k in ('score', 'map')))
 
 # %% ../nbs/20_method.ipynb #0af8f6b7
+def places_of(categories)->dict:      # {category: positions}
+    "List the positions of the images of every category, in the order of their first ones."
+    names = dict.fromkeys(categories)
+    return {c: [i for i, other in enumerate(categories) if other == c] for c in names}
+
 @patch
 def check_references(self:Detector, given:dict, categories=()):
     "Refuse references the row does not use, unknown categories, and references for some only."
@@ -607,6 +614,7 @@ def check_references(self:Detector, given:dict, categories=()):
         raise ValueError(f'reference: none is given for {lacks}; give references for every category '
                          'of the batch, or for none')
 
+# %% ../nbs/20_method.ipynb #7e051ec6
 @patch
 def warn_text_alone(self:Detector):
     "Warn where a row that compares with reference images is given none."

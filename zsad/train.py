@@ -285,6 +285,7 @@ def add_lines(file:Path, text:str):
     "Add lines to a file atomically: another process sees the old file or the new one."
     write_atomic(file, (file.read_text() if file.exists() else '') + text)
 
+# %% ../nbs/26_train.ipynb #6ca8c8bb
 def resume(path, key:str, device, model, opts, scale)->tuple:
     "Load a checkpoint into model, optimisers and scale; returns the running mean and the step to go on with, and drops what the curves hold beyond it."
     saved = torch.load(path, map_location=device, weights_only=True)

@@ -127,6 +127,7 @@ def find_artifact(path, encoder=None)->Path:
     if len({read[p][0] for p in fits}) > 1: tell_conflict(path, *fits, *(read[p][0] for p in fits))
     return fits[0]
 
+# %% ../nbs/19_trained.ipynb #f6ae25d9
 @lru_cache(None)
 def tell_conflict(name, shipped, own, *hashes):
     "Say, once, that what was trained here is not what ships under the same name."
