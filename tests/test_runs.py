@@ -243,6 +243,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(sets, undisturbed, t
     assert tables(tmp_path/'out') == want
 
 
+@pytest.mark.slow
 def test_two_local_processes_give_the_same_bytes(sets, undisturbed, tmp_path):
     pytest.importorskip('distributed')
     plan = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path/'cache')
