@@ -17,7 +17,16 @@ def exported(path):
     return [s for s in cells(path) if re.match(r'\s*#\|\s*exports?\b', s)]
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+LONG = ('33_paper_figures', '41_data_card')       # pages of figures without code of their own
+
+
+def with_tier(path):
+    "Mark the pages that take long."
+    marks = pytest.mark.slow if path.stem in LONG else ()
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize('path', map(with_tier, NOTEBOOKS))
 def test_inline(path):
     from nbdev.test import test_nb as run_notebook
     good, _ = run_notebook(path, skip_flags=FLAGS)

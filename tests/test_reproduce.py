@@ -109,6 +109,7 @@ def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatc
     assert main([*command, '--plan']) == 0 and 'to do: 0 images to encode' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_visa_alone_runs_all_exhibits(bench, tmp_path, monkeypatch, capsys):
     from test_data import arrange_visa
     from zsad.data import load_dataset

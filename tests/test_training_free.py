@@ -610,6 +610,7 @@ def test_any_order_batch_and_resume_give_the_same_numbers(run, rendered, model, 
     (_, resumed), _ = go(rendered, model, tmp_path/'c', shown=shown)
     assert numbers(got) == numbers(resumed) == {k: want[k] for k in got} and len(got) == 2*3
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers(run, rendered, model, tmp_path):
     pytest.importorskip('distributed')
     (_, got), _ = go(rendered, model, tmp_path/'c', scheduler='2', shown=some(OWN[1], OWN[3], OWN[5]))
