@@ -96,7 +96,8 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_parameters(files, enc, root
     a, b = (tensors(tmp_path/t/'a', enc) for t in ('killed', 'whole'))
     assert all(torch.equal(a[k], b[k]) for k in a) and load_trained(tmp_path/'killed'/'a', enc).hash == load_trained(tmp_path/'whole'/'a', enc).hash
 
-@pytest.mark.parametrize('name', ['kanoclip', pytest.param('mvfa', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['kanoclip', 'mvfa'])
 def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_path):
     "torchrun, gloo, each process half of every batch."
     (tmp_path/'s.py').write_text(SCRIPT); args = lambda tag: (tmp_path/'s.py', name, *files, root, tmp_path/tag, 0)

@@ -207,6 +207,7 @@ def test_the_store_is_listed_verified_and_pruned(bench, tmp_path, monkeypatch, c
     assert main(['store', 'prune']) == 0 and shard.exists() and main(['store', 'prune', '--all']) == 0 and not list((tmp_path/'c'/'tokens').iterdir())
 
 
+@pytest.mark.slow
 def test_changed_weights_are_another_run(bench, tmp_path):
     d, run, _ = bench
     torch.manual_seed(1); save_file({k: v.contiguous() for k, v in open_clip.CLIP(**CONFIG).state_dict().items() if k != 'attn_mask'}, tmp_path/'other.safetensors')
@@ -215,6 +216,7 @@ def test_changed_weights_are_another_run(bench, tmp_path):
     assert not a & b
 
 
+@pytest.mark.slow
 def test_a_new_outline_is_another_data_set(bench, tmp_path, monkeypatch):
     d, _, cache = bench
     monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ()); monkeypatch.setenv('ZSAD_CACHE', str(cache))
