@@ -17,3 +17,9 @@ def files(tmp_path_factory):
     d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=96, layers=4))
     torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
     return str(d/'small.json'), str(d/'small.pt')
+
+@pytest.fixture(scope='session')
+def small(files):
+    "The small encoder itself, on the CPU in float32."
+    from zsad.clip import load_encoder
+    return load_encoder(*files, device='cpu', dtype='float32')

@@ -5,8 +5,8 @@ from pathlib import Path
 import nbformat, pytest
 from zsad import accept as A
 from zsad.accept import accept, joined_streams, pages_of, same_results, settle, shows, stale, unaccepted
-from zsad.exhibits import EXHIBITS
-from zsad.report import FILES, UNACCEPTED, caption, figure, read_results, readable, table
+from zsad.exhibits import COLUMNS, EXHIBITS
+from zsad.report import UNACCEPTED, caption, figure, read_results, readable, table
 
 ROOT = Path(__file__).parents[1]
 ACCEPTED = ROOT/'nbs'/'results'
@@ -15,7 +15,7 @@ ACCEPTED = ROOT/'nbs'/'results'
 def write_exhibit(folder, name, value='50', seconds='1.0'):
     "Write made-up results of an exhibit."
     (folder/name).mkdir(parents=True, exist_ok=True)
-    for n in FILES: (folder/name/f'{n}.csv').write_text(f'dataset,row,value\nprocad,a,{value}\n')
+    for n in COLUMNS: (folder/name/f'{n}.csv').write_text(f'dataset,row,value\nprocad,a,{value}\n')
     (folder/name/'runs.csv').write_text(f'dataset,row,seconds_scoring\nprocad,a,{seconds}\n')
 
 
@@ -47,7 +47,7 @@ def test_an_exhibit_replaces_its_own_folder_and_its_pages_are_executed(checkout,
     assert changed == ['anoclip-t3'] and sorted(p.stem for p in pages) == ['anoclip-t3', 'index']
     after = state(checkout)
     touched = {k for k in after if after[k] != before.get(k)}
-    assert touched == {f'nbs/results/anoclip-t3/{n}.csv' for n in FILES if n != 'runs'} | {'nbs/anoclip-t3.ipynb', 'nbs/index.ipynb', f'nbs/results/{UNACCEPTED}'}
+    assert touched == {f'nbs/results/anoclip-t3/{n}.csv' for n in COLUMNS if n != 'runs'} | {'nbs/anoclip-t3.ipynb', 'nbs/index.ipynb', f'nbs/results/{UNACCEPTED}'}
     assert 'procad,a,60' in output(checkout/'nbs'/'anoclip-t3.ipynb') and before.keys() <= after.keys()
 
 
@@ -120,13 +120,13 @@ def test_every_table_figure_and_caption_is_made_of_the_accepted_results(name):
 
 def test_a_result_of_other_code_is_found(tmp_path, monkeypatch):
     "Another revision, other rules, another seed, another method: each is named."
-    from zsad.bench import RUN_COLUMNS, run_key, to_csv, COLUMNS
+    from zsad.bench import run_key, to_csv
     e = EXHIBITS['anoclip-t3']; row = e.rows[3]
-    line = dict.fromkeys(RUN_COLUMNS, '') | {k: str(v) for k, v in A.identity_of(row, 'procad').items()} | dict(dataset='procad', row=row.label, data='x')
+    line = dict.fromkeys(COLUMNS['runs'], '') | {k: str(v) for k, v in A.identity_of(row, 'procad').items()} | dict(dataset='procad', row=row.label, data='x')
     line['run'] = run_key(line)
     def found(**other):
         told = {**line, **other}
-        for n, head in COLUMNS.items(): (tmp_path/e.name).mkdir(exist_ok=True); (tmp_path/e.name/f'{n}.csv').write_text(to_csv(head, [[told[k] for k in RUN_COLUMNS]] if n == 'runs' else []))
+        for n, head in COLUMNS.items(): (tmp_path/e.name).mkdir(exist_ok=True); (tmp_path/e.name/f'{n}.csv').write_text(to_csv(head, [[told[k] for k in COLUMNS['runs']]] if n == 'runs' else []))
         return stale(tmp_path)
     assert found() == []
     assert found(pipeline_rev='0') == [(e.name, 'procad', row.label, ['pipeline_rev', 'run'])] and 'weights' in found(weights='0')[0][3]

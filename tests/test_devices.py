@@ -27,9 +27,6 @@ TINY = Recipe(seed=3, steps=2, batch=2, tokens=60, full=(0.5, 0.5), smallest=(2,
 
 
 @pytest.fixture(scope='module')
-def small(files): return load_encoder(*files, device='cpu', dtype='float32')
-
-@pytest.fixture(scope='module')
 def x(): return torch.randn(3, 3, S, S, generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture(scope='module')

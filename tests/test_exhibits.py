@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
-from zsad.exhibits import EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported, seeds_of
+from zsad.exhibits import COLUMNS, EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported, seeds_of
 from zsad.method import METHODS
-from zsad.report import FILES, Results, caption, comparable, figure, findings, latex, markdown, page, provenance, readable, read_results, runs_of, table, verdict, verdicts, write_report
+from zsad.report import Results, caption, comparable, figure, findings, latex, markdown, page, provenance, readable, read_results, runs_of, table, verdict, verdicts, write_report
 
 TABLES = ['anoclip-t1', 'anoclip-t2', 'anoclip-t3', 'anoclip-t4']
 METRICS = 'image_auroc image_f1max image_ap pixel_auroc pixel_f1max pixel_ap pro pixel_auroc_within'.split()
@@ -38,7 +38,7 @@ def made_up(folder, datasets=('procad',), rows=None, contrasts=(), encoder='mini
         found = [dict(zip(CONTRASTS, c)) for c in contrasts if c[0] == e.name]
         (folder/e.name).mkdir(parents=True, exist_ok=True)
         for name, lines in (('runs', runs), ('metrics', metrics), ('contrasts', found), ('defects', [])):
-            head = [*FILES[name], *(k for k in (runs[0] if name == 'runs' and runs else ()) if k not in FILES['runs'])]
+            head = [*COLUMNS[name], *(k for k in (runs[0] if name == 'runs' and runs else ()) if k not in COLUMNS['runs'])]
             with (folder/e.name/f'{name}.csv').open('w', newline='') as f:
                 w = csv.DictWriter(f, head, extrasaction='ignore'); w.writeheader(); w.writerows(lines)
     return read_results(folder)

@@ -148,7 +148,7 @@ def test_tokens_are_moved_to_the_encoders_device(sets, tmp_path):
     enc = open_model(job.model); away = replace(enc, device='meta')
     for device, encoder in (('cpu', enc), ('meta', away)):
         from zsad import bench
-        t = bench.on_device(all_tokens(job, enc, replace(m, encode=m.encode.resolved(enc.blocks)), job.pixels, job.files), encoder.device)
+        t = all_tokens(job, enc, replace(m, encode=m.encode.resolved(enc.blocks)), job.pixels, job.files).to(encoder.device)
         assert {x.device.type for x in (t.cls, *t.patches.values(), *t.windows.values())} == {device}
 
 

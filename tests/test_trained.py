@@ -22,7 +22,7 @@ VV, QKV = EncodeSpec((AttentionPath('vv'),), 'quarters'), EncodeSpec((AttentionP
 
 
 @pytest.fixture(scope='module')
-def enc(files): return load_encoder(*files, device='cpu', dtype='float32')
+def enc(small): return small
 
 @pytest.fixture(scope='module')
 def x(): return torch.randn(5, 3, S, S, generator=torch.Generator().manual_seed(3))

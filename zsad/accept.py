@@ -16,11 +16,11 @@ import pandas as pd
 from tqdm.auto import tqdm
 from .bench import IDENTITY, Model, encoder_record, method_record, open_model, rules_of, run_key, twin_of
 from .core import write_atomic
-from .exhibits import EXHIBITS, seeds_of
+from .exhibits import COLUMNS, EXHIBITS, seeds_of
 from .identity import PIPELINE_REV
 from .method import build, fit
 from .metrics import Protocol
-from .report import FILES, UNACCEPTED, read_exhibit
+from .report import UNACCEPTED, read_exhibit
 
 # %% ../nbs/29_accept.ipynb #c9d196a5
 def still(cell)->bool:
@@ -71,8 +71,8 @@ def without_times(text:str)->pd.DataFrame:
 def same_results(a, b)->bool:
     "Tell whether two folders of an exhibit say the same, the seconds of its runs aside."
     a, b = Path(a), Path(b)
-    if not all((folder/f'{n}.csv').is_file() for n in FILES for folder in (a, b)): return False
-    rest = all((a/f'{n}.csv').read_bytes() == (b/f'{n}.csv').read_bytes() for n in FILES if n != 'runs')
+    if not all((folder/f'{n}.csv').is_file() for n in COLUMNS for folder in (a, b)): return False
+    rest = all((a/f'{n}.csv').read_bytes() == (b/f'{n}.csv').read_bytes() for n in COLUMNS if n != 'runs')
     return rest and without_times(a/'runs.csv').equals(without_times(b/'runs.csv'))
 
 def unaccepted(results)->list:

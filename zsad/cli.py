@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['chosen', 'pictured', 'span', 'cores', 'announce_data', 'announce_work', 'prepare', 'train_missing', 'reproduce_cost',
            'reproduce', 'reproduce_runs', 'compute_tables', 'check_accept', 'accept_results', 'write_rows', 'expand',
-           'name_files', 'read_images', 'read_reference', 'join_tokens', 'predict_set', 'predict_files',
-           'check_reference', 'check_device', 'asked_row', 'open_detector', 'earlier_run', 'shared_scale', 'write_maps',
-           'write_overlays', 'replace_results', 'score', 'named_below', 'parts_of', 'common_end', 'pair_names',
-           'read_scores', 'read_map', 'check_kinds', 'fit_masks', 'read_maps', 'evaluate_folder', 'list_exhibits',
-           'list_methods', 'list_datasets', 'print_counts', 'full_path', 'check_data', 'convert_data', 'arrange_data',
-           'list_store', 'verify_store', 'prune_store', 'train_any', 'train_course', 'train_mini', 'doctor',
-           'data_options', 'store_options', 'train_options', 'reproduce_options', 'parser', 'build_knowledge',
-           'knowledge_options', 'expected', 'main']
+           'name_files', 'read_images', 'read_reference', 'predict_set', 'predict_files', 'check_reference',
+           'check_device', 'asked_row', 'open_detector', 'earlier_run', 'shared_scale', 'write_maps', 'write_overlays',
+           'replace_results', 'score', 'named_below', 'parts_of', 'common_end', 'pair_names', 'read_scores', 'read_map',
+           'check_kinds', 'fit_masks', 'read_maps', 'evaluate_folder', 'list_exhibits', 'list_methods', 'list_datasets',
+           'print_counts', 'full_path', 'check_data', 'convert_data', 'arrange_data', 'list_store', 'verify_store',
+           'prune_store', 'train_any', 'train_course', 'train_mini', 'doctor', 'data_options', 'store_options',
+           'train_options', 'reproduce_options', 'parser', 'build_knowledge', 'knowledge_options', 'expected', 'main']
 
 # %% ../nbs/25_cli.ipynb #edfa0ba3
 import argparse, csv, glob, os, shutil, sys, tempfile
@@ -210,19 +209,11 @@ def read_reference(prep, files):      # [R,3,S,S], None without files
     if unread: raise ValueError('references: ' + '; '.join(unread))
     return torch.cat(x) if x else None
 
-def join_tokens(parts):
-    "Join Tokens of several batches."
-    import torch
-    from dataclasses import replace
-    first = parts[0]
-    def join(read, dim=0): return torch.cat([read(t) for t in parts], dim)
-    return replace(first, cls=join(lambda t: t.cls), patches={p: join(lambda t: t.patches[p], 1) for p in first.patches},
-                   views=None if first.views is None else join(lambda t: t.views), windows={k: join(lambda t: t.windows[k]) for k in first.windows})
-
 # %% ../nbs/25_cli.ipynb #8b7fe0d7
 def predict_set(det, named, category, known, left_out, batch:int=16):
     "Predict images that change one another's score: encoded in batches, of which the tokens are kept; yields as `predict_files`."
     import torch
+    from zsad.clip import join_tokens
     from zsad.core import digest
     from zsad.method import Reference
     tokens, kept, seen, waiting = [], [], [], []

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from .clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score
+from .clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score, map_tokens
 from .core import keyed
 from .dual import draw_references, dual_score, joint_map, pair_map
 from .identity import ENCODING_REV, PIPELINE_REV, Registry, importable
@@ -522,10 +522,7 @@ def select_paths(t:Tokens, spec:EncodeSpec)->Tokens:
 
 def select_images(t:Tokens, rows)->Tokens:
     "Select images by their numbers."
-    patches = {p: x[:, rows] for p, x in t.patches.items()}
-    views = None if t.views is None else t.views[rows]
-    windows = {k: x[rows] for k, x in t.windows.items()}
-    return replace(t, cls=t.cls[rows], patches=patches, views=views, windows=windows)
+    return map_tokens(lambda tensors, dim: tensors[0][(slice(None),)*dim + (rows,)], t)
 
 def without_reference(m:Method)->Method:
     "Give the variant of a row that uses text alone; ValueError where the row reads no text."

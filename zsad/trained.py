@@ -187,12 +187,12 @@ def texts(self:Trained, encoder, categories)->dict:      # {category: Text}
 
 @patch
 def predict(self:Trained, s, size:int)->tuple:      # scores [B], maps [B,size,size]
-    "Ask the head about a scene; what is not on the encoder's device is moved there."
+    "Run the head on scoring inputs; what is not on the encoder's device is moved there."
     device = s.encoder.device
     text = s.class_embeddings.to(device)
     if isinstance(self.head, MVFA):
         score, a, *_ = self.head(s.encoder.model.visual, s.x.to(device), text, size)
         return score, a
-    cls, patches = s.tokens.cls.to(device), next(iter(s.tokens.patches.values())).to(device)
-    score, a, *_ = self.head(cls, patches, text, s.tokens.grid, size)
+    t = s.tokens.to(device)
+    score, a, *_ = self.head(t.cls, t.single, text, t.grid, size)
     return score, a
