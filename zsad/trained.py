@@ -156,7 +156,7 @@ def load_trained(path, encoder)->Trained:
 
 # %% ../nbs/19_trained.ipynb #563733d1
 def auxiliary_of(dataset:str)->str:
-    "Name the set to learn from when `dataset` is asked about (AnomalyCLIP, KAnoCLIP)."
+    "Name the training set when `dataset` is evaluated (AnomalyCLIP, KAnoCLIP)."
     return 'procad-aux' if dataset.startswith('procad') else 'visa' if dataset == 'mvtec' else 'mvtec'
 
 def artifact_name(pattern:str,       # with {backbone}, {on} and {seed}; or a name or file, which stays as it is
@@ -187,7 +187,7 @@ def texts(self:Trained, encoder, categories)->dict:      # {category: Text}
 
 @patch
 def predict(self:Trained, s, size:int)->tuple:      # scores [B], maps [B,size,size]
-    "Ask the head about a scene; what is not on the encoder's device is moved there."
+    "Compute the output of the head for a scene; what is not on the encoder's device is moved there."
     device = s.encoder.device
     text = s.class_embeddings.to(device)
     if isinstance(self.head, MVFA):
