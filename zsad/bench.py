@@ -231,7 +231,7 @@ class Model:
 
 @lru_cache(3)
 def load_model(backbone, weights, dtype, twin, size, device)->Encoder:
-    "Load an encoder or a twin of it, once per process."
+    "Load an encoder or a variant of it, once per process."
     keep_memory()
     if twin == 'plain training': return load_encoder(f'{backbone}-plain', size=size, device=device, dtype=dtype)
     if twin: return untrained(load_model(backbone, weights, dtype, '', size, device))
@@ -282,12 +282,12 @@ def read_result(file)->dict:
     except (OSError, ValueError): return None
 
 def stored_result(job:Job, key)->dict:
-    "Read a row's stored result; None if there is none or if it lacks a metric that is asked for."
+    "Read a row's stored result; None if there is none or if it lacks a requested metric."
     found = read_result(job.result(key))
     return found if found and set(job.protocols[key].metrics) <= set(found['values']) else None
 
 def protocol_of(job:Job, key)->Protocol:
-    "Say what to measure of a row: what is asked for, and what a stored result has besides."
+    "List what to measure of a row: the requested metrics, and those that a stored result has besides."
     asked, found = job.protocols[key], read_result(job.result(key))
     have = {*asked.metrics, *(found['values'] if found else ())}
     return replace(asked, metrics=tuple(m for m in METRICS if m in have))
@@ -467,7 +467,7 @@ def open_sets(profile:Profile, root=None, roles=None)->tuple:      # {role: Surv
 # %% ../nbs/23_bench.ipynb #293590b1
 @dataclass(frozen=True)
 class Asked:
-    "A row that exhibits ask for, with one of its seeds."
+    "A row that exhibits request, with one of its seeds."
     row: Row
     metrics: tuple        # measured at least
     places: tuple         # (exhibit, label) of the rows that show it
@@ -499,12 +499,12 @@ def shots_of(m, ds, category:str)->tuple:      # ((hash, file), ...)
     return tuple((image_hash(own[i], os.stat(own[i]).st_mtime_ns), own[i]) for i in choose_references(list(own), seed=m.seed, category=category, **m.reference[1]))
 
 def twin_of(row:Row)->str:
-    "Name the twin of the encoder that a row runs on, '' for the encoder itself."
+    "Name the encoder variant that a row runs on, '' for the encoder itself."
     return row.control if row.control in TWINS else ''
 
 # %% ../nbs/23_bench.ipynb #2f74afa4
 def possible(row:Row, encoder:Encoder, ds)->bool:
-    "Tell whether a row can be run: depths, windows and twins the encoder has, outlines and training images the set has. What cannot is shown as missing."
+    "Check whether a row can be run: depths, windows and variants the encoder has, outlines and training images the set has. What cannot is shown as missing."
     objects = [s for s in ds.samples if ds.kinds[s.category] == 'object']
     if twin_of(row) == 'plain training' and (encoder.source != 'shipped' or f'{encoder.backbone}-plain' not in SHIPPED): return False
     if row.method is None: return bool(objects) and all(s.foreground for s in objects)
@@ -599,7 +599,7 @@ def add_jobs(plan:Plan, model:Model, rows:tuple, shown:dict, measured:dict, s:Su
         plan.jobs.append(Job(cache, model, rows, s.dataset.name, c, s.parts[c], s.dataset.kinds[c], samples, pixels, shots, measured, revs, batch))
 
 def collect(plan:Plan, answers)->dict:      # {run: {category: result}}
-    "Sort answers by run and category, in the order of the plan's jobs."
+    "Sort results by run and category, in the order of the plan's jobs."
     out = {}
     for job, answer in zip(plan.jobs, answers):
         for key, result in answer.items(): out.setdefault(plan.keys[job.dataset, key], {})[job.category] = result

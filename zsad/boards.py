@@ -388,7 +388,7 @@ def broken_instance(parts, rng, X, Y):
 
 # %% ../nbs/07_boards.ipynb #3459932e
 def assemble_wrong(parts, kind, rng, X, Y):
-    "Apply a defect of boards and trays to the parts; what it does not know is left to `break_parts`."
+    "Apply a defect of boards and trays to the parts; any other defect is left to `break_parts`."
     px = X.shape[0]/240
     if kind == 'bent_pin': return bent_pin(parts, rng, X, Y)
     if kind == 'solder_bridge': return solder_bridge(parts, rng, X, Y)
@@ -420,7 +420,7 @@ def melted(img, d, r):
 
 # %% ../nbs/07_boards.ipynb #70578c35
 def mar_more(img, kind, rng, X, Y, x, y):
-    "Draw a surface defect of boards and food at (x, y); what it does not know is left to `mar`."
+    "Draw a surface defect of boards and food at (x, y); any other defect is left to `mar`."
     if kind not in ('burnt', 'melt', 'extra', 'scratch'): return mar(img, kind, rng, X, Y, x, y)
     S, r = X.shape[0], uni(rng, 0.1, 0.17)
     if kind == 'scratch':

@@ -38,7 +38,7 @@ def span(seconds)->str:
 
 # %% ../nbs/25_cli.ipynb #b0831842
 def cores(workers:int, device:str='auto')->int:
-    "Give the number of processes that was asked for, or one per core that this process may use; a GPU is not shared."
+    "Give the requested number of processes, or one per core that this process may use; a GPU is not shared."
     from zsad.clip import choose_device
     from zsad.core import available_cores
     return workers or (1 if choose_device(device) != 'cpu' else available_cores())
@@ -257,7 +257,7 @@ def check_device(name):
     except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {name}: {str(e).splitlines()[0]}; choose cpu, cuda, cuda:0, ..., or leave it out') from e
 
 def asked_row(a):
-    "Find the row of `zsad score` with the seed that was asked for."
+    "Find the row of `zsad score` with the requested seed."
     from dataclasses import replace
     from zsad.method import find_method, without_reference
     row = find_method(a.method)
@@ -269,7 +269,7 @@ def asked_row(a):
 
 # %% ../nbs/25_cli.ipynb #e6282bbd
 def open_detector(a, row):
-    "Make a row ready with the encoder, artifact, size and device that were asked for."
+    "Make a row ready with the requested encoder, artifact, size and device."
     from zsad.clip import choose_device, load_encoder
     from zsad.method import build
     check_device(choose_device(a.device))
@@ -673,7 +673,7 @@ def parser():
 
 # %% ../nbs/25_cli.ipynb #e6387f0b
 def build_knowledge(a):
-    "Ask a chat model what may be wrong with the categories of a set, and with --images what is wrong in its anomalous images; the address is OPENAI_BASE_URL, the key OPENAI_API_KEY, the model ZSAD_LLM_MODEL."
+    "Query a chat model for possible defects of the categories of a set, and with --images for the defects of its anomalous images; the address is OPENAI_BASE_URL, the key OPENAI_API_KEY, the model ZSAD_LLM_MODEL."
     from zsad.data import load_dataset
     from zsad.knowledge import ask_categories, ask_images, build_base, cost_words, estimate, look_up, open_base, write_base
     ds = load_dataset(a.name, a.data); known = open_base()['sets'].get(ds.name, {})

@@ -87,7 +87,7 @@ STAGES = ('raw', 'ln_post', 'proj')      # of patch tokens: as they leave a bloc
 
 @dataclass(frozen=True)
 class EncodeSpec:
-    "What is asked of an encoder in one pass."
+    "The tokens that one pass of an encoder returns."
     paths: tuple = (AttentionPath(),)
     layers: object = (-1,)       # after which blocks, from 0, negative from the end; 'all'; 'quarters'
     stage: str = 'proj'          # 'raw' [..,D], 'ln_post' [..,D], 'proj' [..,C] of unit length
@@ -213,7 +213,7 @@ def encode(self:Encoder, x, attention='vv', depth=None, layers=(-1,), windows=()
 
 # %% ../nbs/10_clip.ipynb #c0dc4dfb
 def encode_images(encoder:Encoder, images, spec:EncodeSpec, interpolation:str='bicubic', batch:int=16)->Tokens:
-    "Encode a list of uint8 images in batches and join the answers on the CPU."
+    "Encode a list of uint8 images in batches and join the results on the CPU."
     prep = replace(encoder.preprocess, interpolation=interpolation)
     parts = [encoder.tokens(prep(images[i:i + batch]), spec) for i in range(0, len(images), batch)]
     return join_tokens(parts).to('cpu')
@@ -276,7 +276,7 @@ def find_weights(name, weights)->tuple:
 
 # %% ../nbs/10_clip.ipynb #06ede0bf
 def fill(model, path, source):
-    "Load weights into a model; a file that cannot be read and one that does not fit are told apart."
+    "Load weights into a model; a file that cannot be read and one that does not fit raise different errors."
     try: rows = {k: v.shape for k, v in load_state_dict(str(path), weights_only=True).items()}
     except Exception as e: raise ValueError(f'weights {source!r} cannot be read ({type(e).__name__}: {str(e)[:200]}); need safetensors, or a torch file that loads with weights_only') from e
     for name in ('visual.positional_embedding', 'positional_embedding', 'text.positional_embedding'):
@@ -378,7 +378,7 @@ def load_encoder(backbone='mini',    # 'mini', an open_clip name, or a configura
 
 # %% ../nbs/10_clip.ipynb #f91c5384
 def untrained(encoder:Encoder, seed:int=0)->Encoder:
-    "Make an encoder's twin with random weights."
+    "Make an encoder of the same shape with random weights."
     model = build_model(encoder.config, encoder.backbone, None, f'random:{seed}', encoder.dtype)
     fit_positions(model.visual, encoder.preprocess.size, encoder.preprocess.positions)
     return replace(encoder, model=model.to(encoder.device), source=f'random:{seed}')

@@ -195,7 +195,7 @@ def on_cores(f,                  # a function of one argument that can be pickle
 
 # %% ../nbs/00_core.ipynb #44399602
 def keep_memory()->bool:
-    "Ask glibc to reuse freed blocks instead of returning them; tells whether it did (False on other systems, harmless)."
+    "Configure glibc to reuse freed blocks instead of returning them; returns whether it did (False on other systems, harmless)."
     if platform.libc_ver()[0] != 'glibc': return False
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(k, v) for k, v in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)))   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD

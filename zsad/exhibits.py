@@ -161,7 +161,7 @@ POLICIES = tuple(Row(f'{label}, {p}', policy(m, p)) for label, m in SEEN[1:] for
 
 # %% ../nbs/22_exhibits.ipynb #c83e387b
 def switch(base, name:str, metrics:tuple, **changes)->tuple:      # base, the other row, metrics it can change
-    "Give a row, or the one of a name, a twin under another name with fields changed, and parameters of those of its terms and of its score that know them."
+    "Copy a row, or the one of a name, under another name with changed fields, and changed parameters of those of its terms and of its score that have them."
     base, known = find_method(base), lambda parts, part, had: {**had, **{k: v for k, v in changes.items() if k in parts[part].parameters}}
     m = replace(base, terms=tuple((part, known(TERMS, part, had)) for part, had in base.terms), score=(base.score[0], known(SCORES, *base.score)))
     return base, replace(m, name=f'{base.name}/{name}', **{k: v for k, v in changes.items() if k in Method.__dataclass_fields__}), metrics

@@ -38,7 +38,7 @@ def check_heads(dim:int, heads:int, groups:int=1):
 
 # %% ../nbs/19_fusion.ipynb #2a513144
 class CrossAttention(nn.Module):
-    "Let tokens ask a context, KAnoCLIP Eq. (4) with another side's keys and values (Fig. 3)."
+    "Attend from tokens to a context, KAnoCLIP Eq. (4) with another side's keys and values (Fig. 3)."
     def __init__(self,
                  dim:int,               # channels C
                  heads:int=8,
@@ -81,7 +81,7 @@ def displacement_bias(table:Tensor,     # [heads,2h-1,2w-1] learned
 
 # %% ../nbs/19_fusion.ipynb #285d8a96
 class DeformableAttention(nn.Module):
-    "Let patches ask a few places that move with the image (DAT, deformable attention)."
+    "Attend from patches to a few places that move with the image (DAT, deformable attention)."
     def __init__(self,
                  dim:int,                       # channels C
                  heads:int=8, groups:int=4,     # heads of a group look at the same places

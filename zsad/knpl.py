@@ -192,7 +192,7 @@ def kd_loss(pair:Tensor,             # [M,2,C] normal, anomalous prompts of M ca
             margin:float=0.,         # by how much the anomalous prompt shall be nearer (0: as printed)
             over:str='category'      # 'category': a hinge each, averaged; 'all': one hinge for the means over categories
            )->Tensor:                # scalar
-    "Ask that knowledge of anomalies be nearer to the anomalous prompts than to the normal ones, KAnoCLIP Eq. (2)."
+    "Penalise knowledge of anomalies that is not nearer to the anomalous prompts than to the normal ones, KAnoCLIP Eq. (2)."
     if over not in ('category', 'all'): raise ValueError(f"over={over!r}: choose 'category' or 'all'")
     if pair.ndim != 3 or knowledge.shape != pair[:, 0].shape: raise ValueError(f'knowledge: {list(knowledge.shape)} does not fit prompts {list(pair.shape)}; need [M,C] with [M,2,C], one row per category')
     if over == 'all': pair, knowledge = pair.mean(0, keepdim=True), knowledge.mean(0, keepdim=True)

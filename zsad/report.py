@@ -85,12 +85,12 @@ def as_exhibit(exhibit)->Exhibit:
 
 # %% ../nbs/24_report.ipynb #5b221d49
 def dataset_of(res:Results, e:Exhibit, role:str)->str:
-    "Name the data set that plays a role in an exhibit's results, '' if none does."
+    "Name the data set of a role in an exhibit's results, '' if there is none."
     have = set(res.of(e).runs.dataset)
     return next((d for d in datasets_of(role) if d in have), '')
 
 def gap(res:Results, e:Exhibit, role:str)->str:
-    "Say in words why nothing plays a role, '' if a data set does."
+    "Give the reason why a role has no data set, '' if it has one."
     if dataset_of(res, e, role): return ''
     have = set(res.of(e).runs.dataset)
     if not have: return 'not accepted yet' if res.accepted else 'missing'
@@ -98,7 +98,7 @@ def gap(res:Results, e:Exhibit, role:str)->str:
     return 'missing' if role in STAND_INS else 'no stand-in'
 
 def runs_of(res:Results, e:Exhibit, row:Row, role:str)->pd.DataFrame:
-    "Give the runs of an exhibit's row on the data set that plays a role, one per seed."
+    "Give the runs of an exhibit's row on the data set of a role, one per seed."
     r = res.of(e).runs
     return r[(r.row == row.label) & (r.dataset == dataset_of(res, e, role))]
 
@@ -113,7 +113,7 @@ def untimed(res:Results, row:Row)->str:
 
 # %% ../nbs/24_report.ipynb #b7a0659f
 def known_as(dataset:str)->str:
-    "Give a data set the name people know it by."
+    "Give the usual name of a data set."
     return ROLES.get(dataset, dataset)
 
 # %% ../nbs/24_report.ipynb #1bd5ead2
@@ -263,7 +263,7 @@ def outline_says(e:Exhibit, res:Results)->str:
     return said
 
 def roles_say(e:Exhibit, res:Results)->str:
-    "Say which data set plays which role of an exhibit with several, and which rows have a state."
+    "List the data set of each role of an exhibit with several, and which rows have a state."
     sets = {role: dataset_of(res, e, role) for role in e.roles} if len(e.roles) > 1 else {}
     played = [f'{ROLES[role]} is played by {d}' if d else f'{ROLES[role]}: {gap(res, e, role)}' for role, d in sets.items() if d != role]
     states = [f"{s.capitalize()}: {', '.join(r.label for r in e.rows if r.state == s)}" for s in dict.fromkeys(r.state for r in e.rows if r.state)]
@@ -324,7 +324,7 @@ def panel(ax, g:pd.DataFrame, words:dict, own:dict):
 
 # %% ../nbs/24_report.ipynb #762237e7
 def played(e:Exhibit, role:str, res:Results, between:str=' ')->str:
-    "Name a role and, where it is another, the data set that plays it."
+    "Name a role and, where it has another name, its data set."
     d = dataset_of(res, e, role)
     return ROLES[role] + ('' if d in ('', role) else f'{between}({d})')
 

@@ -148,7 +148,7 @@ def region_loss(logit, part, own, inside:float):
 
 # %% ../nbs/26_train.ipynb #ff203cd9
 def losses(model, scale, x, part, own, place, texts, r:Recipe)->dict:
-    "Compute the terms; `x` [I,3,16a,16b] whole pictures first, then their twins; `part`, `own`, `place` [I,a*b]: share of the defect, of the object, index in the picture; `texts` as `to_device` gives them."
+    "Compute the terms; `x` [I,3,16a,16b] whole pictures first, then the defective ones; `part`, `own`, `place` [I,a*b]: share of the defect, of the object, index in the picture; `texts` as `to_device` gives them."
     t, v = embed_texts(model, texts[0]), model.visual
     routes = (AttentionPath('vv', r.layers),) if r.region else ()
     z, local = walk(v, embed_window(v, x, place), routes, (r.layers - 1,))

@@ -156,7 +156,7 @@ def load_trained(path, encoder)->Trained:
 
 # %% ../nbs/19_trained.ipynb #563733d1
 def auxiliary_of(dataset:str)->str:
-    "Name the set to learn from when `dataset` is asked about (AnomalyCLIP, KAnoCLIP)."
+    "Name the training set when `dataset` is evaluated (AnomalyCLIP, KAnoCLIP)."
     return 'procad-aux' if dataset.startswith('procad') else 'visa' if dataset == 'mvtec' else 'mvtec'
 
 def artifact_name(pattern:str,       # with {backbone}, {on} and {seed}; or a name or file, which stays as it is
