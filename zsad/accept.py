@@ -42,7 +42,7 @@ def tidy(nb):
         c.metadata = nbformat.NotebookNode({'tags': c.metadata['tags']} if c.metadata.get('tags') else {})
         if c.cell_type != 'code': continue
         c.execution_count = None
-        c.outputs = joined_streams([o for o in c.outputs if (o.output_type, o.get('name')) != ('stream', 'stderr')])
+        c.outputs = joined_streams([o for o in c.outputs if (o.output_type, o.get('name')) != ('stream', 'stderr') and '%|' not in o.get('data', {}).get('text/plain', '')])
         for o in c.outputs:
             if 'execution_count' in o: o['execution_count'] = None
             if 'metadata' in o: o['metadata'] = {}

@@ -273,8 +273,8 @@ sampler('pair', rev=1, stochastic=True, ranges=dict(count=(1, None)),
         choices=dict(policy=('random', 'normal', 'anomalous', 'same')))(draw_references)
 
 SET_STEPS = Registry('set_step', given=('scores', 'cls'))     # (scores [M], class tokens [M,C])
+SET_STEPS.register('rscin', rev=1, transductive=True)(rscin)
 set_step = SET_STEPS.register
-set_step('rscin', rev=1, transductive=True)(rscin)
 
 # %% ../nbs/20_method.ipynb #7169c3ce
 def operations_of(m)->list:      # [(Operation, parameters as the row gives them)]

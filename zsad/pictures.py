@@ -86,13 +86,13 @@ def maps_of(l:Look)->np.ndarray:        # [B,S,S]
 
 # %% ../nbs/24_pictures.ipynb #4fc447f3
 def scene(l:Look)->ScoringInputs:
-    "Make the scene that the terms of a look's row are given."
+    "Collect the scoring inputs that the terms of a look's row get."
     m, prep = l.det.method, l.det.encoder.preprocess
     x = replace(prep, interpolation=m.interpolation)([load_image(s.path) for s in l.job.samples]) if m.needs_images else None
     return l.det.scoring_inputs(l.job.category, l.tokens, l.reference, x, tuple(s.id for s in l.job.samples))
 
 def walked(l:Look)->ScoringInputs:
-    "Make the scene of a look with the maps of all terms of its row, in their order."
+    "Collect the scoring inputs of a look with the maps of all terms of its row, in their order."
     return run_terms(l.det.method, scene(l))
 
 # %% ../nbs/24_pictures.ipynb #81393f41

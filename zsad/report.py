@@ -350,8 +350,9 @@ def bars(e:Exhibit, t:pd.DataFrame, res:Results):
 # %% ../nbs/24_report.ipynb #8fd3cb61
 def curve(e:Exhibit, t:pd.DataFrame, res:Results):
     "Draw every metric of an ablation over the rows, with intervals, in a panel for every role that has values; the others are named above."
-    roles = [role for role in e.roles if t[[(head(e, role, m), 'ours') for m in e.metrics]].notna().any(axis=None)] or [e.roles[0]]
-    fig, axes = plt.subplots(1, len(roles), figsize=(3.4 + 4*len(roles), 2.8), sharey=True, squeeze=False, dpi=72)
+    roles = [role for role in e.roles if t[[(head(e, role, m), 'ours') for m in e.metrics]].notna().any(axis=None)]
+    count = max(1, len(roles))
+    fig, axes = plt.subplots(1, count, figsize=(3.4 + 4*count, 2.8), sharey=True, squeeze=False, dpi=72)
     own = t[~t.index.isin([r.label for r in CONTROLS])]; x = [int(l) for l in own.index]
     for ax, role in zip(axes[0], roles):
         for m, color in zip(e.metrics, ('#31688e', '#d1495b', '#55a868')):
@@ -360,7 +361,9 @@ def curve(e:Exhibit, t:pd.DataFrame, res:Results):
             for label, style in [(l, s) for l, s in zip(t.index.difference(own.index), (':', '--')) if g.ours[l] == g.ours[l]]: ax.axhline(g.ours[label], color=color, ls=style, lw=1, label=f'{NAMES[m]}, {label}')
         ax.set(xlabel=e.axis, xticks=x); ax.grid(alpha=0.3)
         if len(e.roles) > 1: ax.set_title(played(e, role, res), fontsize=9)
-    axes[0, 0].set_ylabel('%'); axes[0, -1].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    axes[0, 0].set_ylabel('%')
+    if roles: axes[0, -1].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    else: axes[0, 0].text(0.5, 0.5, gap(res, e, e.roles[0]), ha='center', va='center', transform=axes[0, 0].transAxes)
     absent(fig, e, roles, res)
     return fig
 

@@ -28,7 +28,7 @@ from .vv import walk
 # %% ../nbs/26_train.ipynb #e5b90154
 @dataclass(frozen=True)
 class Recipe:
-    "What the mini encoder is trained with; its digest names the run."
+    "What the mini encoder is trained with; with the pairs, the kind of device and `TRAINING_REV` it names the run."
     seed: int = 0                # of the weights and of every draw; the pictures are the same for all seeds
     pairs: int = 24000           # pictures are rendered in pairs: an instance and its defective twin
     designs: int = 1000          # designs per kind, all from the open cells
