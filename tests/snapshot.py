@@ -14,13 +14,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np
 import torch
-from zsad.clip import EncodeSpec, load_encoder, untrained
-from zsad import method
-from zsad.exhibits import EXHIBITS, PICTURES
-from zsad.identity import identity_key
-from zsad.method import (METHODS, REFERENCES, SCORES, SET_STEPS, TERMS, Reference, build, fit, fuse_terms,
+from zsad.encoder.clip import EncodeSpec, load_encoder, untrained
+from zsad.pipeline import detector as method
+from zsad.papers.exhibits import EXHIBITS, PICTURES
+from zsad.core.identity import identity_key
+from zsad.pipeline.detector import (METHODS, REFERENCES, SCORES, SET_STEPS, TERMS, Reference, build, fit, fuse_terms,
                          method_identity, revs_of, run_terms, select_images, upsample)
-from zsad.procad import design, render
+from zsad.rendered.procad import design, render
 
 FILE = Path(__file__).with_name('snapshots.json')
 CATEGORIES = dict(bottle='object', carpet='texture')

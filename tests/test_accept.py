@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 import nbformat, pytest
 from zsad import accept as A
-from zsad.accept import accept, joined_streams, pages_of, same_results, settle, shows, stale, unaccepted
-from zsad.exhibits import COLUMNS, EXHIBITS
-from zsad.report import UNACCEPTED, caption, figure, read_results, readable, table
+from zsad.bench.accept import accept, joined_streams, pages_of, same_results, settle, shows, stale, unaccepted
+from zsad.papers.exhibits import COLUMNS, EXHIBITS
+from zsad.reporting.tables import UNACCEPTED, caption, figure, read_results, readable, table
 
 ROOT = Path(__file__).parents[1]
 ACCEPTED = ROOT/'nbs'/'results'
@@ -120,7 +120,7 @@ def test_every_table_figure_and_caption_is_made_of_the_accepted_results(name):
 
 def test_a_result_of_other_code_is_found(tmp_path, monkeypatch):
     "Another revision, other rules, another seed, another method: each is named."
-    from zsad.bench import run_key, to_csv
+    from zsad.bench.jobs import run_key, to_csv
     e = EXHIBITS['anoclip-t3']; row = e.rows[3]
     line = dict.fromkeys(COLUMNS['runs'], '') | {k: str(v) for k, v in A.identity_of(row, 'procad').items()} | dict(dataset='procad', row=row.label, data='x')
     line['run'] = run_key(line)

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 from test_procad import pixels
-from zsad.boards import BOARDS, bent_pin, fold, island, lettering, letters, moved_piece, render_boards, solder_bridge, without_piece
-from zsad.core import digest, keyed
-from zsad.medical import MEDICAL, pulled, render_medical
-from zsad.procad import KINDS, design, grid, paint_pair, render
+from zsad.rendered.boards import BOARDS, bent_pin, fold, island, lettering, letters, moved_piece, render_boards, solder_bridge, without_piece
+from zsad.core.files import digest, keyed
+from zsad.rendered.medical import MEDICAL, pulled, render_medical
+from zsad.rendered.procad import KINDS, design, grid, paint_pair, render
 
 ALL = [(k, 'b') for k in BOARDS] + [(k, 'med') for k in MEDICAL]
 PAIRS = [(k, world, d) for k, world in ALL for d in k.defects]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pytest
-from zsad.core import (available_cores, cache_dir, digest, fill_folder, on_cores, quota_cores,
+from zsad.core.files import (available_cores, cache_dir, digest, fill_folder, on_cores, quota_cores,
                        safe_name, write_atomic)
 
 LONG = np.zeros(5000)
@@ -79,7 +79,7 @@ def test_nothing_is_made_outside_the_cache(parts, tmp_path, monkeypatch):
 
 
 def test_a_set_cannot_be_rendered_outside_its_folder(tmp_path):
-    from zsad.procad import design, render_set
+    from zsad.rendered.procad import design, render_set
     with pytest.raises(ValueError, match='name of a folder'):
         render_set('mine', {'../../pill': design('pill', 'procad')}, root=tmp_path/'a'/'b'/'set', workers=1)
     assert list(tmp_path.iterdir()) == []
@@ -123,17 +123,17 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='affinity')
 def test_a_process_that_is_bound_to_one_core_uses_one():
-    code = ('import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from zsad.core import available_cores, on_cores; '
+    code = ('import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from zsad.core.files import available_cores, on_cores; '
             'assert available_cores() == 1; assert set(on_cores(lambda n: os.getpid(), range(3))) == {os.getpid()}')
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_a_container_uses_what_its_quota_allows(tmp_path, monkeypatch):
-    import zsad.core
+    import zsad.core.files
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(64)), raising=False)
     monkeypatch.setattr(os, 'process_cpu_count', lambda: 64, raising=False)
     for cores, want in ((1.5, 2), (0.2, 1), (float('inf'), 64)):
-        monkeypatch.setattr(zsad.core, 'quota_cores', lambda: cores)
+        monkeypatch.setattr(zsad.core.files, 'quota_cores', lambda: cores)
         assert available_cores() == want
     write_atomic(tmp_path/'app'/'cpu.max', '400000 100000')
     (tmp_path/'cgroup').write_text('0::/app/job\n')

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from zsad.clip import AttentionPath, EncodeSpec, load_encoder
-from zsad.cost import COLUMNS, PATHS, category_maps, cost_caption, cost_figure, cost_table, flops_of, full_text, layer_shapes, library_values, pro_loop, read_cost, row, take_turns, targets, write_cost
-from zsad.metrics import evaluate, pro_field
-from zsad.prompts import sentences
+from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.bench.cost import COLUMNS, PATHS, category_maps, cost_caption, cost_figure, cost_table, flops_of, full_text, layer_shapes, library_values, pro_loop, read_cost, row, take_turns, targets, write_cost
+from zsad.evaluation.metrics import evaluate, pro_field
+from zsad.methods.prompts import sentences
 
 CONFIG = dict(embed_dim=24, vision_cfg=dict(image_size=48, layers=3, width=64, head_width=32, patch_size=16), text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1))
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from zsad.core import digest
-from zsad.data import (SOURCES, Dataset, Sample, check_dataset, data_hash, find_sets, layout_of, load_dataset, load_image, load_mask, read_folder, read_mask, read_meta,
+from zsad.core.files import digest
+from zsad.datasets.layouts import (SOURCES, Dataset, Sample, check_dataset, data_hash, find_sets, layout_of, load_dataset, load_image, load_mask, read_folder, read_mask, read_meta,
                        survey, vanishing, write_meta)
-from zsad.metrics import MASK_RULES, Protocol, evaluate, resize_mask
-from zsad.procad import render_procad
+from zsad.evaluation.metrics import MASK_RULES, Protocol, evaluate, resize_mask
+from zsad.rendered.procad import render_procad
 
 
 @pytest.fixture(scope='module')
@@ -172,7 +172,7 @@ def test_one_rule_has_one_answer(rule, tmp_path):
     Image.fromarray(disk.astype('u1')*255).save(tmp_path/'m.png')
     small = load_mask(tmp_path/'m.png', 240, rule)
     assert np.array_equal(small, resize_mask(disk[None], 240, rule)[0])
-    from zsad.bench import read_truth
+    from zsad.bench.jobs import read_truth
     assert np.array_equal(read_truth([Sample(tmp_path/'a.png', 1, 'a', 'a', tmp_path/'m.png')], 240, rule).masks[0], small)
     both, maps = np.stack([disk, 0*disk]), np.stack([small, 0*small]).astype('f4')
     assert evaluate(maps, both, None, None, Protocol(size=240, mask_rule=rule, metrics=('pixel_auroc',)))['pixel_auroc'] == 1

@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import Away, faked, fetch, send, sent
-from zsad.bench import Model, compute, load_model
-from zsad.clip import load_encoder
-from zsad.courses import COURSES, course_for
-from zsad.data import load_dataset, survey
-from zsad.exhibits import Row
-from zsad.identity import plain
-from zsad.knpl import Learned
-from zsad.learn import Student, learn, own_encoder, rank_device, read_lessons, take, world
-from zsad.method import METHODS, Reference, build
-from zsad.pairs import draw_pair, gather_pairs
-from zsad.procad import render_aux, render_procad
-from zsad.train import Recipe, train
-from zsad.trained import artifact_name, cached_artifact, load_trained, save_trained
+from zsad.bench.jobs import Model, compute, load_model
+from zsad.encoder.clip import load_encoder
+from zsad.learned.configs import COURSES, course_for
+from zsad.datasets.layouts import load_dataset, survey
+from zsad.papers.exhibits import Row
+from zsad.core.identity import plain
+from zsad.learned.prompts import Learned
+from zsad.learned.trainer import Student, learn, own_encoder, rank_device, read_lessons, take, world
+from zsad.pipeline.detector import METHODS, Reference, build
+from zsad.rendered.pairs import draw_pair, gather_pairs
+from zsad.rendered.procad import render_aux, render_procad
+from zsad.learned.pretraining import Recipe, train
+from zsad.learned.artifacts import artifact_name, cached_artifact, load_trained, save_trained
 
 S, LEARNED = 96, list(COURSES)
 TINY = Recipe(seed=3, steps=2, batch=2, tokens=60, full=(0.5, 0.5), smallest=(2, 2), largest=(3, 4), warmup=2, width=32,

@@ -5,11 +5,11 @@ The authors of Dual-Image published no code, so no numbers of theirs are frozen 
 import itertools, random
 import numpy as np, pytest, torch
 from sklearn.neighbors import NearestNeighbors
-from zsad.clip import anomaly_score, load_encoder
-from zsad.dual import POLICIES, draw_references, dual_score, joint_map, pair_map
-from zsad.procad import design, paint_pair
-from zsad.prompts import encode_prompts
-from zsad.windows import association
+from zsad.encoder.clip import anomaly_score, load_encoder
+from zsad.methods.dual import POLICIES, draw_references, dual_score, joint_map, pair_map
+from zsad.rendered.procad import design, paint_pair
+from zsad.methods.prompts import encode_prompts
+from zsad.methods.windows import association
 
 def normal(seed, *shape): return torch.tensor(np.random.default_rng(seed).standard_normal(shape), dtype=torch.float32)
 def gap(a, b): assert a.shape == b.shape, (a.shape, b.shape); return (a.double() - b.double()).abs().max().item()

@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
-from zsad.exhibits import COLUMNS, EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported, seeds_of
-from zsad.method import METHODS
-from zsad.report import Results, caption, comparable, figure, findings, latex, markdown, page, provenance, readable, read_results, runs_of, table, verdict, verdicts, write_report
+from zsad.papers.exhibits import COLUMNS, EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported, seeds_of
+from zsad.pipeline.detector import METHODS
+from zsad.reporting.tables import Results, caption, comparable, figure, findings, latex, markdown, page, provenance, readable, read_results, runs_of, table, verdict, verdicts, write_report
 
 TABLES = ['anoclip-t1', 'anoclip-t2', 'anoclip-t3', 'anoclip-t4']
 METRICS = 'image_auroc image_f1max image_ap pixel_auroc pixel_f1max pixel_ap pro pixel_auroc_within'.split()

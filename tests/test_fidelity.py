@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
 import pandas as pd, pytest
-from zsad.exhibits import EXHIBITS, SILENT, switch
-from zsad.method import METHODS, REFERENCES, SCORES, TERMS, find_method
-from zsad.prompts import prompt_set
-from zsad.report import NAMES, findings, read_results
+from zsad.papers.exhibits import EXHIBITS, SILENT, switch
+from zsad.pipeline.detector import METHODS, REFERENCES, SCORES, TERMS, find_method
+from zsad.methods.prompts import prompt_set
+from zsad.reporting.tables import NAMES, findings, read_results
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT/'nbs'/'34_fidelity.ipynb'

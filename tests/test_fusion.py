@@ -7,8 +7,8 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from test_parity import drawn
-from zsad.clip import anomaly_score
-from zsad.fusion import (PARTS, RULES, BiCA, BiCMCI, ConvAdapter, CrossAttention, DeformableAttention, KAnoCLIP, blur, blur_matrix, count_parameters,
+from zsad.encoder.clip import anomaly_score
+from zsad.learned.fusion import (PARTS, RULES, BiCA, BiCMCI, ConvAdapter, CrossAttention, DeformableAttention, KAnoCLIP, blur, blur_matrix, count_parameters,
     displacement_bias, fuse_maps, global_score, last, norm_map, ordinary, read_places, reference_points, stage_logits, weights_from)
 
 SMALL = dict(heads=4, groups=2)

@@ -7,9 +7,9 @@ import copy, math
 import numpy as np, open_clip, pytest, torch
 import torch.nn.functional as F
 from test_parity import drawn
-from zsad.clip import AttentionPath, EncodeSpec, anomaly_score, load_encoder
-from zsad.heads import MVFA, Adapter, AprilGan, compare, load_april_gan, load_mvfa, read_published, sum_maps, walk_adapted
-from zsad.vv import leave, read_tokens, walk
+from zsad.encoder.clip import AttentionPath, EncodeSpec, anomaly_score, load_encoder
+from zsad.learned.heads import MVFA, Adapter, AprilGan, compare, load_april_gan, load_mvfa, read_published, sum_maps, walk_adapted
+from zsad.encoder.attention import leave, read_tokens, walk
 
 def normal(rng, *shape): return torch.tensor(rng.standard_normal(shape), dtype=torch.float32)
 def gap(a, b): assert a.shape == b.shape, (a.shape, b.shape); return (a.double() - b.double()).abs().max().item()

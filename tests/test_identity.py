@@ -34,8 +34,8 @@ for name, folder in folders.items():
     for module in [m for m in sys.modules if m.split('.')[0] in ('zsad', 'snapshot')]: del sys.modules[module]
     sys.path[:0] = [folder, tests]
     import snapshot, zsad
-    from zsad.identity import identity_key
-    from zsad.method import METHODS, method_identity
+    from zsad.core.identity import identity_key
+    from zsad.pipeline.detector import METHODS, method_identity
     assert zsad.__file__.startswith(folder), zsad.__file__
     stored = snapshot.unpack(snapshot.FILE.read_text())
     for row in stored['rows'].values(): row['stages'] = [s for s in row['stages'] if s[0] == 'bottle']

@@ -9,10 +9,10 @@ import torch
 from scipy import ndimage
 
 import zsad
-from zsad.bench import Truth, measure_row
-from zsad.bootstrap import (BINS, corrected_interval, interval, resample, resample_weights,
+from zsad.bench.jobs import Truth, measure_row
+from zsad.evaluation.intervals import (BINS, corrected_interval, interval, resample, resample_weights,
                             threshold_bins)
-from zsad.metrics import (METRIC_OPERATIONS, METRICS, Protocol, auroc, average_precision, components,
+from zsad.evaluation.metrics import (METRIC_OPERATIONS, METRICS, Protocol, auroc, average_precision, components,
                           evaluate, f1max, metric, pixel_auroc_within, pro, sorted_counts)
 
 DRAWN = METRICS[:-1]                                      # all but the field's PRO

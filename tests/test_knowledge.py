@@ -4,14 +4,14 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest
 from PIL import Image
-from zsad import knowledge as module
-from zsad.boards import BOARDS
-from zsad.data import SOURCES, Sample
-from zsad.knowledge import (ASK, FORMAT, LOOK, Question, ask_categories, ask_images, background, build_base, color_words, colors_of, count_tokens, describe, describe_mask, estimate, judge, knowledge,
+from zsad.learned import knowledge as module
+from zsad.rendered.boards import BOARDS
+from zsad.datasets.layouts import SOURCES, Sample
+from zsad.learned.knowledge import (ASK, FORMAT, LOOK, Question, ask_categories, ask_images, background, build_base, color_words, colors_of, count_tokens, describe, describe_mask, estimate, judge, knowledge,
                             knowledge_of_image, look_up, measure, messages, open_base, parse_base, read_base, shape_of, shape_word, to_base, to_lab, write_base)
-from zsad.medical import MEDICAL
-from zsad.novel import NOVEL
-from zsad.procad import KINDS, PROCAD
+from zsad.rendered.medical import MEDICAL
+from zsad.rendered.novel import NOVEL
+from zsad.rendered.procad import KINDS, PROCAD
 
 BASE = read_base()['sets']
 OWN = {(s, c): e for s, part in BASE.items() for c, e in part.items() if isinstance(e, dict)}
@@ -427,7 +427,7 @@ def test_the_environment_names_server_key_and_model(tmp_path, monkeypatch):
 
 @needs_client
 def test_the_command_asks_about_a_folder_of_your_own(tmp_path, monkeypatch, capsys):
-    from zsad.cli import main
+    from zsad.cli.main import main
     for c in ('mug', 'tea_pot'):
         for kind in ('good', 'crack'): f = tmp_path/'set'/c/'test'/kind/'000.png'; f.parent.mkdir(parents=True); Image.fromarray(np.full((8, 8, 3), len(kind), 'u1')).save(f)
     ask = ['knowledge', 'build', 'folder', '--data', str(tmp_path/'set'), '--out', str(tmp_path/'k.json')]

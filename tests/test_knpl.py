@@ -8,12 +8,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, open_clip, pytest, safetensors.torch, torch
 import torch.nn.functional as F
-import zsad.knpl as knpl
+import zsad.learned.prompts as knpl
 from test_parity import drawn
-from zsad.clip import AttentionPath, EncodeSpec, Encoder, Preprocess, anomaly_score, fit_positions, load_encoder, plain_tokenizer
-from zsad.knpl import *
-from zsad.prompts import encode_text
-from zsad.vv import walk
+from zsad.encoder.clip import AttentionPath, EncodeSpec, Encoder, Preprocess, anomaly_score, fit_positions, load_encoder, plain_tokenizer
+from zsad.learned.prompts import *
+from zsad.methods.prompts import encode_text
+from zsad.encoder.attention import walk
 
 VISION = dict(image_size=96, patch_size=16, width=128, layers=6, head_width=64)
 TEXT = dict(context_length=77, vocab_size=49408, width=128, heads=2, layers=5)

@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from test_parity import gap
-from zsad.clip import load_encoder
-from zsad.data import load_dataset, load_image, load_mask, survey
-from zsad.knowledge import describe_mask, knowledge, look_up
-from zsad.courses import COURSES, VARIANTS, course_for, find_course
-from zsad.learn import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, live_curves, missing, rank_device, read_lessons, sentences_known, steps_of, take, world
-from zsad.method import METHODS, fit
-from zsad.prompts import encode_text
-from zsad.procad import render_aux
-from zsad.knpl import save_state
-from zsad.trained import cached_artifact, load_trained
+from zsad.encoder.clip import load_encoder
+from zsad.datasets.layouts import load_dataset, load_image, load_mask, survey
+from zsad.learned.knowledge import describe_mask, knowledge, look_up
+from zsad.learned.configs import COURSES, VARIANTS, course_for, find_course
+from zsad.learned.trainer import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, live_curves, missing, rank_device, read_lessons, sentences_known, steps_of, take, world
+from zsad.pipeline.detector import METHODS, fit
+from zsad.methods.prompts import encode_text
+from zsad.rendered.procad import render_aux
+from zsad.learned.prompts import save_state
+from zsad.learned.artifacts import cached_artifact, load_trained
 
 S, NAMES = 96, list(COURSES)
 
@@ -69,9 +69,9 @@ import sys, time, torch
 torch.set_num_threads(1)
 from dataclasses import replace
 from zsad import learn as L
-from zsad.courses import COURSES
-from zsad.clip import load_encoder
-from zsad.data import load_dataset, survey
+from zsad.learned.configs import COURSES
+from zsad.encoder.clip import load_encoder
+from zsad.datasets.layouts import load_dataset, survey
 name, cfg, weights, root, out, slow = sys.argv[1:]
 enc = load_encoder(cfg, weights, device='cpu', dtype='float32')
 c = replace(COURSES[name], epochs=2, batch=8, lr_head=None, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {})
@@ -159,7 +159,7 @@ def test_every_variant_differs_from_its_course_in_what_its_name_says(enc):
     with pytest.raises(ValueError, match="'nope'.*'knpl-none'"): find_course('nope')
 
 def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_path, monkeypatch):
-    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'cache')); import zsad.learn as L
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'cache')); import zsad.learned.trainer as L
     monkeypatch.setattr(L, 'load_dataset', lambda on, folder: load_dataset(on, root)); short = course('april-gan', epochs=1)
     monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name))
     a = METHODS['april-gan']; rows = [replace(a, seed=k) for k in (0, 1)] + [replace(a, name='own', artifact='april-gan-{backbone}-procad-b-s{seed}'), METHODS['anoclip']]
@@ -222,8 +222,8 @@ def test_a_run_is_named_by_the_content_of_its_knowledge(enc, aux, tmp_path, monk
     with pytest.raises(ValueError, match='another course, encoder, data set, knowledge'): go(edited, 'd', folder=folder)
 
 def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(enc, aux, lessons, monkeypatch):
-    import zsad.learn as L
-    from zsad.prompts import prompt_set
+    import zsad.learned.trainer as L
+    from zsad.methods.prompts import prompt_set
     c = course_for(course('april-gan'), enc); key = lambda c=c, **how: L.identity_key(L.training_identity(c, how.get('enc', enc), how.get('lessons', lessons['april-gan'])))
     first = key()
     assert key(replace(c, name='other')) == first != key(replace(c, lr=.1)) and key(lessons=replace(lessons['april-gan'], data='x')) != first
@@ -233,7 +233,7 @@ def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(enc, aux, le
 
 def test_only_torchrun_makes_several_processes(enc, aux, lessons, tmp_path, monkeypatch):
     "RANK and WORLD_SIZE, which other launchers set too, are not enough; every rank takes its own GPU."
-    import torch.distributed as dist, zsad.learn as L
+    import torch.distributed as dist, zsad.learned.trainer as L
     full = dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1', MASTER_ADDR='localhost', MASTER_PORT='1')
     for k in full: monkeypatch.delenv(k, raising=False)
     assert world() == (0, 1) and rank_device('cpu') == 'cpu' and rank_device('cuda') == 'cuda'
@@ -256,7 +256,7 @@ def test_checkpoints_of_two_writers_do_not_meet(tmp_path):
 
 def test_an_artifact_of_another_course_is_trained_again(enc, aux, lessons, tmp_path, monkeypatch):
     "What lies in the cache under the name, but was trained as its course no longer says, is not there."
-    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path)); import zsad.learn as L
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path)); import zsad.learned.trainer as L
     short = course('april-gan', epochs=1); monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name))
     row = METHODS['april-gan']; (name, *_), = missing([row], enc, ['procad'])
     learn(short, enc, aux, cached_artifact(name, enc), lessons=lessons['april-gan'], show=False)

@@ -1,4 +1,4 @@
-"""Parity of zsad.metrics with scikit-learn and with slow references written from the definitions."""
+"""Parity of zsad.evaluation.metrics with scikit-learn and with slow references written from the definitions."""
 import warnings
 from dataclasses import FrozenInstanceError
 
@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from zsad.metrics import (METRICS, PROTOCOLS, Protocol, auroc, components, evaluate, field_area, field_curve,
+from zsad.evaluation.metrics import (METRICS, PROTOCOLS, Protocol, auroc, components, evaluate, field_area, field_curve,
                           pixel_auroc_within, pro, pro_curve, pro_field, resize, resize_mask, sorted_counts)
 
 # ---- references

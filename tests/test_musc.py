@@ -5,8 +5,8 @@ NUMBERS were computed by MuSc (xrli-U/MuSc, commit b76b93d) on the tokens that `
 import itertools, math
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from zsad import musc
-from zsad.musc import aggregate, image_score, lowest_mean, musc_map, mutual_scores, patch_distances, rscin, split_subsets
+from zsad.methods import musc
+from zsad.methods.musc import aggregate, image_score, lowest_mean, musc_map, mutual_scores, patch_distances, rscin, split_subsets
 
 def normal(rng, *shape): return torch.tensor(rng.standard_normal(shape), dtype=torch.float32)
 def gap(a, b): assert a.shape == b.shape, (a.shape, b.shape); return (a.double() - b.double()).abs().max().item()

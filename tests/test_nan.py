@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 from dataclasses import replace
-from zsad.clip import AttentionPath, EncodeSpec, Tokens, anomaly_score, load_encoder
-from zsad.dual import dual_score, joint_map, pair_map
-from zsad.musc import lowest_mean, musc_map, mutual_scores, rscin
-from zsad.relevance import relevance
-from zsad.tta import adapt, adapt_in_order, draw_noise, dual_adapt
+from zsad.encoder.clip import AttentionPath, EncodeSpec, Tokens, anomaly_score, load_encoder
+from zsad.methods.dual import dual_score, joint_map, pair_map
+from zsad.methods.musc import lowest_mean, musc_map, mutual_scores, rscin
+from zsad.methods.relevance import relevance
+from zsad.methods.adaptation import adapt, adapt_in_order, draw_noise, dual_adapt
 
 NAN = float('nan')
 
@@ -73,7 +73,8 @@ def test_an_encoder_that_gives_nan_is_refused(encoder):
     with pytest.raises(ValueError, match='not finite'): encoder.tokens(broken(x, 0, 0, 5, 5), EncodeSpec())
 
 def test_patches_and_windows_are_looked_at_too(encoder, monkeypatch):
-    from zsad import vv, windows
+    from zsad.encoder import attention as vv
+    from zsad.methods import windows
     x, path = torch.zeros(1, 3, 240, 240), AttentionPath('vv')
     monkeypatch.setattr(windows, 'read_windows', lambda *a: {2: torch.full((1, 196, 128), NAN)})
     with pytest.raises(ValueError, match='not finite'): encoder.tokens(x, EncodeSpec((), windows=(2,)))

@@ -102,7 +102,7 @@ def test_readme_is_the_index():
 
 def test_stored_tables_and_captions_are_those_of_the_results():
     "What readers see was made from nbs/results: every stored caption is recomputed, and the tables' cells are looked up in the stored pages."
-    from zsad.report import caption, readable, table
+    from zsad.reporting.tables import caption, readable, table
     results = ROOT/'nbs'/'results'
     shown = {p.stem: json.dumps(json.loads(p.read_text()), ensure_ascii=False) for p in NOTEBOOKS}
     for name, exhibit in (('11_vv', 'anoclip-t3'), ('11_vv', 'vv-depth'), ('12_prompts', 'anoclip-t4'), ('30_anoclip', 'anoclip-t3'), ('30_anoclip', 'anoclip-t4'), ('index', 'anoclip-t3'), ('11_vv', 'attention-plain'), ('30_anoclip', 'anoclip-t1'), ('30_anoclip', 'attention-plain'), ('30_anoclip', 'anoclip-t5'), ('30_anoclip', 'anoclip-t6'), ('30_anoclip', 'anoclip-f5'), *(('32_training_free', e) for e in ('novel', 'winclip-t2', 'winclip-states', 'dual-t1', 'dual-t2', 'dual-t3', 'dual-f3', 'dual-f5a', 'dual-f5b', 'dual-f6c', 'spread', 'untrained')), *(('35_learned', e) for e in ('learned', 'learned-plain', 'kanoclip-t1', 'kanoclip-t2'))):

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 from test_procad import pixels
-from zsad.novel import NOVEL, alter_novel, mar_novel, render_novel
-from zsad.procad import KINDS, design, paint_pair, render
+from zsad.rendered.novel import NOVEL, alter_novel, mar_novel, render_novel
+from zsad.rendered.procad import KINDS, design, paint_pair, render
 
 BY_NAME = {k.name: k for k in NOVEL}
 PIXELS = {'cork': '41e9f6f4dde2', 'paving': '88d5d29db2bf', 'wicker': 'e79d01bd68b3', 'tread_plate': 'd68064a11ea4',

@@ -2,10 +2,10 @@
 import shutil
 import numpy as np
 import pytest
-import zsad.boards, zsad.medical, zsad.novel, zsad.pairs, zsad.procad
-from zsad.core import digest
-from zsad.pairs import draw_pair, render_pairs
-from zsad.procad import design, render_set, set_spec
+import zsad.rendered.boards, zsad.rendered.medical, zsad.rendered.novel, zsad.rendered.pairs, zsad.rendered.procad
+from zsad.core.files import digest
+from zsad.rendered.pairs import draw_pair, render_pairs
+from zsad.rendered.procad import design, render_set, set_spec
 
 PIXELS = {      # (revision of procad, of pairs): hashes of a few pairs
     (1, 1): {('pretrain', 0): '0a082dd2aa72', ('pretrain', 1): '0b2f7df03593', ('pretrain', 2): '6bbc31bcdd30',
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_pixels_of_pairs_change_with_their_revision_only():
     "Where this fails, undo the change, or raise RENDER_REV or PAIRS_REV and add what is drawn now."
-    drawn = PIXELS[zsad.procad.RENDER_REV, zsad.pairs.PAIRS_REV]
+    drawn = PIXELS[zsad.rendered.procad.RENDER_REV, zsad.rendered.pairs.PAIRS_REV]
     for (world, n), want in drawn.items():
         p = draw_pair(n, world)
         got = digest(p.images, p.label, p.inside, p.kind, p.defect)
@@ -30,7 +30,7 @@ def test_pixels_of_pairs_change_with_their_revision_only():
 
 def test_pixels_of_sets_are_held_for_these_revisions():
     "The hashes in test_procad, test_novel and test_boards_medical are those of these revisions; raise them together."
-    found = zsad.procad.RENDER_REV, zsad.novel.NOVEL_REV, zsad.boards.BOARDS_REV, zsad.medical.MEDICAL_REV
+    found = zsad.rendered.procad.RENDER_REV, zsad.rendered.novel.NOVEL_REV, zsad.rendered.boards.BOARDS_REV, zsad.rendered.medical.MEDICAL_REV
     assert found == (1, 1, 1, 1)
 
 
@@ -41,8 +41,8 @@ def folders(cache):
 def test_pairs_are_named_by_everything_that_decides_them(cache, monkeypatch):
     render_pairs(1, **QUIET)
     seen = folders(cache)
-    for change in (lambda: monkeypatch.setattr(zsad.pairs, 'PAIRS_REV', 99), lambda: monkeypatch.setattr(zsad.pairs, 'RENDER_REV', 99),
-                   lambda: monkeypatch.setattr(zsad.pairs, 'VALIDATION', ('pill',))):
+    for change in (lambda: monkeypatch.setattr(zsad.rendered.pairs, 'PAIRS_REV', 99), lambda: monkeypatch.setattr(zsad.rendered.pairs, 'RENDER_REV', 99),
+                   lambda: monkeypatch.setattr(zsad.rendered.pairs, 'VALIDATION', ('pill',))):
         change()
         render_pairs(1, **QUIET)
         assert len(folders(cache)) == len(seen) + 1
@@ -56,17 +56,17 @@ def test_pairs_are_named_by_everything_that_decides_them(cache, monkeypatch):
 
 def test_pairs_are_rendered_once(cache, monkeypatch):
     first = render_pairs(2, **QUIET)
-    monkeypatch.setattr(zsad.pairs, 'draw_pair', lambda *args: pytest.fail('rendered again'))
+    monkeypatch.setattr(zsad.rendered.pairs, 'draw_pair', lambda *args: pytest.fail('rendered again'))
     again = render_pairs(2, **QUIET)
     assert np.array_equal(first.images, again.images) and first.kinds == again.kinds and first.images.any()
 
 
 def test_a_renderer_that_is_interrupted_leaves_nothing(cache, monkeypatch):
-    draw = zsad.pairs.draw_pair
+    draw = zsad.rendered.pairs.draw_pair
     def dies(n, *more):
         if n == 1: raise KeyboardInterrupt
         return draw(n, *more)
-    monkeypatch.setattr(zsad.pairs, 'draw_pair', dies)
+    monkeypatch.setattr(zsad.rendered.pairs, 'draw_pair', dies)
     with pytest.raises(KeyboardInterrupt): render_pairs(3, **QUIET)
     assert folders(cache) == set()
 
@@ -95,8 +95,8 @@ def test_sets_are_named_by_everything_that_decides_them():
     assert len(others) == 6 + len(sizes) and base not in others
 
 
-@pytest.mark.parametrize('module,render,name', ((zsad.novel, 'render_novel', 'NOVEL_REV'), (zsad.boards, 'render_boards', 'BOARDS_REV'),
-                                                (zsad.medical, 'render_medical', 'MEDICAL_REV')))
+@pytest.mark.parametrize('module,render,name', ((zsad.rendered.novel, 'render_novel', 'NOVEL_REV'), (zsad.rendered.boards, 'render_boards', 'BOARDS_REV'),
+                                                (zsad.rendered.medical, 'render_medical', 'MEDICAL_REV')))
 def test_a_raised_revision_renders_a_set_again(module, render, name, monkeypatch):
     "The set is named by the revision of its own module and of procad."
     seen = []

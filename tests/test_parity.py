@@ -7,10 +7,10 @@ import copy, json, math, re
 import numpy as np, open_clip, pytest, torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from zsad.clip import AttentionPath, EncodeSpec, Preprocess, anomaly_score, load_encoder
-from zsad.method import build
-from zsad.prompts import sentences
-from zsad.vv import anovl_views
+from zsad.encoder.clip import AttentionPath, EncodeSpec, Preprocess, anomaly_score, load_encoder
+from zsad.pipeline.detector import build
+from zsad.methods.prompts import sentences
+from zsad.encoder.attention import anovl_views
 
 VISION = dict(image_size=48, patch_size=16, layers=3, width=64, head_width=16)
 TEXT = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2)

@@ -11,17 +11,17 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from zsad.bench import Model, all_tokens, open_model, plan_jobs, predict_job, reference_of
-from zsad.clip import anomaly_score
-from zsad.data import Dataset, Sample, load_dataset, survey
-from zsad.exhibits import EXHIBITS, PICTURES, Row, printed
-from zsad.method import METHODS, TERMS, adapted_tokens, build, synthetic_images, synthetic_tokens
-from zsad.pictures import (DRAWINGS, choose_categories, file_of, first_of_kinds, in_turn, jobs_of, look, maps_of, of_kinds, picture, redden, scene, split_patches,
+from zsad.bench.jobs import Model, all_tokens, open_model, plan_jobs, predict_job, reference_of
+from zsad.encoder.clip import anomaly_score
+from zsad.datasets.layouts import Dataset, Sample, load_dataset, survey
+from zsad.papers.exhibits import EXHIBITS, PICTURES, Row, printed
+from zsad.pipeline.detector import METHODS, TERMS, adapted_tokens, build, synthetic_images, synthetic_tokens
+from zsad.reporting.pictures import (DRAWINGS, choose_categories, file_of, first_of_kinds, in_turn, jobs_of, look, maps_of, of_kinds, picture, redden, scene, split_patches,
                            text_before_after, walked, window_steps, write_pictures)
-from zsad.procad import render_procad
-from zsad.report import caption, figure, page, readable, read_results, table, time_of
-from zsad.synth import patch_mask
-from zsad.windows import window_places
+from zsad.rendered.procad import render_procad
+from zsad.reporting.tables import caption, figure, page, readable, read_results, table, time_of
+from zsad.methods.synthesis import patch_mask
+from zsad.methods.windows import window_places
 
 CONFIG = dict(embed_dim=24, vision_cfg=dict(image_size=96, layers=3, width=64, head_width=32, patch_size=16), text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1))
 
@@ -74,7 +74,7 @@ def test_categories_by_name_then_objects():
 
 def test_no_score_has_a_say(world, monkeypatch):
     "Images are chosen before any tensor is made."
-    for f in ('look', 'maps_of', 'build'): monkeypatch.setattr(f'zsad.pictures.{f}', lambda *a, **k: pytest.fail('something was computed'))
+    for f in ('look', 'maps_of', 'build'): monkeypatch.setattr(f'zsad.reporting.pictures.{f}', lambda *a, **k: pytest.fail('something was computed'))
     jobs = jobs_of(PICTURES['dual-f3'], *world)
     assert [j.category for j in jobs] == ['cable', 'wood', 'pill'] and all(j.samples[i].label for j, i in zip(jobs, in_turn(jobs)))
 
@@ -183,7 +183,7 @@ def test_pictures_are_checked_when_built(wrong):
 
 
 def test_the_command_draws_what_is_named(world, tmp_path, monkeypatch, capsys):
-    from zsad.cli import chosen, main, pictured
+    from zsad.cli.main import chosen, main, pictured
     sets, model = world; root = sets['mvtec'].dataset.samples[0].path.parents[3]
     command = ['reproduce', 'anoclip-f4', 'winclip-f6', '--data', str(root), '--backbone', model.backbone, '--weights', model.weights, '--out', str(tmp_path)]
     assert main([*command, '--plan']) == 0 and not list(tmp_path.iterdir()) and 'anoclip-f4, winclip-f6' in capsys.readouterr().out
@@ -239,8 +239,8 @@ def test_times_stand_beside_metrics_where_they_were_measured(tmp_path):
 
 
 def test_rows_of_the_table_are_timed(tmp_path):
-    from zsad.clip import load_encoder
-    from zsad.cost import row_times
+    from zsad.encoder.clip import load_encoder
+    from zsad.bench.cost import row_times
     path = tmp_path/'model.json'; path.write_text(json.dumps(CONFIG))
     rows = row_times(load_encoder(str(path), 'random:0', device='cpu', dtype='float32'), 2, 1, 60.)
     assert [r['what'].split(', ')[0] for r in rows[:4]] == [r.method.name for r in EXHIBITS['anoclip-t7'].rows[:4]] and all(r['value'] > 0 for r in rows)

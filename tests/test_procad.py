@@ -2,9 +2,9 @@
 from functools import cache
 import numpy as np
 import pytest
-from zsad.core import digest
-from zsad.metrics import evaluate, pixel_auroc_within, resize
-from zsad.procad import CONTRAST, KINDS, PROCAD, STRUCTURE, SURFACE, design, held_out, paint_pair, plan, render
+from zsad.core.files import digest
+from zsad.evaluation.metrics import evaluate, pixel_auroc_within, resize
+from zsad.rendered.procad import CONTRAST, KINDS, PROCAD, STRUCTURE, SURFACE, design, held_out, paint_pair, plan, render
 
 PIXELS = {'bottle': '8186c7cbafe3', 'cable': '2aefb5a77ac6', 'capsule': 'a42d64ece186', 'carpet': '617d7a35b15d', 'connector': '3cd1c836fcfb',
           'fabric': '65e620e048f5', 'gear': '842c28612a54', 'grid': '80daf5e52540', 'leather': '4ed4178263a9', 'metal_nut': '31dd08064cf3',
@@ -54,8 +54,8 @@ def test_chips_are_notches():
 
 
 def test_a_recoloured_part_is_far_from_its_colour():
-    from zsad.procad import break_parts, grid
-    from zsad.core import keyed
+    from zsad.rendered.procad import break_parts, grid
+    from zsad.core.files import keyed
     X, Y = grid(60)
     for n in range(40):
         dsg = design('pill', 'procad'); parts = dsg.kind.paint(X, Y, keyed(0, 'look'), keyed(0, 'v'), dsg.form, dsg.hue)
@@ -72,10 +72,10 @@ def test_pretraining_never_draws_a_held_out_design():
 
 def test_instances_are_disjoint(monkeypatch):
     "No random stream of one world is another's: every key that is drawn from names its world."
-    import zsad.procad
-    keys, keyed = {w: set() for w in WORLDS}, zsad.procad.keyed
+    import zsad.rendered.procad
+    keys, keyed = {w: set() for w in WORLDS}, zsad.rendered.procad.keyed
     for world, used in keys.items():
-        monkeypatch.setattr(zsad.procad, 'keyed', lambda *k, used=used: used.add(k) or keyed(*k))
+        monkeypatch.setattr(zsad.rendered.procad, 'keyed', lambda *k, used=used: used.add(k) or keyed(*k))
         for kind, d in (('pill', 'stain'), ('wood', 'dent'), ('cable', 'swapped')): render(design(kind, world), 0, d)
     assert all(keys.values()) and len(set.union(*keys.values())) == sum(map(len, keys.values()))
 

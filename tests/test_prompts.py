@@ -6,7 +6,7 @@ winclip: caoyunkang/WinClip 0818c9d with the paper's full stop; cs: AnoVL's stat
 import hashlib
 from dataclasses import replace
 import pytest, torch
-from zsad.prompts import PROMPTS, RULES, PromptSet, Text, average, encode_prompts, encode_text, sentences
+from zsad.methods.prompts import PROMPTS, RULES, PromptSet, Text, average, encode_prompts, encode_text, sentences
 
 DIGESTS = [   # set, category, sentences per state, sha256 of the joined normal and anomalous sentences
     ('clip', 'bottle', 1, 1,

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 import pytest
-from zsad.core import UNFINISHED, digest, keyed, write_atomic
+from zsad.core.files import UNFINISHED, digest, keyed, write_atomic
 
 WRONG = 3      # exit code of a racer that was given other content than an undisturbed process
 FORK = get_context('fork')
@@ -70,7 +70,7 @@ def race(name, work, folder, repetitions, watch=lambda folder: None):
 
 def pairs(folder):
     "Render training pairs into the cache and hash what is given."
-    from zsad.pairs import render_pairs
+    from zsad.rendered.pairs import render_pairs
     os.environ['ZSAD_CACHE'] = str(folder)
     p = render_pairs(3, workers=1, report=lambda text: None)
     return digest(np.array(p.images), np.array(p.labels), np.array(p.inside), p.kinds, p.defects)
@@ -78,7 +78,7 @@ def pairs(folder):
 
 def rendered_set(folder):
     "Render a set into the cache and hash its files."
-    from zsad.procad import render_procad
+    from zsad.rendered.procad import render_procad
     os.environ['ZSAD_CACHE'] = str(folder)
     root = render_procad(('pill',), good=1, bad=2, train=1, size=96, workers=1)
     return digest(contents(root))
@@ -88,8 +88,8 @@ def encoder_work(folder):
     "A function that encodes four images into a store and hashes the tokens that it gives back."
     import torch
     from PIL import Image
-    from zsad.clip import AttentionPath, EncodeSpec, load_encoder
-    from zsad.store import encode_missing, recall, split
+    from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+    from zsad.encoder.store import encode_missing, recall, split
     torch.set_num_threads(1)
     encoder = load_encoder('mini', device='cpu')
     spec, files = EncodeSpec((AttentionPath('vv'),)).resolved(encoder.blocks), {}
@@ -120,7 +120,7 @@ def no_torn_result(folder):
 
 def run_race(name, folder, repetitions):
     "Run a race in this process, which does nothing else."
-    import zsad.pairs      # before the forks
+    import zsad.rendered.pairs      # before the forks
     folder = Path(folder)
     if name == 'encode':
         race(name, encoder_work(folder), folder, repetitions)
@@ -138,7 +138,7 @@ def test_two_processes_and_a_killed_one_give_the_same_bytes(name, tmp_path):
 
 
 def test_what_a_killed_renderer_leaves_is_removed_later(tmp_path, monkeypatch):
-    from zsad.procad import render_procad
+    from zsad.rendered.procad import render_procad
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
     old, new = (tmp_path/'procad'/f'{UNFINISHED}{k}' for k in ('old', 'new'))
     for p in (old, new):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from zsad.cli import main
-from zsad.data import SOURCES, find_sets, load_dataset, load_image, read_folder, read_mask, survey
-from zsad.knowledge import look_up
-from zsad.raw import RAW, arrange, cut_rows, draw_share, read_raw, seek
+from zsad.cli.main import main
+from zsad.datasets.layouts import SOURCES, find_sets, load_dataset, load_image, read_folder, read_mask, survey
+from zsad.learned.knowledge import look_up
+from zsad.datasets.raw import RAW, arrange, cut_rows, draw_share, read_raw, seek
 
 
 def paint(path, a=None, mode=None, **how):

@@ -5,9 +5,9 @@ NUMBERS were computed by Transformer-MM-Explainability (commit 58eaea8), `interp
 import copy, math
 import open_clip, pytest, torch
 import torch.nn.functional as F
-from zsad.clip import load_encoder
-from zsad.relevance import block_relevance, join_blocks, mix, relevance, walk_weights, weigh
-from zsad.vv import attend, walk
+from zsad.encoder.clip import load_encoder
+from zsad.methods.relevance import block_relevance, join_blocks, mix, relevance, walk_weights, weigh
+from zsad.encoder.attention import attend, walk
 from test_parity import mlp, norm, scaled
 from test_windows import CONFIGS, gap, make, normal, unit
 
@@ -173,7 +173,7 @@ def test_images_do_not_influence_each_other_and_chunks_change_nothing():
         assert gap(relevance(v, x, text[1], SCALE, start), a) > 1e-3                    # each image is asked with its own pair
 
 def test_no_pass_is_larger_than_a_chunk(monkeypatch):
-    import zsad.relevance as module
+    import zsad.methods.relevance as module
     v, rng = mild(); x, text = question(v, rng, 5); seen, real = [], module.block_relevance
     monkeypatch.setattr(module, 'block_relevance', lambda visual, x, *a: seen.append(len(x)) or real(visual, x, *a))
     for chunk, sizes in ((1, [1]*5), (2, [2, 2, 1]), (9, [5])):

@@ -5,9 +5,9 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from zsad.cli import main
-from zsad.procad import render_procad
-from zsad.report import readable, read_results, table
+from zsad.cli.main import main
+from zsad.rendered.procad import render_procad
+from zsad.reporting.tables import readable, read_results, table
 
 CONFIG = dict(embed_dim=24, vision_cfg=dict(image_size=48, layers=3, width=64, head_width=32, patch_size=16), text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1))
 
@@ -72,7 +72,7 @@ def test_a_second_run_computes_nothing(bench, monkeypatch):
     d, run, cache = bench
     before = {p: p.stat().st_mtime_ns for p in (*cache.rglob('*.json'), *cache.rglob('*.safetensors')) if p.name != 'stream.json'}       # whose time says when a stream was last of use
     assert any(p.suffix == '.safetensors' for p in before)
-    monkeypatch.setattr('zsad.store.encode_images', lambda *a, **k: pytest.fail('an image was encoded again'))
+    monkeypatch.setattr('zsad.encoder.store.encode_images', lambda *a, **k: pytest.fail('an image was encoded again'))
     assert run(out='again') == 0                                          # tables, figures and gallery
     assert (d/'again'/'results'/'anoclip-t3'/'metrics.csv').read_text() == (d/'out'/'results'/'anoclip-t3'/'metrics.csv').read_text()
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -80,9 +80,9 @@ def test_a_second_run_computes_nothing(bench, monkeypatch):
 
 def test_another_prompt_set_encodes_no_image(bench, monkeypatch):
     d, run, cache = bench
-    import zsad.store
-    seen, encode = [], zsad.store.encode_images
-    monkeypatch.setattr('zsad.store.encode_images', lambda encoder, images, *a, **k: (seen.extend(images), encode(encoder, images, *a, **k))[1])
+    import zsad.encoder.store
+    seen, encode = [], zsad.encoder.store.encode_images
+    monkeypatch.setattr('zsad.encoder.store.encode_images', lambda encoder, images, *a, **k: (seen.extend(images), encode(encoder, images, *a, **k))[1])
     with monkeypatch.context() as m:
         m.setenv('ZSAD_CACHE', str(cache))
         assert main(['reproduce', 'anoclip-t4', '--profile', 'paper', '--data', str(d/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(d/'t4')]) == 0
@@ -93,9 +93,9 @@ def test_another_prompt_set_encodes_no_image(bench, monkeypatch):
 def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatch, capsys):
     "One folder with MVTec-AD and VisA as published fills both halves of Tables 1 and 2; --plan only tells."
     from test_data import arrange_visa
-    from zsad.data import load_dataset
+    from zsad.datasets.layouts import load_dataset
     d, _, _ = bench
-    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ())
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); monkeypatch.setattr('zsad.app.explorer.write_gallery', lambda *a, **k: ())
     shutil.copytree(d/'data', tmp_path/'sets'/'mvtec'); arrange_visa(load_dataset('mvtec', d/'data'), tmp_path/'sets'/'VisA_20220922')
     command = ['reproduce', 'anoclip-t1', 'anoclip-t2', '--profile', 'paper', '--data', str(tmp_path/'sets'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]
     assert main([*command, '--plan']) == 0 and not (tmp_path/'o').exists()
@@ -112,7 +112,7 @@ def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_visa_alone_runs_all_exhibits(bench, tmp_path, monkeypatch, capsys):
     from test_data import arrange_visa
-    from zsad.data import load_dataset
+    from zsad.datasets.layouts import load_dataset
     d, _, _ = bench
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); arrange_visa(load_dataset('mvtec', d/'data'), tmp_path/'visa')
     assert main(['reproduce', '--profile', 'paper', '--data', str(tmp_path/'visa'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 0
@@ -164,14 +164,14 @@ def test_a_disk_that_is_too_small_is_an_error_before_it_starts(bench, tmp_path, 
     d, _, _ = bench
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr('zsad.bench.shutil.disk_usage', lambda p: usage._replace(free=1000))
+    monkeypatch.setattr('zsad.bench.jobs.shutil.disk_usage', lambda p: usage._replace(free=1000))
     assert main(['reproduce', 'anoclip-t3', '--profile', 'paper', '--data', str(d/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 2
     assert 'ZSAD_CACHE' in capsys.readouterr().err and not list((tmp_path/'c').rglob('*.safetensors'))
 
 
 def test_spoiled_files_are_named_counted_and_change_no_number(bench, tmp_path, monkeypatch, capsys):
     d, _, cache = bench
-    monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ()); monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
+    monkeypatch.setattr('zsad.app.explorer.write_gallery', lambda *a, **k: ()); monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
     shutil.copytree(d/'data', tmp_path/'data'); test, truth = (next((tmp_path/'data'/'pill'/k).glob('[!g]*')) for k in ('test', 'ground_truth'))
     image, mask = next(test.glob('*.png')), next(truth.glob('*.png'))
     (test/'text.png').write_text('no image'); (test/'empty.png').write_bytes(b''); (test/'cut.png').write_bytes(image.read_bytes()[:300]); shutil.copy(image, test/'unmasked.png'); shutil.copy(image, test/'blank.png')
@@ -219,7 +219,7 @@ def test_changed_weights_are_another_run(bench, tmp_path):
 @pytest.mark.slow
 def test_a_new_outline_is_another_data_set(bench, tmp_path, monkeypatch):
     d, _, cache = bench
-    monkeypatch.setattr('zsad.explore.write_gallery', lambda *a, **k: ()); monkeypatch.setenv('ZSAD_CACHE', str(cache))
+    monkeypatch.setattr('zsad.app.explorer.write_gallery', lambda *a, **k: ()); monkeypatch.setenv('ZSAD_CACHE', str(cache))
     shutil.copytree(d/'data', tmp_path/'data')
     full = render_procad(('pill', 'wood'), good=3, bad=4, train=1, size=96, root=tmp_path/'again', workers=1); shutil.copytree(full/'pill'/'foreground', tmp_path/'data'/'pill'/'foreground')
     assert main(['reproduce', 'anoclip-t3', '--profile', 'paper', '--data', str(tmp_path/'data'), '--backbone', str(d/'model.json'), '--weights', str(d/'model.safetensors'), '--out', str(tmp_path/'o')]) == 0
@@ -280,6 +280,6 @@ def test_size_and_device_reach_the_encoder_the_run_and_the_forecast(bench, tmp_p
 
 
 def test_workers_respect_the_cores_of_the_process(monkeypatch):
-    from zsad.cli import cores
-    monkeypatch.setattr('zsad.core.available_cores', lambda: 3)
+    from zsad.cli.main import cores
+    monkeypatch.setattr('zsad.core.files.available_cores', lambda: 3)
     assert cores(0, 'cpu') == 3 and cores(5, 'cpu') == 5 and cores(0, 'cuda') == 1

@@ -2,11 +2,11 @@
 import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
-from zsad.bench import Model, collect, open_sets, plan_jobs, read_result, run_all, run_job, write_results, PROFILES
-from zsad.core import keyed
-from zsad.exhibits import EXHIBITS
-from zsad.procad import render_procad
-from zsad.store import verify
+from zsad.bench.jobs import Model, collect, open_sets, plan_jobs, read_result, run_all, run_job, write_results, PROFILES
+from zsad.core.files import keyed
+from zsad.papers.exhibits import EXHIBITS
+from zsad.rendered.procad import render_procad
+from zsad.encoder.store import verify
 
 SHOWN = (EXHIBITS['anoclip-t3'],)
 TABLES = ('metrics.csv', 'contrasts.csv', 'defects.csv')
@@ -37,8 +37,8 @@ def undisturbed(sets, tmp_path_factory):
 
 SCRIPT = """
 import sys
-from zsad.bench import Model, PROFILES, collect, open_sets, plan_jobs, run_all, write_results
-from zsad.exhibits import EXHIBITS
+from zsad.bench.jobs import Model, PROFILES, collect, open_sets, plan_jobs, run_all, write_results
+from zsad.papers.exhibits import EXHIBITS
 root, cache, out = sys.argv[1:]
 shown = (EXHIBITS['anoclip-t3'],)
 plan = plan_jobs(shown, open_sets(PROFILES['mini'], root)[0], Model(), cache=cache)
@@ -103,8 +103,9 @@ def test_other_revisions_on_a_worker_are_refused(sets, tmp_path, other):
 
 
 def test_a_raised_revision_is_another_run(sets, tmp_path, monkeypatch):
-    from zsad import bench, method
-    from zsad.identity import Operation
+    from zsad.bench import jobs as bench
+    from zsad.pipeline import detector as method
+    from zsad.core.identity import Operation
     keys = lambda: {r['method_key']: r['run'] for r in plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).runs.values()}
     before = keys(); op = method.TERMS['text']
     with monkeypatch.context() as m:
@@ -123,7 +124,7 @@ def test_no_category_leads_out_of_the_cache(sets, tmp_path):
 
 
 def test_results_of_another_torch_are_kept_apart(sets, tmp_path, monkeypatch):
-    from zsad import bench
+    from zsad.bench import jobs as bench
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]; key = job.rows[0][0]; here = job.result(key)
     monkeypatch.setattr(bench, 'TORCH', '9.9'); assert job.result(key) != here and job.result(key).name == here.name
 
@@ -131,8 +132,8 @@ def test_results_of_another_torch_are_kept_apart(sets, tmp_path, monkeypatch):
 def test_a_result_that_lacks_metrics_is_measured_again_and_keeps_what_it_has(sets, tmp_path):
     "Which metrics are asked for is not part of a run's identity."
     from dataclasses import replace
-    from zsad.bench import forecast, stored_result
-    from zsad.metrics import Protocol
+    from zsad.bench.jobs import forecast, stored_result
+    from zsad.evaluation.metrics import Protocol
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]; key = job.rows[0][0]
     few = replace(job, rows=job.rows[:1], protocols={key: Protocol(metrics=('pixel_auroc',))}); more = replace(few, protocols={key: Protocol(metrics=('image_ap',))})
     first = run_job(few)[key]['values']; assert set(first) == {'pixel_auroc'} and forecast([few]).results == 0 and forecast([more]).results == 1
@@ -142,12 +143,12 @@ def test_a_result_that_lacks_metrics_is_measured_again_and_keeps_what_it_has(set
 
 def test_tokens_are_moved_to_the_encoders_device(sets, tmp_path):
     from dataclasses import replace
-    from zsad.bench import all_tokens, open_model
-    from zsad.exhibits import shots
+    from zsad.bench.jobs import all_tokens, open_model
+    from zsad.papers.exhibits import shots
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]; run_job(job); m = job.rows[0][1].method
     enc = open_model(job.model); away = replace(enc, device='meta')
     for device, encoder in (('cpu', enc), ('meta', away)):
-        from zsad import bench
+        from zsad.bench import jobs as bench
         t = all_tokens(job, enc, replace(m, encode=m.encode.resolved(enc.blocks)), job.pixels, job.files).to(encoder.device)
         assert {x.device.type for x in (t.cls, *t.patches.values(), *t.windows.values())} == {device}
 
@@ -156,7 +157,7 @@ def test_tokens_are_moved_to_the_encoders_device(sets, tmp_path):
 
 OWN_TERM = """
 import torch
-from zsad.method import term
+from zsad.pipeline.detector import term
 @term('mine', rev=1)
 def mine(s, power:float=2.)->torch.Tensor:
     "Raise the distance of a patch to the mean patch to a power."
@@ -167,7 +168,7 @@ def mine(s, power:float=2.)->torch.Tensor:
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     "A function that registers a term 'mine', in a module or as in a notebook; it is gone afterwards."
-    from zsad.method import TERMS
+    from zsad.pipeline.detector import TERMS
     def register(module):
         if module:
             (tmp_path/'own_terms.py').write_text(OWN_TERM); monkeypatch.syspath_prepend(tmp_path); monkeypatch.setenv('PYTHONPATH', f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -179,14 +180,14 @@ def own(tmp_path, monkeypatch):
 
 def made_by_hand(power=2.):
     from dataclasses import replace
-    from zsad.exhibits import Exhibit, Row
-    from zsad.method import METHODS
+    from zsad.papers.exhibits import Exhibit, Row
+    from zsad.pipeline.detector import METHODS
     row = Row('Mine', replace(METHODS['anoclip'], name='mine', terms=(('mine', dict(power=power)),)))
     return (Exhibit('mine', 'A term of my own', '', (row, Row('AnoCLIP', METHODS['anoclip'])), ('mvtec',), ('image_auroc', 'pixel_auroc', 'pro'), contrasts=(('AnoCLIP', 'Mine', 'pixel_auroc'),), print_state='own'),)
 
 
 def table_of(sets, cache, out, **how):
-    from zsad.report import read_results, table, verdicts
+    from zsad.reporting.tables import read_results, table, verdicts
     shown = made_by_hand(); plan = plan_jobs(shown, sets[1], Model(), cache=cache)
     res = read_results(write_results(out, plan, collect(plan, run_all(plan.jobs, show=False, **how))))
     assert len(verdicts(shown[0], res).data) == 1
@@ -196,9 +197,9 @@ def table_of(sets, cache, out, **how):
 @pytest.mark.parametrize('module', [True, False], ids=['module', 'notebook'])
 def test_a_term_of_ones_own_works_from_build_to_a_table(own, sets, tmp_path, module):
     import json
-    from zsad.clip import load_encoder
-    from zsad.data import load_image
-    from zsad.method import build
+    from zsad.encoder.clip import load_encoder
+    from zsad.datasets.layouts import load_image
+    from zsad.pipeline.detector import build
     own(module); enc = load_encoder('mini', device='cpu'); s = sets[1]['mvtec'].dataset.of('pill')[0]
     p = build(made_by_hand()[0].rows[0].method, ['pill'], enc)(enc.preprocess([load_image(s.path)]), ['pill'])
     assert p.map.shape == (1, 240, 240) and float(p.map.std()) > 0
@@ -217,7 +218,7 @@ def test_other_processes_compute_what_they_can_and_this_one_the_rest(own, sets, 
 
 def test_a_changed_file_costs_its_category_only(sets, tmp_path):
     import shutil
-    from zsad.bench import forecast
+    from zsad.bench.jobs import forecast
     shutil.copytree(sets[0], tmp_path/'d')
     count = lambda: forecast(plan_jobs(SHOWN, open_sets(PROFILES['mini'], tmp_path/'d')[0], Model(), cache=tmp_path/'c').jobs)
     run_all(plan_jobs(SHOWN, open_sets(PROFILES['mini'], tmp_path/'d')[0], Model(), cache=tmp_path/'c').jobs, show=False)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from zsad.cli import expand, main, name_files, pair_names, read_scores, shared_scale
-from zsad.procad import render_procad
-from zsad.viz import map_range
+from zsad.cli.main import expand, main, name_files, pair_names, read_scores, shared_scale
+from zsad.rendered.procad import render_procad
+from zsad.reporting.viz import map_range
 
 
 @pytest.fixture(scope='module')
@@ -117,13 +117,13 @@ def test_an_image_has_one_score_wherever_it_stands(pills, score):
 @pytest.mark.parametrize('method', ['anoclip', 'musc'])
 def test_pictures_are_held_one_at_a_time(method, pills, score, monkeypatch, tmp_path):
     "However many images there are, decoded pictures do not pile up."
-    import zsad.data
-    load, alive, most = zsad.data.load_image, [], []
+    import zsad.datasets.layouts
+    load, alive, most = zsad.datasets.layouts.load_image, [], []
     def watched(path):
         image = load(path); gc.collect()
         alive[:] = [r for r in alive if r() is not None] + [weakref.ref(image)]; most.append(len(alive))
         return image
-    monkeypatch.setattr('zsad.data.load_image', watched)
+    monkeypatch.setattr('zsad.datasets.layouts.load_image', watched)
     gc.freeze()                                  # what was there before is not looked through 40 times
     (tmp_path/'many').mkdir()
     for n in range(20): Image.fromarray(load(pills/'test/hole/000.png')//(1 + n % 4)).save(tmp_path/'many'/f'{n}.png')
@@ -133,7 +133,7 @@ def test_pictures_are_held_one_at_a_time(method, pills, score, monkeypatch, tmp_
 
 
 def test_a_set_is_encoded_in_batches(pills, score, monkeypatch, tmp_path):
-    from zsad.clip import Encoder
+    from zsad.encoder.clip import Encoder
     encode, sizes = Encoder.tokens, []
     monkeypatch.setattr(Encoder, 'tokens', lambda self, x, spec: (sizes.append(len(x)), encode(self, x, spec))[1])
     (tmp_path/'many').mkdir()
@@ -164,7 +164,7 @@ def test_a_second_run_replaces_the_first(pills, score, tmp_path):
 def test_a_run_that_fails_leaves_the_first_alone(pills, score, tmp_path, monkeypatch):
     score('anoclip', *sorted((pills/'test/hole').iterdir())); before = {p: p.read_bytes() for p in (tmp_path/'out').rglob('*') if p.is_file()}
     def fail(*a): raise KeyboardInterrupt
-    monkeypatch.setattr('zsad.cli.write_overlays', fail)
+    monkeypatch.setattr('zsad.cli.main.write_overlays', fail)
     assert score('clip', pills/'test/good/000.png')[0] == 130
     assert {p: p.read_bytes() for p in (tmp_path/'out').rglob('*') if p.is_file()} == before
 
@@ -176,7 +176,7 @@ def test_maps_of_another_origin_are_not_touched(pills, score, tmp_path):
 
 
 def test_out_is_tried_before_anything_is_computed(pills, score, tmp_path, monkeypatch):
-    monkeypatch.setattr('zsad.cli.open_detector', lambda *a: pytest.fail('an encoder was loaded'))
+    monkeypatch.setattr('zsad.cli.main.open_detector', lambda *a: pytest.fail('an encoder was loaded'))
     (tmp_path/'out').write_text('')
     code = main(['score', 'anoclip', str(pills/'test/hole/000.png'), '--category', 'pill', '--out', str(tmp_path/'out')])
     assert code == 2
@@ -234,7 +234,7 @@ EXPECTED = {'value': ValueError('x=1: choose 2'), 'file': FileNotFoundError(2, '
 
 @pytest.mark.parametrize('what', EXPECTED)
 def test_expected_errors_are_one_line(what, monkeypatch, capsys):
-    monkeypatch.setattr('zsad.cli.list_methods', raised(EXPECTED[what]))
+    monkeypatch.setattr('zsad.cli.main.list_methods', raised(EXPECTED[what]))
     assert main(['methods']) == 2
     out, err = capsys.readouterr()
     assert out == '' and len(err.splitlines()) == 1 and err.startswith('zsad methods: ') and len(err) > len('zsad methods: \n') + 3
@@ -242,12 +242,12 @@ def test_expected_errors_are_one_line(what, monkeypatch, capsys):
 
 def test_faults_of_the_program_are_not_hidden(monkeypatch):
     for e in (TypeError('x'), RuntimeError('shape mismatch'), KeyError('k'), AssertionError()):
-        monkeypatch.setattr('zsad.cli.list_methods', raised(e))
+        monkeypatch.setattr('zsad.cli.main.list_methods', raised(e))
         with pytest.raises(type(e)): main(['methods'])
 
 
 def test_a_stop_is_told_by_its_code(monkeypatch, capsys):
-    monkeypatch.setattr('zsad.cli.list_methods', raised(KeyboardInterrupt()))
+    monkeypatch.setattr('zsad.cli.main.list_methods', raised(KeyboardInterrupt()))
     assert main(['methods']) == 130 and 'stopped' in capsys.readouterr().err
 
 
@@ -264,10 +264,10 @@ def test_options_of_score(pills, score, tmp_path):
 def test_anomalous_images_without_masks_are_no_normal_pixels(pills, files, tmp_path, monkeypatch, capsys):
     "Their pixels are in no loss, their labels are; with masks of all, nothing changes."
     from dataclasses import replace
-    from zsad.clip import load_encoder
-    from zsad.courses import COURSES, course_for
-    from zsad.data import load_dataset, survey
-    from zsad.learn import JUDGES, Student, read_lessons, take
+    from zsad.encoder.clip import load_encoder
+    from zsad.learned.configs import COURSES, course_for
+    from zsad.datasets.layouts import load_dataset, survey
+    from zsad.learned.trainer import JUDGES, Student, read_lessons, take
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
     for c in ('full', 'bare'): shutil.copytree(pills, tmp_path/'set'/c)
     shutil.rmtree(tmp_path/'set/bare/ground_truth'); enc = load_encoder(*files, device='cpu', dtype='float32')

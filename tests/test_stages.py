@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from zsad.clip import AttentionPath, EncodeSpec, load_encoder
-from zsad.method import Method, adapted_tokens, build, one_path, synthetic_images, synthetic_tokens
+from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.pipeline.detector import Method, adapted_tokens, build, one_path, synthetic_images, synthetic_tokens
 
 CONFIG = dict(embed_dim=64, vision_cfg=dict(image_size=48, layers=4, width=64, head_width=32, patch_size=16),
               text_cfg=dict(context_length=77, vocab_size=49408, width=64, heads=2, layers=2))

@@ -3,12 +3,12 @@ from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, pytest
-from zsad.bench import Model, RowResults, compute, contrast_line, metric_line, seed_draws, write_results
-from zsad.data import load_dataset, survey
-from zsad.exhibits import CONTROLS, EXHIBITS, Exhibit, Row, seeds_of
-from zsad.method import METHODS
-from zsad.procad import render_procad
-from zsad.report import NAMES, caption, cell, dataset_of, figure, findings, head, read_results, readable, table, verdict
+from zsad.bench.jobs import Model, RowResults, compute, contrast_line, metric_line, seed_draws, write_results
+from zsad.datasets.layouts import load_dataset, survey
+from zsad.papers.exhibits import CONTROLS, EXHIBITS, Exhibit, Row, seeds_of
+from zsad.pipeline.detector import METHODS
+from zsad.rendered.procad import render_procad
+from zsad.reporting.tables import NAMES, caption, cell, dataset_of, figure, findings, head, read_results, readable, table, verdict
 
 ACCEPTED = Path(__file__).parents[1]/'nbs'/'results'
 ANO, PLUS, DUAL = METHODS['anoclip'], METHODS['anoclip+'], METHODS['dual']

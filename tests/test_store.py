@@ -4,10 +4,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-import zsad.store
-from zsad.clip import AttentionPath, EncodeSpec, load_encoder
-from zsad.core import digest, keyed, write_atomic
-from zsad.store import (DamagedShard, Stream, held, prune, read_shard, recall, rows_in, shard_bytes, split,
+import zsad.encoder.store
+from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.core.files import digest, keyed, write_atomic
+from zsad.encoder.store import (DamagedShard, Stream, held, prune, read_shard, recall, rows_in, shard_bytes, split,
                         streams_in, streams_of, verify, write_shard)
 
 S = Stream('mini', 'w', 'float32', 'cpu', 'bicubic', 'vv', 6, -1, rev=1, pipeline=1, made_by='2.14')
@@ -32,12 +32,12 @@ def images(tmp_path):
 @pytest.fixture
 def passes(monkeypatch):
     "Count how often images are encoded; the eleventh time fails."
-    seen, encode = [], zsad.store.encode_images
+    seen, encode = [], zsad.encoder.store.encode_images
     def counted(*args, **more):
         seen.append(len(args[1]))
         assert len(seen) <= 10, 'encoded again and again'
         return encode(*args, **more)
-    monkeypatch.setattr(zsad.store, 'encode_images', counted)
+    monkeypatch.setattr(zsad.encoder.store, 'encode_images', counted)
     return seen
 
 
@@ -66,7 +66,7 @@ def test_streams_state_revisions_and_torch(enc, monkeypatch):
     spec = EncodeSpec((AttentionPath('vv'),), windows=(2,)).resolved(enc.blocks)
     streams = {s.part: s for s in streams_of(enc, spec, 'bicubic')}
     assert all(s.usable and torch.__version__.startswith(s.made_by + '.') and s.device == 'cpu' for s in streams.values())
-    monkeypatch.setattr(zsad.store, 'ENCODING_REV', 99)
+    monkeypatch.setattr(zsad.encoder.store, 'ENCODING_REV', 99)
     assert not any(s.usable for s in streams.values())
     after = {s.part: s for s in streams_of(enc, spec, 'bicubic')}
     assert all(after[p].usable and after[p].key != streams[p].key for p in streams)
@@ -103,14 +103,14 @@ def torn(path, data):
 
 
 def test_shards_that_are_never_written_whole_end_with_an_error(enc, images, tmp_path, passes, monkeypatch):
-    monkeypatch.setattr(zsad.store, 'write_atomic', torn)
+    monkeypatch.setattr(zsad.encoder.store, 'write_atomic', torn)
     with pytest.raises(DamagedShard, match=r'\.safetensors: \d+ bytes instead of \d+'):
         recall(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
     assert 1 <= len(passes) <= 5
 
 
 def test_shards_that_vanish_end_with_an_error(enc, images, tmp_path, passes, monkeypatch):
-    monkeypatch.setattr(zsad.store, 'write_shard', lambda *args: None)
+    monkeypatch.setattr(zsad.encoder.store, 'write_shard', lambda *args: None)
     with pytest.raises(DamagedShard, match='3 images .* not there'):
         recall(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
     assert 1 <= len(passes) <= 5
@@ -118,7 +118,7 @@ def test_shards_that_vanish_end_with_an_error(enc, images, tmp_path, passes, mon
 
 def test_shards_that_vanish_while_they_are_read_end_with_an_error(enc, images, tmp_path, passes, monkeypatch):
     def gone(file): raise FileNotFoundError(file)
-    monkeypatch.setattr(zsad.store, 'read_shard', gone)
+    monkeypatch.setattr(zsad.encoder.store, 'read_shard', gone)
     with pytest.raises(DamagedShard, match='vanished'):
         recall(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
 
@@ -137,7 +137,7 @@ def test_a_shard_is_the_same_bytes_whenever_it_is_written():
 
 
 def test_streams_of_another_version_are_listed_and_pruned(tmp_path, monkeypatch, capsys):
-    from zsad.cli import main
+    from zsad.cli.main import main
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
     root = tmp_path/'tokens'
     today = Stream('mini', 'w', 'float32', 'cpu', 'bicubic', 'vv', 6, -1)

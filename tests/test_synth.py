@@ -5,10 +5,10 @@ NOISE, BLENDED and MASK were computed by DRAEM (commit 2dbf673), AUGMENTED by im
 import numpy as np, pytest, torch
 from PIL import Image
 from scipy import ndimage
-import zsad.synth as synth
-from zsad.core import digest, keyed
-from zsad.data import load_image
-from zsad.synth import (AUGMENTERS, FIELDS, augment, autocontrast, blend, brighten, brightness, draem_sample, draw_mask, draw_source, draw_texture, equalize, gamma,
+import zsad.methods.synthesis as synth
+from zsad.core.files import digest, keyed
+from zsad.datasets.layouts import load_image
+from zsad.methods.synthesis import (AUGMENTERS, FIELDS, augment, autocontrast, blend, brighten, brightness, draem_sample, draw_mask, draw_source, draw_texture, equalize, gamma,
     hue_saturation, invert, lattice_noise, patch_mask, perlin, posterize, rotate, sharpness, solarize, synthesize, textures, tilt)
 
 class Says:

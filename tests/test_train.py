@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from zsad.clip import load_encoder
-from zsad.pairs import VALIDATION, draw_pair, gather_pairs
-from zsad.train import RECIPES, Muon, Recipe, Words, draw_batch, embed_window, export_weights, new_model, optimisers, prepare, region_loss, to_device, train
+from zsad.encoder.clip import load_encoder
+from zsad.rendered.pairs import VALIDATION, draw_pair, gather_pairs
+from zsad.learned.pretraining import RECIPES, Muon, Recipe, Words, draw_batch, embed_window, export_weights, new_model, optimisers, prepare, region_loss, to_device, train
 
 TINY = Recipe(seed=3, steps=4, batch=3, tokens=60, full=(0.5, 0.5), smallest=(2, 2), largest=(3, 4), warmup=2, width=32, head=32, layers=2, embed=16, text_width=24, text_layers=1)
 QUIET = dict(report=lambda *_: None, judge=0)
@@ -136,7 +136,7 @@ def test_the_plain_recipe_has_no_patch_term_and_no_windows(pairs, tmp_path):
 
 def test_a_run_is_judged_while_it_runs(tmp_path, monkeypatch):
     "Ten times, on the running mean; a resumed run does not judge twice."
-    import zsad.train as t
+    import zsad.learned.pretraining as t
     judged = []
     monkeypatch.setattr(t, 'validate', lambda enc, n: judged.append(n) or dict(a=0.5))
     pairs = gather_pairs([draw_pair(n) for n in range(3)])

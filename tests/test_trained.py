@@ -5,17 +5,17 @@ import copy, json
 from types import SimpleNamespace
 import pytest, torch
 from test_parity import gap
-from zsad.bench import Model, compute, plan_jobs
-from zsad.clip import AttentionPath, EncodeSpec, load_encoder
-from zsad.data import load_dataset, survey
-from zsad.exhibits import Row
-from zsad.fusion import KAnoCLIP
-from zsad.heads import MVFA, AprilGan
-from zsad.knpl import PROMPT_RECIPES, start_prompts, text_of
-from zsad.method import METHODS, Method, build
-from zsad.musc import musc_map, split_subsets
-from zsad.procad import render_procad
-from zsad.trained import LayerMaps, cached_artifact, find_artifact, load_trained, save_trained, shipped_artifact
+from zsad.bench.jobs import Model, compute, plan_jobs
+from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.datasets.layouts import load_dataset, survey
+from zsad.papers.exhibits import Row
+from zsad.learned.fusion import KAnoCLIP
+from zsad.learned.heads import MVFA, AprilGan
+from zsad.learned.prompts import PROMPT_RECIPES, start_prompts, text_of
+from zsad.pipeline.detector import METHODS, Method, build
+from zsad.methods.musc import musc_map, split_subsets
+from zsad.rendered.procad import render_procad
+from zsad.learned.artifacts import LayerMaps, cached_artifact, find_artifact, load_trained, save_trained, shipped_artifact
 
 S = 96
 VV, QKV = EncodeSpec((AttentionPath('vv'),), 'quarters'), EncodeSpec((AttentionPath('qkv'),), 'quarters', 'raw')
@@ -95,8 +95,8 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
     gone = replace(m['kanoclip'], name='gone', artifact='nowhere')
     assert {label for _, _, label in plan_jobs(shown(gone, m['mvfa']), sets, model, cache=tmp_path).shown} == {'mvfa'} and 'gone left out' in capsys.readouterr().err      # named, not fatal
     s = load_dataset('procad', root).of('pill'); prep = enc.preprocess
-    from zsad.data import load_image, load_mask
-    from zsad.metrics import evaluate
+    from zsad.datasets.layouts import load_image, load_mask
+    from zsad.evaluation.metrics import evaluate
     import numpy as np
     p = build(m['mvfa'], {'pill': 'object'}, enc)(prep([load_image(k.path) for k in s]), ['pill']*len(s))
     want = evaluate(p.map.numpy(), np.stack([load_mask(k.mask, S) for k in s]), p.score.numpy(), np.array([k.label for k in s]))

@@ -11,21 +11,21 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from PIL import Image
 from test_parity import gap, unit
-from zsad.bench import Model, collect, compute, forecast, gather_rows, plan_jobs, possible, reference_of, run_all, shots_of, write_results
-from zsad.cli import main
-from zsad.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
-from zsad.core import digest
-from zsad.data import data_hash, load_dataset, load_image, load_mask, read_folder, read_meta, survey, write_meta
-from zsad.dual import draw_references, dual_score, joint_map, pair_map
-from zsad.exhibits import EXHIBITS, Exhibit, Row, shots
-from zsad.method import METHODS, Reference, build, select_paths, select_images
-from zsad.metrics import METRICS, evaluate
-from zsad.musc import musc_map, rscin
-from zsad.procad import render_procad
-from zsad.prompts import encode_prompts
-from zsad.report import cell, read_results, readable, runs_of, table
-from zsad.store import join, prune, recall, split, streams_in, streams_of, verify
-from zsad.windows import choose_references, read_windows, window_places, zero_shot_map
+from zsad.bench.jobs import Model, collect, compute, forecast, gather_rows, plan_jobs, possible, reference_of, run_all, shots_of, write_results
+from zsad.cli.main import main
+from zsad.encoder.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
+from zsad.core.files import digest
+from zsad.datasets.layouts import data_hash, load_dataset, load_image, load_mask, read_folder, read_meta, survey, write_meta
+from zsad.methods.dual import draw_references, dual_score, joint_map, pair_map
+from zsad.papers.exhibits import EXHIBITS, Exhibit, Row, shots
+from zsad.pipeline.detector import METHODS, Reference, build, select_paths, select_images
+from zsad.evaluation.metrics import METRICS, evaluate
+from zsad.methods.musc import musc_map, rscin
+from zsad.rendered.procad import render_procad
+from zsad.methods.prompts import encode_prompts
+from zsad.reporting.tables import cell, read_results, readable, runs_of, table
+from zsad.encoder.store import join, prune, recall, split, streams_in, streams_of, verify
+from zsad.methods.windows import choose_references, read_windows, window_places, zero_shot_map
 
 S, GRID, C = 96, (6, 6), ['pill']
 WITH_REFERENCES, NEW = ('winclip+', 'winclip+@code', 'musc-2', 'dual'), ('winclip', 'winclip+', 'winclip@code', 'winclip+@code', 'musc', 'musc-2', 'dual')
@@ -320,12 +320,12 @@ def same(a, b, spec, enc):
 @pytest.fixture
 def passes(monkeypatch):
     "Note what is asked of the encoder: (images, attentions, windows, views), and the scales that are computed."
-    import zsad.store, zsad.windows
-    seen, scales, encode, embed = [], [], zsad.store.encode_images, zsad.windows.window_tokens
+    import zsad.encoder.store, zsad.methods.windows
+    seen, scales, encode, embed = [], [], zsad.encoder.store.encode_images, zsad.methods.windows.window_tokens
     def noted(encoder, images, spec, *more):
         seen.append((len(images), tuple(p.attention for p in spec.paths), spec.windows, spec.views)); return encode(encoder, images, spec, *more)
-    monkeypatch.setattr('zsad.store.encode_images', noted)
-    monkeypatch.setattr('zsad.windows.window_tokens', lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1])
+    monkeypatch.setattr('zsad.encoder.store.encode_images', noted)
+    monkeypatch.setattr('zsad.methods.windows.window_tokens', lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1])
     return seen, scales
 
 def test_windows_come_back_bit_by_bit(enc, pictures, tmp_path):
@@ -597,7 +597,7 @@ def test_a_second_run_computes_nothing(run, rendered, model, passes, monkeypatch
     _, results, _, _, cache = run; seen, _ = passes
     jobs = plan_jobs(SHOWN, sets_of(rendered), model, 16, cache, 3).jobs
     todo = forecast(jobs); assert (todo.images, todo.results, todo.bytes) == (0, 0, 0)
-    monkeypatch.setattr('zsad.bench.predictions', lambda *a: pytest.fail('a row was scored again'))
+    monkeypatch.setattr('zsad.bench.jobs.predictions', lambda *a: pytest.fail('a row was scored again'))
     assert numbers(go(rendered, model, cache)[0][1]) == numbers(results) and seen == []
 
 def test_any_order_batch_and_resume_give_the_same_numbers(run, rendered, model, tmp_path):
@@ -712,7 +712,7 @@ def test_a_training_image_that_cannot_be_read_costs_no_other_row(copy, model, tm
 @pytest.fixture
 def zsad(files, rendered, tmp_path, monkeypatch, capsys):
     "Run `zsad score` with the small encoder: (exit code, scores, maps, lines on stderr)."
-    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); monkeypatch.setattr('zsad.clip.choose_device', lambda d='auto': 'cpu')
+    monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c')); monkeypatch.setattr('zsad.encoder.clip.choose_device', lambda d='auto': 'cpu')
     def f(*args):
         out = tmp_path/'out'; shutil.rmtree(out, ignore_errors=True); capsys.readouterr()
         code = main(['score', *map(str, args), '--category', 'pill', '--out', str(out), '--backbone', files[0], '--weights', files[1]])

@@ -6,8 +6,8 @@ import math
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from zsad.clip import anomaly_score
-from zsad.tta import (ACTIVATIONS, ADAPTERS, PSEUDO, SIMILARITY, adamw, adapt, adapt_in_order, adapt_together, anomaly_logit, as_they_are, batch, code_adapter, descend, discriminative_loss,
+from zsad.encoder.clip import anomaly_score
+from zsad.methods.adaptation import (ACTIVATIONS, ADAPTERS, PSEUDO, SIMILARITY, adamw, adapt, adapt_in_order, adapt_together, anomaly_logit, as_they_are, batch, code_adapter, descend, discriminative_loss,
     draw_noise, draw_start, dual_adapt, linear_adapter, pseudo_loss, start_shapes, synthesis_loss, text_adapter)
 
 def gap(a, b): assert a.shape == b.shape, (a.shape, b.shape); return (a.double() - b.double()).abs().max().item()
@@ -166,7 +166,7 @@ def test_a_batch_is_its_images_in_any_order_and_company(adapter):
     assert gap(b[2], a[2]) < 1e-6 and b[0].isnan().all()
 
 def test_no_chunk_is_larger_than_asked(monkeypatch):
-    import zsad.tta as module
+    import zsad.methods.adaptation as module
     p, pair, T, noise = setting(); seen, real = [], module.adapt_together
     monkeypatch.setattr(module, 'adapt_together', lambda p, *a, **k: seen.append(len(p)) or real(p, *a, **k))
     for chunk, sizes in ((3, [3, 1]), (1, [1]*4), (None, [4])):

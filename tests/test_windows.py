@@ -5,11 +5,11 @@ NUMBERS were computed by Accurate-WinCLIP (commit eef4f8c) on the weights that `
 import itertools
 import numpy as np, open_clip, pytest, torch
 import torch.nn.functional as F
-from zsad.clip import anomaly_score, load_encoder
-from zsad.prompts import PROMPTS, compose
+from zsad.encoder.clip import anomaly_score, load_encoder
+from zsad.methods.prompts import PROMPTS, compose
 from test_parity import drawn
-from zsad.vv import leave, walk
-from zsad.windows import (association, choose_references, few_shot_map, harmonic, harmonic_scales, read_windows, remember, window_places,
+from zsad.encoder.attention import leave, walk
+from zsad.methods.windows import (association, choose_references, few_shot_map, harmonic, harmonic_scales, read_windows, remember, window_places,
     window_tokens, with_references, zero_shot_map)
 
 VISION = dict(image_size=96, patch_size=16, width=64, layers=3, head_width=16)
@@ -90,7 +90,7 @@ def test_images_do_not_influence_each_other_and_chunks_change_nothing():
 
 @torch.inference_mode()
 def test_no_pass_is_larger_than_a_chunk(monkeypatch):
-    import zsad.windows as module
+    import zsad.methods.windows as module
     v, rng = make(); x = normal(rng, 4, 3, 96, 96); seen, real = [], module.walk_windows
     monkeypatch.setattr(module, 'walk_windows', lambda visual, z, first, places: seen.append(len(z)*len(places)) or real(visual, z, first, places))
     for chunk, sizes in ((10, [10, 10, 5]*4), (30, [25]*4), (50, [50, 50]), (None, [100])):

@@ -1,9 +1,9 @@
 __version__ = "0.1.0"
 
 _HOME = {
-    'load_encoder': 'clip', 'build': 'method', 'METHODS': 'method',
-    'load_dataset': 'data', 'load_image': 'data', 'evaluate': 'metrics',
-    'table': 'report', 'figure': 'report', 'EXHIBITS': 'exhibits',
+    'load_encoder': 'encoder.clip', 'build': 'pipeline.detector', 'METHODS': 'pipeline.detector',
+    'load_dataset': 'datasets.layouts', 'load_image': 'datasets.layouts', 'evaluate': 'evaluation.metrics',
+    'table': 'reporting.tables', 'figure': 'reporting.tables', 'EXHIBITS': 'papers.exhibits',
 }
 __all__ = list(_HOME)
 
