@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_procad import pixels
 from zsad.rendered.boards import BOARDS, bent_pin, fold, island, lettering, letters, moved_piece, render_boards, solder_bridge, without_piece
-from zsad.core.files import digest, keyed
+from zsad.core.files import digest, seeded_rng
 from zsad.rendered.medical import MEDICAL, pulled, render_medical
 from zsad.rendered.procad import KINDS, design, grid, paint_pair, render
 
@@ -57,15 +57,15 @@ def test_fold_finds_the_nearest_and_its_frame():
 
 
 def test_lettering_is_its_bits():
-    bits = letters(keyed(0, 'letters'), 3); h = .04
+    bits = letters(seeded_rng(0, 'letters'), 3); h = .04
     U, V = np.meshgrid((np.arange(13, dtype='f4') - 6)*h, (np.arange(13, dtype='f4') - 6)*h)
     assert ((lettering(U, V, bits, h)[3:10] < 0) == (bits > .5)).all()
 
 
 def test_pieces_come_off_one_at_a_time():
     X, Y = grid(240); kind = next(k for k in BOARDS if k.name == 'pasta')
-    parts = kind.paint(X, Y, keyed(0, 'g'), keyed(0, 'v'), .5, .5)
-    part, piece, zone = island(keyed(1, 'x'), parts, X, lambda p: p.loose)
+    parts = kind.paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), .5, .5)
+    part, piece, zone = island(seeded_rng(1, 'x'), parts, X, lambda p: p.loose)
     assert part is parts[0] and (piece & zone).sum() == piece.sum()
     less = without_piece(parts, 'pasta', zone)
     assert ((less[0].d < 0) == ((parts[0].d < 0) & ~piece)).all() and not (less[1].d[zone] < 0).any()
@@ -74,9 +74,9 @@ def test_pieces_come_off_one_at_a_time():
 
 
 def test_pins_gain_what_is_bent_and_bridged():
-    X, Y = grid(240); parts = BOARDS[0].paint(X, Y, keyed(0, 'g'), keyed(0, 'v'), .5, .5)
+    X, Y = grid(240); parts = BOARDS[0].paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), .5, .5)
     for f in (bent_pin, solder_bridge):
-        more = f(parts, keyed(2, 'pins'), X, Y)
+        more = f(parts, seeded_rng(2, 'pins'), X, Y)
         assert more[:len(parts)] == parts and len(more) > len(parts)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pytest
-from zsad.core.files import (available_cores, cache_dir, digest, fill_folder, on_cores, quota_cores,
+from zsad.core.files import (available_cores, cache_dir, digest, fill_folder, parallel_map, quota_cores,
                        safe_name, write_atomic)
 
 LONG = np.zeros(5000)

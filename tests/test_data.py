@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from zsad.core.files import digest
 from zsad.datasets.layouts import (SOURCES, Dataset, Sample, check_dataset, data_hash, find_sets, layout_of, load_dataset, load_image, load_mask, read_folder, read_mask, read_meta,
-                       survey, vanishing, write_meta)
+                       scan_dataset, vanishing, write_meta)
 from zsad.evaluation.metrics import MASK_RULES, Protocol, evaluate, resize_mask
 from zsad.rendered.procad import render_procad
 
@@ -235,10 +235,10 @@ def test_few_values_in_a_region_stay_as_they_are(kind, tmp_path):
 def test_an_inverted_mask_is_named(mvtec):
     ds = read_folder(mvtec); s = next(s for s in ds.samples if s.label)
     Image.fromarray(~read_mask(s.mask)).save(s.mask)
-    (f, why), = survey(read_folder(mvtec), 1).dataset.skipped
+    (f, why), = scan_dataset(read_folder(mvtec), 1).dataset.skipped
     assert f == s.mask and 'inverted' in why and '%' in why
     Image.new('L', (128, 128), 255).save(s.mask)                             # everything marked: an image without anything normal
-    assert survey(read_folder(mvtec), 1).dataset.skipped == ()
+    assert scan_dataset(read_folder(mvtec), 1).dataset.skipped == ()
 
 
 def test_a_folder_of_inverted_masks_tells_no_labels(tmp_path):
@@ -274,7 +274,7 @@ def test_visa_as_published_is_the_same_set(rendered, tmp_path):
         assert abs(load_image(s.path).astype(int) - load_image(t.path)).mean() < 3 < abs(load_image(s.path).astype(int) - 255 + load_image(t.path)).mean()
         if s.mask: classes |= set(np.unique(np.asarray(Image.open(s.mask))))
     assert classes == {0, 1, 2}
-    assert survey(ds, 1).dataset == ds
+    assert scan_dataset(ds, 1).dataset == ds
 
 
 def test_meta_round_trip(rendered, mvtec, tmp_path):
@@ -414,10 +414,10 @@ SPOILED = {                   # what is done to which file, the file that is nam
 @pytest.mark.parametrize('what', SPOILED)
 def test_a_spoiled_file_is_named_and_the_rest_goes_on(what, mvtec):
     spoil, file, named, why = SPOILED[what]
-    before = survey(read_folder(mvtec), 1); assert before.dataset.skipped == () and IDS <= set(before.pixels) and len(before.pixels) == 8
+    before = scan_dataset(read_folder(mvtec), 1); assert before.dataset.skipped == () and IDS <= set(before.pixels) and len(before.pixels) == 8
     bad = min(p.name for p in (mvtec/'pill'/'test').iterdir() if p.name != 'good')
     spoil(mvtec/file.format(bad=bad))
-    after = survey(load_dataset('mvtec', mvtec), 1)
+    after = scan_dataset(load_dataset('mvtec', mvtec), 1)
     (f, reason), = after.dataset.skipped
     assert f == mvtec/named.format(bad=bad) and why in reason
     lost = 'pill/good/000' if '/good/' in file else f'pill/{bad}/000'
@@ -437,7 +437,7 @@ def stray_folders(root):
 @pytest.mark.parametrize('litter', [stray_files, stray_folders])
 def test_what_archivers_leave_is_no_sample(litter, mvtec):
     before = read_folder(mvtec); litter(mvtec)
-    assert survey(read_folder(mvtec), 1).dataset == before
+    assert scan_dataset(read_folder(mvtec), 1).dataset == before
 
 
 def test_a_category_without_test_images_is_named(mvtec):
@@ -450,11 +450,11 @@ def test_a_category_without_test_images_is_named(mvtec):
 def test_a_category_that_loses_everything_is_named(mvtec):
     ds = read_folder(mvtec)
     for f in (mvtec/'pill/test').rglob('*.png'): f.write_bytes(b'')
-    left = survey(ds, 1).dataset
+    left = scan_dataset(ds, 1).dataset
     assert left.categories == ('wood',) and left.kinds == dict(wood='texture') and left.samples == ds.of('wood')
     assert len(left.skipped) == 5 and left.skipped[-1][0] == 'pill'
     for f in (mvtec/'wood/test').rglob('*.png'): f.write_bytes(b'')
-    with pytest.raises(ValueError, match='none of 8 samples can be used.*000.png'): survey(ds, 1)
+    with pytest.raises(ValueError, match='none of 8 samples can be used.*000.png'): scan_dataset(ds, 1)
 
 
 def test_two_files_of_one_name_are_told_apart(mvtec):
@@ -516,7 +516,7 @@ def change_entry(root, others, **values):
 def test_values_of_another_type_in_meta_are_read_by_their_meaning(what, mvtec):
     values, want = ODD[what]
     _, path = change_entry(mvtec, 'mask_path' in values, **values)
-    s, = [s for s in survey(read_folder(mvtec), 1).dataset.samples if s.path == path]
+    s, = [s for s in scan_dataset(read_folder(mvtec), 1).dataset.samples if s.path == path]
     assert {k: getattr(s, k) for k in want} == want
 
 
@@ -603,7 +603,7 @@ def test_the_hash_names_what_numbers_depend_on(mvtec):
         assert data_hash(ds) != h
         path.write_bytes(old)
     assert data_hash(ds) == h
-    assert survey(ds, 2) == survey(ds, 1)
+    assert scan_dataset(ds, 2) == scan_dataset(ds, 1)
     assert len({data_hash(Dataset('x', ds.samples[:n], ds.kinds)) for n in (6, 7, 8)} | {h}) == 3
     assert data_hash(Dataset('x', ds.samples, dict(pill='texture', wood='texture'))) != h
 
@@ -611,7 +611,7 @@ def test_the_hash_names_what_numbers_depend_on(mvtec):
 def test_a_converted_set_is_the_same_set(tmp_path):
     "Outlines travel with the list: what reads the folder through meta.json gets the same samples, kinds and hash."
     root = render_procad(('pill', 'wood'), good=1, bad=2, train=1, size=128, root=tmp_path/'set', workers=1)
-    before = survey(read_folder(root), 1); write_meta(before.dataset, root/'meta.json'); after = survey(read_folder(root), 1)
+    before = scan_dataset(read_folder(root), 1); write_meta(before.dataset, root/'meta.json'); after = scan_dataset(read_folder(root), 1)
     assert layout_of(root) == 'meta' and after == before and any(s.foreground for s in after.dataset.samples)
     (root/'pill/foreground/good/000_fg.png').unlink(); left = read_folder(root)
     assert [why.split('/')[0] for f, why in left.skipped] == ['its outline '] and len(left.samples) == len(before.dataset.samples) - 1

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from devices import Away, faked, fetch, send, sent
 from zsad.bench.jobs import Model, compute, load_model
 from zsad.encoder.clip import load_encoder
-from zsad.learned.configs import COURSES, course_for
-from zsad.datasets.layouts import load_dataset, survey
+from zsad.learned.configs import CONFIGS, resolve_config
+from zsad.datasets.layouts import load_dataset, scan_dataset
 from zsad.papers.exhibits import Row
 from zsad.core.identity import plain
 from zsad.learned.prompts import Learned
-from zsad.learned.trainer import Student, learn, own_encoder, rank_device, read_lessons, take, world
+from zsad.learned.trainer import TrainableModel, learn, own_encoder, rank_device, load_train_set, make_batch, world
 from zsad.pipeline.detector import METHODS, Reference, build
 from zsad.rendered.pairs import draw_pair, gather_pairs
 from zsad.rendered.procad import render_aux, render_procad
 from zsad.learned.pretraining import Recipe, train
 from zsad.learned.artifacts import artifact_name, cached_artifact, load_trained, save_trained
 
-S, LEARNED = 96, list(COURSES)
+S, LEARNED = 96, list(CONFIGS)
 TINY = Recipe(seed=3, steps=2, batch=2, tokens=60, full=(0.5, 0.5), smallest=(2, 2), largest=(3, 4), warmup=2, width=32,
               head=32, layers=2, embed=16, text_width=24, text_layers=1)
 
@@ -36,8 +36,8 @@ def cache(small, tmp_path_factory):
         folder = tmp_path_factory.mktemp('cache')
         patch.setenv('ZSAD_CACHE', str(folder))
         for name, on in ((n, on) for n in LEARNED for on in ('mvtec', 'procad-aux')):
-            c = course_for(course(name), small)
-            student = Student(c, small)
+            c = resolve_config(course(name), small)
+            student = TrainableModel(c, small)
             words = student.words and Learned(c.prompts, dict(student.words.items()))
             path = cached_artifact(artifact_name(METHODS[name].artifact, small.backbone, on), small)
             inputs = dict(encode=plain(c.encode), prompts=c.text)
@@ -47,11 +47,11 @@ def cache(small, tmp_path_factory):
 @pytest.fixture(scope='module')
 def aux(tmp_path_factory):
     root = render_aux(good=1, bad=1, train=1, size=S, root=tmp_path_factory.mktemp('aux')/'set', workers=1)
-    return survey(load_dataset('procad-aux', root), 1)
+    return scan_dataset(load_dataset('procad-aux', root), 1)
 
 def course(name):
     settings = dict(heads=4) if name == 'kanoclip' else {}
-    return replace(COURSES[name], epochs=1, batch=8, loss_size=48, settings=settings)
+    return replace(CONFIGS[name], epochs=1, batch=8, loss_size=48, settings=settings)
 
 def test_the_device_that_is_not_there_refuses_what_a_gpu_refuses():
     with faked():
@@ -90,7 +90,7 @@ def test_a_row_predicts_on_the_device_what_it_predicts_on_the_cpu(name, small, c
 
 def test_the_bench_computes_every_row_on_the_device(files, cache, tmp_path):
     root = render_procad(('pill',), good=2, bad=2, train=2, size=S, root=tmp_path/'procad', workers=1)
-    sets = dict(mvtec=survey(load_dataset('procad', root), 1))
+    sets = dict(mvtec=scan_dataset(load_dataset('procad', root), 1))
     exhibit = SimpleNamespace(name='all', rows=tuple(Row(n, m) for n, m in METHODS.items()), roles=('mvtec',), form='table', metrics=())
     def run():
         load_model.cache_clear()
@@ -107,12 +107,12 @@ def test_the_bench_computes_every_row_on_the_device(files, cache, tmp_path):
 @pytest.mark.parametrize('name', LEARNED)
 def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
     "In bfloat16 as autocast has it, with losses in float32; it goes on from a checkpoint and its artifact is used."
-    c = course_for(course(name), small)
-    lessons = read_lessons(c, small, aux)
-    here = Student(c, small)(take(lessons, list(range(8)), small))
+    c = resolve_config(course(name), small)
+    lessons = load_train_set(c, small, aux)
+    here = TrainableModel(c, small)(make_batch(lessons, list(range(8)), small))
     with faked():
         there = sent(small)
-        with torch.autocast('cuda', torch.bfloat16): told = Student(c, there)(take(lessons, list(range(8)), there))
+        with torch.autocast('cuda', torch.bfloat16): told = TrainableModel(c, there)(make_batch(lessons, list(range(8)), there))
         assert all(v.dtype == torch.float32 and isinstance(v, Away) for v in told.values())
         assert {k: v.item() for k, v in told.items()} == pytest.approx({k: v.item() for k, v in here.items()}, rel=.05)
         assert learn(c, there, aux, tmp_path/'a', tmp_path/'run', limit=1, lessons=lessons, show=False) == ''
@@ -137,7 +137,7 @@ def test_an_encoder_is_trained_on_the_device(tmp_path, monkeypatch):
 def test_a_method_learns_on_a_gpu(name, files, small, aux, tmp_path):
     "The same steps as on the CPU, in bfloat16; the artifact serves both."
     there = load_encoder(*files, device='cuda', dtype='float32')
-    c = course_for(course(name), small)
+    c = resolve_config(course(name), small)
     key = learn(c, there, aux, tmp_path/'a', tmp_path/'run', show=False)
     x = torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(3))
     a, b = (build(name, ['pill'], e, artifact=tmp_path/'a.json')(x, ['pill']*2) for e in (there, small))

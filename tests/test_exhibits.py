@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 from zsad.papers.exhibits import COLUMNS, EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported, seeds_of
 from zsad.pipeline.detector import METHODS
-from zsad.reporting.tables import Results, caption, comparable, figure, findings, latex, markdown, page, provenance, readable, read_results, runs_of, table, verdict, verdicts, write_report
+from zsad.reporting.tables import Results, caption, comparable, figure, contrasts, latex, markdown, page, provenance, readable, read_results, runs_of, table, contrast_sentence, contrast_sentences, write_report
 
 TABLES = ['anoclip-t1', 'anoclip-t2', 'anoclip-t3', 'anoclip-t4']
 METRICS = 'image_auroc image_f1max image_ap pixel_auroc pixel_f1max pixel_ap pro pixel_auroc_within'.split()
@@ -171,8 +171,8 @@ def test_the_set_that_was_learned_from_is_not_asked_and_not_missing(tmp_path):
 def test_contrasts_become_sentences_on_a_page(tmp_path):
     over = ('anoclip-t3', 'procad', EXHIBITS['anoclip-t3'].contrasts[0][0], EXHIBITS['anoclip-t3'].contrasts[0][1], 'pixel_auroc', 'all', 3.14, 2., 4.)
     r = made_up(tmp_path, contrasts=[over])
-    assert list(verdicts('anoclip-t3', r).data.finding) == [f'{over[2]} over {over[3]} in pixel AUROC: +3.1 points [2.0, 4.0], holds']
-    assert list(verdicts('anoclip-t4', r).data.finding) == ['missing']
+    assert list(contrast_sentences('anoclip-t3', r).data.finding) == [f'{over[2]} over {over[3]} in pixel AUROC: +3.1 points [2.0, 4.0], holds']
+    assert list(contrast_sentences('anoclip-t4', r).data.finding) == ['missing']
 
 
 def test_what_is_not_defined_is_a_dash_not_missing(mini):
@@ -232,7 +232,7 @@ FOUND = [('anoclip-t1', 'mvtec', 'AnoCLIP', 'CLIP', 'pro', 'all', 30., 20., 40.)
 
 def test_contrasts_name_their_data_set_where_there_are_several(tmp_path):
     res = made_up(tmp_path, ('mvtec', 'visa'), contrasts=FOUND)
-    assert [verdict(r) for r in res.all('contrasts').itertuples()] == [
+    assert [contrast_sentence(r) for r in res.all('contrasts').itertuples()] == [
         'AnoCLIP over CLIP in PRO on MVTec-AD: +30.0 points [20.0, 40.0], holds', 'AnoCLIP over CLIP in PRO on VisA: -5.0 points [-9.0, -1.0], is reversed',
         'AnoCLIP over foreground mask in pixel AUROC on objects of VisA: +1.0 points [-1.0, 3.0], is not shown', 'with V-V attention (multi-layer) over with QKV attention in PRO: +30.0 points [20.0, 40.0], holds']
     assert 'in PRO on MVTec-AD: +30.0' in caption('anoclip-t1', res) and 'in PRO on VisA: -5.0' in caption('anoclip-t1', res) and 'in PRO: +30.0' in caption('anoclip-t3', res)
@@ -300,7 +300,7 @@ def test_the_folder_a_user_gets(mini, tmp_path):
 @pytest.mark.parametrize('low,high,says', [(.01, .04, 'less than a table shows'), (-.04, .02, 'less than a table shows'), (.02, .3, 'holds'), (-.3, -.02, 'is reversed'), (-.1, .2, 'is not shown')])
 def test_a_difference_that_no_digit_shows_is_not_said_to_hold(low, high, says):
     row = SimpleNamespace(exhibit='anoclip-t3', better='a', worse='b', metric='pro', over='all', dataset='procad', difference=(low + high)/2, low=low, high=high)
-    assert verdict(row).endswith(says)
+    assert contrast_sentence(row).endswith(says)
 
 
 SCRIPT = '<script>alert(1)</script> & _a_ | 50 % #1'
@@ -311,7 +311,7 @@ def test_text_is_escaped_in_html_markdown_and_latex(tmp_path):
     res = made_up(tmp_path, shown=[e], contrasts=[('own', 'procad', SCRIPT, 'b', 'pro', 'all', 1., .5, 2.)]); d = readable(table(e, res))
     html = page([e], res, [('p.png', SCRIPT, SCRIPT)])
     assert '<script>' not in html and html.count('&lt;script&gt;alert(1)&lt;/script&gt; &amp; _a_ | 50 % #1') >= 5 and '<td class="">' in html
-    said = verdicts(e, res).to_html(); assert '<script>' not in said and '&lt;script&gt;' in said
+    said = contrast_sentences(e, res).to_html(); assert '<script>' not in said and '&lt;script&gt;' in said
     lines = markdown(d).splitlines(); assert all('<script>' not in l for l in lines) and len({len(re.findall(r'(?<!\\)\|', l)) for l in lines}) == 1 and r'\_a\_ \| 50 % #1' in lines[2]
     body = [l for l in latex(d).splitlines() if l.endswith(r'\\')]; assert len(body) == len(d) + 1 and len({len(re.findall(r'(?<!\\)&', l)) for l in body}) == 1 and r'\& \_a\_ | 50 \% \#1' in body[1]
 
@@ -320,7 +320,7 @@ def test_an_exhibit_reads_its_own_files_alone(tmp_path):
     "Files of other exhibits may be damaged or missing."
     made_up(tmp_path, shown=[EXHIBITS['anoclip-t3'], EXHIBITS['anoclip-t4']])
     want = table('anoclip-t3', tmp_path), caption('anoclip-t3', tmp_path); (tmp_path/'anoclip-t4'/'metrics.csv').write_text('x')
-    assert table('anoclip-t3', tmp_path).equals(want[0]) and caption('anoclip-t3', tmp_path) == want[1] and len(findings('anoclip-t3', tmp_path)) == 0
+    assert table('anoclip-t3', tmp_path).equals(want[0]) and caption('anoclip-t3', tmp_path) == want[1] and len(contrasts('anoclip-t3', tmp_path)) == 0
     figure_of = figure('anoclip-t3', tmp_path); plt.close(figure_of)
 
 
@@ -329,6 +329,6 @@ def test_what_is_not_accepted_yet_says_so(tmp_path):
     for e in EXHIBITS.values():
         d = readable(table(e, tmp_path)); own = [r.label for r in e.rows if not r.state]
         assert 'not accepted yet' in d.loc[[l for l in own if l in d.index]].to_numpy().ravel() and 'Not accepted yet' in caption(e, tmp_path)
-        assert list(verdicts(e, tmp_path).data.finding) == ['not accepted yet']
+        assert list(contrast_sentences(e, tmp_path).data.finding) == ['not accepted yet']
     for e in {e.form: e for e in EXHIBITS.values()}.values():      # a figure of each form
         plt.close(figure(e, tmp_path))

@@ -11,7 +11,7 @@ import pandas as pd, pytest
 from zsad.papers.exhibits import EXHIBITS, SILENT, switch
 from zsad.pipeline.detector import METHODS, REFERENCES, SCORES, TERMS, find_method
 from zsad.methods.prompts import prompt_set
-from zsad.reporting.tables import NAMES, findings, read_results
+from zsad.reporting.tables import NAMES, contrasts, read_results
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT/'nbs'/'34_fidelity.ipynb'
@@ -108,7 +108,7 @@ def test_what_is_called_equal_is_tested(line):
 
 def test_stored_effects_are_those_of_the_results():
     "Before the exhibit was run the notebook says so; afterwards every effect stands in it, and none of a switch that switches nothing."
-    found = pd.concat([findings(EXHIBITS[name], read_results(ROOT/'nbs'/'results')) for name in ('fidelity', 'fidelity-views')]); found = found[[w in {b.name for b, *_ in SILENT} for w in found.worse]] if len(found) else found
+    found = pd.concat([contrasts(EXHIBITS[name], read_results(ROOT/'nbs'/'results')) for name in ('fidelity', 'fidelity-views')]); found = found[[w in {b.name for b, *_ in SILENT} for w in found.worse]] if len(found) else found
     lacking = set(SWITCHES) - (set(found.better) if len(found) else set())
     printed = ''.join(t for c in json.loads(NOTEBOOK.read_text())['cells'] for o in c.get('outputs', []) for t in o.get('text', []))
     assert ('missing, make them with `zsad reproduce fidelity fidelity-views`' in printed) == bool(lacking) and all(name in PAGE for name in SWITCHES)

@@ -8,8 +8,8 @@ import numpy as np, open_clip, pytest, torch
 import torch.nn.functional as F
 from test_parity import drawn
 from zsad.encoder.clip import AttentionPath, EncodeSpec, anomaly_score, load_encoder
-from zsad.learned.heads import MVFA, Adapter, AprilGan, compare, load_april_gan, load_mvfa, read_published, sum_maps, walk_adapted
-from zsad.encoder.attention import leave, read_tokens, walk
+from zsad.learned.heads import MVFA, Adapter, AprilGan, compare, load_april_gan, load_mvfa, read_published, sum_maps, forward_adapted
+from zsad.encoder.attention import to_stage, forward_tokens, forward_paths
 
 def normal(rng, *shape): return torch.tensor(rng.standard_normal(shape), dtype=torch.float32)
 def gap(a, b): assert a.shape == b.shape, (a.shape, b.shape); return (a.double() - b.double()).abs().max().item()
@@ -24,7 +24,7 @@ def tower(layers, rng, **vision):
 
 def raw(v, x, layers='quarters'):
     "Class tokens and raw patch tokens, as `encode(x, 'qkv', layers=..., stage='raw')` gives them."
-    cls, patches, _ = read_tokens(v, x, EncodeSpec((AttentionPath('qkv'),), layers, 'raw').resolved(len(v.transformer.resblocks)))
+    cls, patches, _ = forward_tokens(v, x, EncodeSpec((AttentionPath('qkv'),), layers, 'raw').resolved(len(v.transformer.resblocks)))
     return cls, next(iter(patches.values()))
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_linear_layers_can_be_clips_own_way_out(rng):
     v = tower(4, rng); v.ln_post.bias.zero_(); x, t = normal(rng, 2, 3, 96, 96), unit(normal(rng, 2, 32))
     cls, p = raw(v, x); m = AprilGan(64, 32); w = ((torch.eye(64) - 1/64)*1) @ torch.diag(v.ln_post.weight) @ v.proj
     for f in m.fc: f.weight.copy_(w.T); f.bias.zero_()
-    assert gap(m(cls, p, t, v.grid_size, 30)[2], compare(leave(v, p), t)) < 1e-2
+    assert gap(m(cls, p, t, v.grid_size, 30)[2], compare(to_stage(v, p), t)) < 1e-2
     assert gap(cls, unit(v(x))) < 1e-5
 
 @pytest.mark.parametrize('make', [lambda s: AprilGan(10, 8, seed=s), lambda s: MVFA(10, 8, seed=s)])
@@ -131,7 +131,7 @@ def test_adapters_stand_between_blocks(world):
             i = (1, 3).index(l); mid = [leaky(z @ a[i].fc1[0].weight.T) for a in (m.seg, m.det)]
             up = [leaky(n @ a[i].fc2[0].weight.T) for n, a in zip(mid, (m.seg, m.det))]
             z = .8*z + .1*up[0] + .1*up[1]; seg.append(mid[0]); det.append(mid[1])
-    got = walk_adapted(v, v._embeds(x), m.seg, m.det, (1, 3))
+    got = forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3))
     assert gap(got[0], z) < 1e-4 and gap(got[1], torch.stack(seg)) < 1e-4 and gap(got[2], torch.stack(det)) < 1e-4
     score, a, logits, d = m(v, x, t)
     assert gap(logits, compare(torch.stack(seg)[:, :, 1:], t)) < 1e-2 and gap(d, compare(torch.stack(det)[:, :, 1:], t)) < 1e-2
@@ -140,15 +140,15 @@ def test_adapters_stand_between_blocks(world):
 
 @torch.no_grad()
 def test_no_share_is_clips_own_stream(world):
-    v, x, t, m = world; own, kept = walk(v, v._embeds(x), (AttentionPath('qkv'),), (1, 3))
-    z, seg, _ = walk_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), 0.)
-    assert torch.equal(z, own) and gap(leave(v, z)[:, 0], unit(v(x))) < 1e-5
+    v, x, t, m = world; own, kept = forward_paths(v, v._embeds(x), (AttentionPath('qkv'),), (1, 3))
+    z, seg, _ = forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), 0.)
+    assert torch.equal(z, own) and gap(to_stage(v, z)[:, 0], unit(v(x))) < 1e-5
     for i, y in enumerate(next(iter(kept.values()))): assert gap(seg[i], m.seg[i](y)[0]) < 1e-5
     silent = copy.deepcopy(m)
     for a in (*silent.seg, *silent.det): a.fc2[0].weight.zero_()
-    shrunk = walk_adapted(v, v._embeds(x), silent.seg, silent.det, (1, 3))[0]
+    shrunk = forward_adapted(v, v._embeds(x), silent.seg, silent.det, (1, 3))[0]
     assert gap(shrunk, own) > .05                                                        # adapters that add nothing are no absence
-    assert gap(walk_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), .2)[0], own) > gap(walk_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), .02)[0], own) > 1e-3
+    assert gap(forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), .2)[0], own) > gap(forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), .02)[0], own) > 1e-3
 
 @torch.no_grad()
 def test_each_adapter_acts_where_it_stands(world):
@@ -242,8 +242,8 @@ def test_numbers_of_mvfa():
     x, t = normal(rng, 2, 3, 96, 96), unit(normal(rng, 2, 1, 32) + .1*normal(rng, 2, 2, 32)); want = NUMBERS['mvfa']
     score, a, _, _ = m(v, x, t)
     assert gap(score, want['score']) < 2e-5 and gap(sparse(a), want['a']) < 5e-5
-    z = walk_adapted(v, v._embeds(x), m.seg, m.det, m.layers)[0]
-    assert gap(leave(v, z)[:, 0, :6], want['cls']) < 1e-5                                # the class token is adapted too
+    z = forward_adapted(v, v._embeds(x), m.seg, m.det, m.layers)[0]
+    assert gap(to_stage(v, z)[:, 0, :6], want['cls']) < 1e-5                                # the class token is adapted too
 
 # --- published weights
 

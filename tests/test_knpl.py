@@ -13,7 +13,7 @@ from test_parity import drawn
 from zsad.encoder.clip import AttentionPath, EncodeSpec, Encoder, Preprocess, anomaly_score, fit_positions, load_encoder, plain_tokenizer
 from zsad.learned.prompts import *
 from zsad.methods.prompts import encode_text
-from zsad.encoder.attention import walk
+from zsad.encoder.attention import forward_paths
 
 VISION = dict(image_size=96, patch_size=16, width=128, layers=6, head_width=64)
 TEXT = dict(context_length=77, vocab_size=49408, width=128, heads=2, layers=5)
@@ -283,7 +283,7 @@ def test_patches_are_the_vv_path_and_the_image_token_skips_the_last_norm(setup):
         cls, p = read_dpam(v, x, depth, (1, -1))
         t = setup.e.tokens(x, EncodeSpec((AttentionPath('vv', depth),), (1, 5)))
         assert torch.equal(p, t.patches[AttentionPath('vv', depth)]) and gap(p[0], p[1]) > .01
-    z = walk(v, v._embeds(x), (), ())[0]
+    z = forward_paths(v, v._embeds(x), (), ())[0]
     assert gap(cls, unit(z[:, 0] @ v.proj)) < 1e-6 and gap(cls, t.cls) > .01
     four = torch.cat([x, .5*x]); alone = [read_dpam(v, four[i:i + 1]) for i in range(4)]
     cls, p = read_dpam(v, four)

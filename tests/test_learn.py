@@ -6,17 +6,17 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from test_parity import gap
 from zsad.encoder.clip import load_encoder
-from zsad.datasets.layouts import load_dataset, load_image, load_mask, survey
+from zsad.datasets.layouts import load_dataset, load_image, load_mask, scan_dataset
 from zsad.learned.knowledge import describe_mask, knowledge, look_up
-from zsad.learned.configs import COURSES, VARIANTS, course_for, find_course
-from zsad.learned.trainer import Student, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, live_curves, missing, rank_device, read_lessons, sentences_known, steps_of, take, world
+from zsad.learned.configs import CONFIGS, VARIANTS, resolve_config, find_train_config
+from zsad.learned.trainer import TrainableModel, check_target, curves, draw_rows, groups_of, known_of, learn, learn_missing, live_curves, missing, rank_device, load_train_set, known_sentences, steps_of, make_batch, world
 from zsad.pipeline.detector import METHODS, fit
 from zsad.methods.prompts import encode_text
 from zsad.rendered.procad import render_aux
 from zsad.learned.prompts import save_state
 from zsad.learned.artifacts import cached_artifact, load_trained
 
-S, NAMES = 96, list(COURSES)
+S, NAMES = 96, list(CONFIGS)
 
 
 @pytest.fixture(scope='module')
@@ -26,12 +26,12 @@ def enc(files): return load_encoder(*files, device='cpu', dtype='float32')
 def root(tmp_path_factory): return render_aux(good=1, bad=2, train=1, size=S, root=tmp_path_factory.mktemp('aux')/'set', workers=1)
 
 @pytest.fixture(scope='module')
-def aux(root): return survey(load_dataset('procad-aux', root), 1)
+def aux(root): return scan_dataset(load_dataset('procad-aux', root), 1)
 
-def course(name, **how): return replace(COURSES[name], **{**dict(epochs=2, batch=8, lr_head=None, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {}), **how})
+def course(name, **how): return replace(CONFIGS[name], **{**dict(epochs=2, batch=8, lr_head=None, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {}), **how})
 
 @pytest.fixture(scope='module')
-def lessons(enc, aux): return {n: read_lessons(course_for(course(n), enc), enc, aux) for n in NAMES}
+def lessons(enc, aux): return {n: load_train_set(resolve_config(course(n), enc), enc, aux) for n in NAMES}
 
 def tensors(path, enc):
     t = load_trained(path, enc)
@@ -39,16 +39,16 @@ def tensors(path, enc):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
-    c, before = course_for(course(name), enc), {k: v.clone() for k, v in enc.model.state_dict().items()}
-    start = {k: v.clone() for k, v in Student(c, enc).state_dict().items()}
+    c, before = resolve_config(course(name), enc), {k: v.clone() for k, v in enc.model.state_dict().items()}
+    start = {k: v.clone() for k, v in TrainableModel(c, enc).state_dict().items()}
     assert learn(c, enc, aux, tmp_path/'a', tmp_path/'run', lessons=lessons[name], show=False) == load_trained(tmp_path/'a', enc).hash
     assert all(torch.equal(before[k], v) for k, v in enc.model.state_dict().items()) and not any(p.requires_grad or p.grad is not None for p in enc.model.parameters())
-    own = Student(c, enc); own.load_state_dict(torch.load(tmp_path/'run'/'checkpoint.pt', weights_only=True)['student'])
+    own = TrainableModel(c, enc); own.load_state_dict(torch.load(tmp_path/'run'/'checkpoint.pt', weights_only=True)['student'])
     moved = {k: not torch.equal(start[k], v) for k, v in own.state_dict().items()}
     assert [k for k, m in moved.items() if not m] == (['head.seg.3.fc2.0.weight', 'head.det.3.fc2.0.weight'] if name == 'mvfa' else [])      # what they send up is read by nobody
     t = np.genfromtxt(tmp_path/'run'/'curve.csv', delimiter=',', names=True)
     assert len(t) == steps_of(c, 48) == 12 and t['step'].tolist() == list(range(12))
-    whole, fresh = take(lessons[name], list(range(48)), enc), Student(c, enc)
+    whole, fresh = make_batch(lessons[name], list(range(48)), enc), TrainableModel(c, enc)
     total = lambda s: sum(getattr(c, k)*v.item() for k, v in s(whole).items())
     assert total(own) < total(fresh)                                                                # on the images it learned from
     about = load_trained(tmp_path/'a', enc).about
@@ -103,7 +103,7 @@ def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_pa
     (tmp_path/'s.py').write_text(SCRIPT); args = lambda tag: (tmp_path/'s.py', name, *files, root, tmp_path/tag, 0)
     p = start(*args('two'), launch=('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')); q = start(*args('one'))
     for r in (p, q): assert r.wait(170) == 0, r.communicate()[0]
-    a, b = (tensors(tmp_path/t/'a', enc) for t in ('two', 'one')); fresh = Student(course_for(course(name), enc), enc).head.state_dict()
+    a, b = (tensors(tmp_path/t/'a', enc) for t in ('two', 'one')); fresh = TrainableModel(resolve_config(course(name), enc), enc).head.state_dict()
     assert a.keys() == b.keys()
     distance = lambda t, keys: sum((a[k].double() - t[k].double()).square().sum().item() for k in keys)**.5
     apart, moved = distance(b, a), distance(fresh, fresh)
@@ -117,14 +117,14 @@ def test_every_image_is_seen_once_per_epoch():
     with pytest.raises(ValueError, match='batch=8.*7 images'): steps_of(c, 7)
 
 def test_knowledge_of_an_image_is_the_mean_of_its_sentences(enc, aux):
-    c, ds = course_for(course('kanoclip'), enc), aux.dataset
-    rows, got = sentences_known(c, ds), known_of(c, enc, ds)
+    c, ds = resolve_config(course('kanoclip'), enc), aux.dataset
+    rows, got = known_sentences(c, ds), known_of(c, enc, ds)
     for i in (0, 1, 20, 47):
         k = ds.samples[i]; want = list(knowledge(k.category, 'procad-aux', 5))
         if k.label: want.append(describe_mask(load_image(k.path), load_mask(k.mask, S), look_up(k.category, 'procad-aux').noun))
         assert list(rows[i]) == want and len(want) == 5 + k.label
         assert gap(got[i], F.normalize(enc.embed_text(want).float().mean(0), dim=-1)) < 1e-5
-    assert {len(r) for r in sentences_known(replace(c, known=(3, 0)), ds)} == {3}
+    assert {len(r) for r in known_sentences(replace(c, known=(3, 0)), ds)} == {3}
     own = known_of(replace(c, known=(0, 1)), enc, ds)
     assert [bool(k.isfinite().all()) for k in own] == [bool(k.label) for k in ds.samples]                # of normal images nothing is said
     with pytest.raises(ValueError, match=r'known=\(0, 0\).*nothing is said'): known_of(replace(c, known=(0, 0)), enc, ds)
@@ -132,31 +132,31 @@ def test_knowledge_of_an_image_is_the_mean_of_its_sentences(enc, aux):
 def test_a_knowledge_file_of_your_own_goes_over_the_shipped_one(enc, aux, tmp_path):
     k, other = [s for s in aux.dataset.samples if s.label][:2]
     (tmp_path/'k.json').write_text(json.dumps(dict(format='zsad-knowledge-1', source='me', sets={'procad-aux': {k.category: dict(noun='thing', background='A thing.', anomalies=['a thing with a hole', 'a thing with a dent'])}}, images={'procad-aux': {k.id: ['a thing bitten by a dog']}})))
-    c = course_for(course('kanoclip', known=(2, 1), base=str(tmp_path/'k.json')), enc); told = dict(zip([s.id for s in aux.dataset.samples], sentences_known(c, aux.dataset)))
+    c = resolve_config(course('kanoclip', known=(2, 1), base=str(tmp_path/'k.json')), enc); told = dict(zip([s.id for s in aux.dataset.samples], known_sentences(c, aux.dataset)))
     assert told[k.id] == ('a thing with a hole', 'a thing with a dent', 'a thing bitten by a dog')
     assert told[other.id][:2] == tuple(knowledge(other.category, 'procad-aux', 2)) or other.category == k.category
     assert len(told[other.id]) == 3 and 'dog' not in told[other.id][2]
 
 def test_what_teaches_the_prompts(enc, lessons):
     "Images of which nothing is said ask for nothing; fixed sentences pull both prompts; a margin asks for more."
-    b = take(lessons['kanoclip'], list(range(12)), enc); s = Student(course_for(course('kanoclip', margin=.5), enc), enc); pair = s.pairs(b.categories)
+    b = make_batch(lessons['kanoclip'], list(range(12)), enc); s = TrainableModel(resolve_config(course('kanoclip', margin=.5), enc), enc); pair = s.pairs(b.categories)
     far = (F.normalize(pair, dim=-1) - F.normalize(b.knowledge, dim=-1)[:, None]).norm(dim=-1); hinge = (far[:, 1] - far[:, 0] + .5).clamp(min=0)
     assert abs((s.teach(pair, b) - hinge.mean()).item()) < 1e-6 and hinge.min() > 0
     known = b.knowledge.clone(); known[::3] = float('nan'); half = s.teach(pair, replace(b, knowledge=known))
     assert abs((half - hinge[[i for i in range(12) if i % 3]].sum()/12).item()) < 1e-6 and s.teach(pair, replace(b, knowledge=known*float('nan'))).item() == 0
-    c = Student(course_for(course('kanoclip', teacher='clip'), enc), enc); want = torch.stack([1 - (p*encode_text(enc, 'clip', n).pair).sum(-1).mean() for p, n in zip(pair, b.categories)]).mean()
+    c = TrainableModel(resolve_config(course('kanoclip', teacher='clip'), enc), enc); want = torch.stack([1 - (p*encode_text(enc, 'clip', n).pair).sum(-1).mean() for p, n in zip(pair, b.categories)]).mean()
     assert abs((c.teach(pair, b) - want).item()) < 1e-6
-    g = groups_of(Student(course_for(replace(course('kanoclip'), lr=.1, lr_head=.01), enc), enc))
+    g = groups_of(TrainableModel(resolve_config(replace(course('kanoclip'), lr=.1, lr_head=.01), enc), enc))
     assert [x['lr'] for x in g] == [.1, .01] and sum(p.numel() for x in g for p in x['params']) == sum(p.numel() for p in s.parameters())
 
 def test_every_variant_differs_from_its_course_in_what_its_name_says(enc):
     def changed(a, b): return {k for k, v in vars(a).items() if v != getattr(b, k)} - {'name'}
-    k, vv = COURSES['kanoclip'], VARIANTS['kanoclip-vv']
+    k, vv = CONFIGS['kanoclip'], VARIANTS['kanoclip-vv']
     assert changed(vv, k) == {'settings'} and changed(VARIANTS['kanoclip-qkv'], k) == {'encode'} and changed(VARIANTS['kanoclip-knpl'], vv) == {'encode'}
     for n in VARIANTS:
         if n.startswith('knpl-'): assert len(changed(VARIANTS[n], vv)) == 1, n
-        course_for(n, enc)
-    with pytest.raises(ValueError, match="'nope'.*'knpl-none'"): find_course('nope')
+        resolve_config(n, enc)
+    with pytest.raises(ValueError, match="'nope'.*'knpl-none'"): find_train_config('nope')
 
 def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_path, monkeypatch):
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'cache')); import zsad.learned.trainer as L
@@ -170,14 +170,14 @@ def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_pa
     assert [n for n, *_ in missing(rows, enc, ['procad'])] == [f'{stem}-procad-b-s0']
     fits = [fit(m, enc, 'procad') for m in rows[:2]]
     assert fits[0][1].hash != fits[1][1].hash and [t.about['seed'] for _, t in fits] == [0, 1] and fits[0][1].about['dataset'] == 'procad-aux'
-    assert fits[0][0].encode == course_for(short, enc).encode and fits[0][0].prompts == 'april-gan'
+    assert fits[0][0].encode == resolve_config(short, enc).encode and fits[0][0].prompts == 'april-gan'
 
 def test_what_cannot_be_learned_is_refused(enc, aux, lessons, tmp_path):
-    with pytest.raises(ValueError, match="'april-gan'"): course_for('aprilgan', enc)
-    with pytest.raises(ValueError, match="head='x'.*'mvfa'"): replace(COURSES['mvfa'], head='x')
-    with pytest.raises(ValueError, match='prompts=.*text='): replace(COURSES['mvfa'], text=None)
-    with pytest.raises(ValueError, match='kd=1.*none are learned'): replace(COURSES['april-gan'], kd=1.)
-    with pytest.raises(ValueError, match='epochs=0'): replace(COURSES['april-gan'], epochs=0)
+    with pytest.raises(ValueError, match="'april-gan'"): resolve_config('aprilgan', enc)
+    with pytest.raises(ValueError, match="head='x'.*'mvfa'"): replace(CONFIGS['mvfa'], head='x')
+    with pytest.raises(ValueError, match='prompts=.*text='): replace(CONFIGS['mvfa'], text=None)
+    with pytest.raises(ValueError, match='kd=1.*none are learned'): replace(CONFIGS['april-gan'], kd=1.)
+    with pytest.raises(ValueError, match='epochs=0'): replace(CONFIGS['april-gan'], epochs=0)
     with pytest.raises(ValueError, match='procad.*learns from.*another'): check_target('kanoclip', 'procad', ['procad', 'visa'])
     check_target('kanoclip', 'procad-aux', ['procad', 'visa'])
     with pytest.raises(ValueError, match='step 0: the loss is nan.*lr='): learn(course('april-gan'), enc, aux, tmp_path/'a', tmp_path/'run', lessons=replace(lessons['april-gan'], patches=lessons['april-gan'].patches*float('nan')), show=False)
@@ -187,15 +187,15 @@ def test_what_cannot_be_learned_is_refused(enc, aux, lessons, tmp_path):
 @pytest.mark.parametrize('name', NAMES)
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name, enc, lessons):
     "What lets several processes share a batch: equal parts, averaged. Focal, dice, cross entropy and hinge are all means over images."
-    c = course_for(course(name), enc); s = Student(c, enc)
-    rows = draw_rows(c, 0, 48); whole, a, b = (s(take(lessons[name], r, enc)) for r in (rows, rows[::2], rows[1::2]))
+    c = resolve_config(course(name), enc); s = TrainableModel(c, enc)
+    rows = draw_rows(c, 0, 48); whole, a, b = (s(make_batch(lessons[name], r, enc)) for r in (rows, rows[::2], rows[1::2]))
     for k in whole: assert abs((whole[k] - (a[k] + b[k])/2).item()) < 1e-4*max(1, abs(whole[k].item()))
 
 def test_losses_are_drawn_in_one_place_as_pictures(enc, aux, lessons, tmp_path, monkeypatch):
     from IPython.display import DisplayHandle
     shown = []
     for how in ('display', 'update'): monkeypatch.setattr(DisplayHandle, how, lambda self, obj, how=how, **_: shown.append((how, self.display_id, obj)))
-    c = COURSES['anomalyclip']
+    c = CONFIGS['anomalyclip']
     learn(c, enc, aux, tmp_path/'a', tmp_path/'run', every=2, limit=6, lessons=lessons[c.name], show=False, live=live_curves())
     assert [how for how, *_ in shown] == ['display', 'update', 'update'] and len({place for _, place, _ in shown}) == 1
     assert all(p._repr_mimebundle_()[0]['image/png'] for *_, p in shown) and shown[0][2].data != shown[2][2].data      # no backend of matplotlib is needed to see them
@@ -224,7 +224,7 @@ def test_a_run_is_named_by_the_content_of_its_knowledge(enc, aux, tmp_path, monk
 def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(enc, aux, lessons, monkeypatch):
     import zsad.learned.trainer as L
     from zsad.methods.prompts import prompt_set
-    c = course_for(course('april-gan'), enc); key = lambda c=c, **how: L.identity_key(L.training_identity(c, how.get('enc', enc), how.get('lessons', lessons['april-gan'])))
+    c = resolve_config(course('april-gan'), enc); key = lambda c=c, **how: L.identity_key(L.training_identity(c, how.get('enc', enc), how.get('lessons', lessons['april-gan'])))
     first = key()
     assert key(replace(c, name='other')) == first != key(replace(c, lr=.1)) and key(lessons=replace(lessons['april-gan'], data='x')) != first
     assert key(enc=load_encoder('mini', device='cpu')) != first

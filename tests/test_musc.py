@@ -6,7 +6,7 @@ import itertools, math
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from zsad.methods import musc
-from zsad.methods.musc import aggregate, image_score, lowest_mean, musc_map, mutual_scores, patch_distances, rscin, split_subsets
+from zsad.methods.musc import aggregate, image_score, interval_average, musc_map, mutual_scores, patch_distances, rscin, split_subsets
 
 def normal(rng, *shape): return torch.tensor(rng.standard_normal(shape), dtype=torch.float32)
 def gap(a, b): assert a.shape == b.shape, (a.shape, b.shape); return (a.double() - b.double()).abs().max().item()
@@ -83,8 +83,8 @@ def test_distance_to_the_nearest_patch_of_each_other_image(M, N, D):
     for chunk in (1, N*N, 3*N*N - 1, 3*N*N, 10**9): assert gap(patch_distances(f, chunk=chunk), d) < 1e-6
 
 def test_a_pair_is_multiplied_once_and_no_product_is_larger_than_a_chunk(monkeypatch):
-    f, seen, real = unit(normal(np.random.default_rng(0), 6, 4, 3)), [], musc.between
-    monkeypatch.setattr(musc, 'between', lambda a, b: seen.append(len(a)) or real(a, b))
+    f, seen, real = unit(normal(np.random.default_rng(0), 6, 4, 3)), [], musc.nearest_patch_distances
+    monkeypatch.setattr(musc, 'nearest_patch_distances', lambda a, b: seen.append(len(a)) or real(a, b))
     for chunk, sizes in ((1, [1]*15), (32, [2, 2, 1, 2, 2, 2, 1, 2, 1]), (50, [3, 2, 3, 1, 3, 2, 1]), (None, [5, 4, 3, 2, 1])):
         seen.clear(); patch_distances(f, chunk=chunk)
         assert seen == sizes and sum(seen) == 15
@@ -145,11 +145,11 @@ def test_sets_and_features_that_cannot_be_scored_are_refused():
 def test_the_lowest_share_and_one_at_least():
     rng = np.random.default_rng(8)
     for R, share in itertools.product((1, 2, 3, 4, 9, 10, 11), (.01, .1, .3, .5, .99, 1)):
-        d = torch.tensor(rng.random((2, R, 3)), dtype=torch.float32); got = lowest_mean(d, share)
+        d = torch.tensor(rng.random((2, R, 3)), dtype=torch.float32); got = interval_average(d, share)
         for i, n in itertools.product(range(2), range(3)):
             low = sorted(d[i, :, n].tolist())[:max(1, int(share*R))]
             assert abs(got[i, n].item() - sum(low)/len(low)) < 1e-6
-    assert gap(lowest_mean(d, 1), d.mean(1)) < 1e-6 and gap(lowest_mean(d, 1e-9), d.amin(1)) == 0
+    assert gap(interval_average(d, 1), d.mean(1)) < 1e-6 and gap(interval_average(d, 1e-9), d.amin(1)) == 0
 
 @pytest.mark.parametrize('M', [2, 3, 4, 5, 6, 8])
 def test_small_sets_have_finite_maps(M):
@@ -159,7 +159,7 @@ def test_small_sets_have_finite_maps(M):
 
 @pytest.mark.parametrize('share', [0, -.1, 1.01, 30, math.nan])
 def test_a_share_is_a_part(share):
-    with pytest.raises(ValueError, match=rf'share={share!r}.*above 0 and up to 1'): lowest_mean(torch.ones(2, 3, 4), share)
+    with pytest.raises(ValueError, match=rf'share={share!r}.*above 0 and up to 1'): interval_average(torch.ones(2, 3, 4), share)
 
 # --- layers and neighbourhoods
 

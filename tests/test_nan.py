@@ -5,7 +5,7 @@ import torch
 from dataclasses import replace
 from zsad.encoder.clip import AttentionPath, EncodeSpec, Tokens, anomaly_score, load_encoder
 from zsad.methods.dual import dual_score, joint_map, pair_map
-from zsad.methods.musc import lowest_mean, musc_map, mutual_scores, rscin
+from zsad.methods.musc import interval_average, musc_map, mutual_scores, rscin
 from zsad.methods.relevance import relevance
 from zsad.methods.adaptation import adapt, adapt_in_order, draw_noise, dual_adapt
 
@@ -43,7 +43,7 @@ def test_mutual_scores():
     with pytest.raises(ValueError, match='others: .*not of unit length'):
         mutual_scores(unit(2, 9, 8), broken(unit(2, 9, 8), 1, 4))
     d = torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(0))
-    assert lowest_mean(broken(d, 0, 2, 1), .3).isnan().nonzero().tolist() == [[0, 1]]
+    assert interval_average(broken(d, 0, 2, 1), .3).isnan().nonzero().tolist() == [[0, 1]]
     with pytest.raises(ValueError, match='1 of 3 are not finite'): rscin(torch.tensor([.1, NAN, .3]), unit(3, 8))
 
 def test_adaptation_leaves_other_images_alone():
@@ -76,10 +76,10 @@ def test_patches_and_windows_are_looked_at_too(encoder, monkeypatch):
     from zsad.encoder import attention as vv
     from zsad.methods import windows
     x, path = torch.zeros(1, 3, 240, 240), AttentionPath('vv')
-    monkeypatch.setattr(windows, 'read_windows', lambda *a: {2: torch.full((1, 196, 128), NAN)})
+    monkeypatch.setattr(windows, 'encode_windows', lambda *a: {2: torch.full((1, 196, 128), NAN)})
     with pytest.raises(ValueError, match='not finite'): encoder.tokens(x, EncodeSpec((), windows=(2,)))
     answer = unit(1, 128), {path: torch.full((1, 1, 225, 128), NAN)}, None
-    monkeypatch.setattr(vv, 'read_tokens', lambda *a: answer)
+    monkeypatch.setattr(vv, 'forward_tokens', lambda *a: answer)
     with pytest.raises(ValueError, match='not finite'): encoder.tokens(x, EncodeSpec((path,)))
 
 def test_tokens_say_their_stage_and_their_only_path():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from zsad.bench.jobs import Model, all_tokens, open_model, plan_jobs, predict_job, reference_of
 from zsad.encoder.clip import anomaly_score
-from zsad.datasets.layouts import Dataset, Sample, load_dataset, survey
+from zsad.datasets.layouts import Dataset, Sample, load_dataset, scan_dataset
 from zsad.papers.exhibits import EXHIBITS, PICTURES, Row, printed
 from zsad.pipeline.detector import METHODS, TERMS, adapted_tokens, build, synthetic_images, synthetic_tokens
 from zsad.reporting.pictures import (DRAWINGS, choose_categories, file_of, first_of_kinds, in_turn, jobs_of, look, maps_of, of_kinds, picture, redden, scene, split_patches,
@@ -35,7 +35,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0); save_file({k: v.contiguous() for k, v in open_clip.CLIP(**CONFIG).state_dict().items() if k != 'attn_mask'}, d/'model.safetensors')
     with pytest.MonkeyPatch.context() as m:
         m.setenv('ZSAD_CACHE', str(d/'cache'))
-        yield dict(mvtec=survey(load_dataset('procad', d/'data'), 1)), Model(str(d/'model.json'), str(d/'model.safetensors'), dtype='float32')
+        yield dict(mvtec=scan_dataset(load_dataset('procad', d/'data'), 1)), Model(str(d/'model.json'), str(d/'model.safetensors'), dtype='float32')
 
 
 @pytest.fixture(scope='module')

@@ -55,11 +55,11 @@ def test_chips_are_notches():
 
 def test_a_recoloured_part_is_far_from_its_colour():
     from zsad.rendered.procad import break_parts, grid
-    from zsad.core.files import keyed
+    from zsad.core.files import seeded_rng
     X, Y = grid(60)
     for n in range(40):
-        dsg = design('pill', 'procad'); parts = dsg.kind.paint(X, Y, keyed(0, 'look'), keyed(0, 'v'), dsg.form, dsg.hue)
-        other = break_parts(parts, 'wrong_color', keyed(n, 'defect'), X, Y)
+        dsg = design('pill', 'procad'); parts = dsg.kind.paint(X, Y, seeded_rng(0, 'look'), seeded_rng(0, 'v'), dsg.form, dsg.hue)
+        other = break_parts(parts, 'wrong_color', seeded_rng(n, 'defect'), X, Y)
         assert max(abs(a.color - b.color).max() for a, b in zip(parts, other)) >= 0.4
 
 

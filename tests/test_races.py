@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 import pytest
-from zsad.core.files import UNFINISHED, digest, keyed, write_atomic
+from zsad.core.files import UNFINISHED, digest, seeded_rng, write_atomic
 
 WRONG = 3      # exit code of a racer that was given other content than an undisturbed process
 FORK = get_context('fork')
@@ -47,7 +47,7 @@ def race(name, work, folder, repetitions, watch=lambda folder: None):
     assert kept, 'nothing was written'
     killed = 0
     for n in range(repetitions):
-        rng, place = keyed(0, 'race', name, n), folder/str(n)
+        rng, place = seeded_rng(0, 'race', name, n), folder/str(n)
         racers = [start(work, place, given), start(work, place, given, rng.uniform(0, took))]
         victim, moment = racers[rng.integers(2)], time.time() + rng.uniform(0, 1.5*took)
         while time.time() < moment and victim.is_alive():
@@ -89,16 +89,16 @@ def encoder_work(folder):
     import torch
     from PIL import Image
     from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
-    from zsad.encoder.store import encode_missing, recall, split
+    from zsad.encoder.store import encode_missing, load_or_encode, split
     torch.set_num_threads(1)
     encoder = load_encoder('mini', device='cpu')
     spec, files = EncodeSpec((AttentionPath('vv'),)).resolved(encoder.blocks), {}
-    for i, a in enumerate(keyed(0, 'races').integers(0, 256, (4, 40, 50, 3), dtype='u1')):
+    for i, a in enumerate(seeded_rng(0, 'races').integers(0, 256, (4, 40, 50, 3), dtype='u1')):
         Image.fromarray(a).save(folder/f'{i}.png')
         files[digest(a, n=24)] = str(folder/f'{i}.png')
     def encode(root):
         encode_missing(root, encoder, spec, 'bicubic', files, shard=2)
-        return digest(*(t.numpy() for t in split(recall(root, encoder, spec, 'bicubic', files), spec)))
+        return digest(*(t.numpy() for t in split(load_or_encode(root, encoder, spec, 'bicubic', files), spec)))
     return encode
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.model_selection import train_test_split
 from zsad.cli.main import main
-from zsad.datasets.layouts import SOURCES, find_sets, load_dataset, load_image, read_folder, read_mask, survey
+from zsad.datasets.layouts import SOURCES, find_sets, load_dataset, load_image, read_folder, read_mask, scan_dataset
 from zsad.learned.knowledge import look_up
 from zsad.datasets.raw import RAW, arrange, cut_rows, draw_share, read_raw, seek
 
@@ -119,7 +119,7 @@ def test_a_raw_folder_becomes_a_set(name, tmp_path):
     assert set(ds.categories) == set(RAW[name].categories) and all(look_up(c, name) for c in ds.categories)
     assert path == tmp_path/'sets'/name/'meta.json' and find_sets(tmp_path/'sets') == {name: path.parent}
     again = load_dataset(name, path.parent)
-    assert again == bare(ds) and again.skipped == () and survey(again, 1).dataset == again
+    assert again == bare(ds) and again.skipped == () and scan_dataset(again, 1).dataset == again
     assert not {s.path for s in ds.samples} & {s.path for s in ds.train} and all(s.mask is None or s.label for s in ds.samples)
 
 
@@ -129,11 +129,11 @@ def test_it_is_the_same_set_wherever_meta_lies(name, tmp_path):
     here, there = draw(tmp_path/'one'/name), draw(tmp_path/'img'/'other'/'raw')
     (_, a), (_, b) = arrange(name, here), arrange(name, there, tmp_path/'apart'/'sub'/'meta.json')
     assert a == here/'meta.json' and not any(Path(r['img_path']).is_absolute() for rows in json.loads(a.read_text())['test'].values() for r in rows)
-    one, two = (survey(load_dataset(name, p.parent), 1) for p in (a, b))
+    one, two = (scan_dataset(load_dataset(name, p.parent), 1) for p in (a, b))
     assert one.hash == two.hash and one.pixels == two.pixels and [s.id for s in one.dataset.train] == [s.id for s in two.dataset.train]
     assert find_sets(tmp_path/'one') == {name: here}
     assert bare(arrange(name, here)[0]) == load_dataset(name, here)                                # again, over itself
-    shutil.move(here, tmp_path/'moved'); assert survey(load_dataset(name, tmp_path/'moved'), 1).hash == one.hash
+    shutil.move(here, tmp_path/'moved'); assert scan_dataset(load_dataset(name, tmp_path/'moved'), 1).hash == one.hash
 
 
 def test_nine_sets_side_by_side_are_found(tmp_path):
@@ -358,7 +358,7 @@ def test_btad_and_mpdd_are_read_as_they_are(tmp_path):
     for c in ('bracket_black', 'tubes'):
         paint(tmp_path/f'MPDD/{c}/train/good/000.png'); paint(tmp_path/f'MPDD/{c}/test/good/000.png'); paint(tmp_path/f'MPDD/{c}/test/scratches/000.png'); paint(tmp_path/f'MPDD/{c}/ground_truth/scratches/000_mask.png', spot())
     assert find_sets(tmp_path) == dict(mpdd=tmp_path/'MPDD', btad=tmp_path/'BTAD')
-    btad, mpdd = (survey(load_dataset(n, tmp_path/n.upper()), 1).dataset for n in ('btad', 'mpdd'))
+    btad, mpdd = (scan_dataset(load_dataset(n, tmp_path/n.upper()), 1).dataset for n in ('btad', 'mpdd'))
     assert (counts(btad), counts(mpdd), btad.skipped + mpdd.skipped) == ((6, 6, 6, 6), (2, 2, 2, 2), ()) and btad.categories == ('01', '02', '03')
     assert all(np.array_equal(read_mask(s.mask), spot(left=int(s.path.stem)) > 0) for s in btad.samples if s.label)
 

@@ -6,8 +6,8 @@ import copy, math
 import open_clip, pytest, torch
 import torch.nn.functional as F
 from zsad.encoder.clip import load_encoder
-from zsad.methods.relevance import block_relevance, join_blocks, mix, relevance, walk_weights, weigh
-from zsad.encoder.attention import attend, walk
+from zsad.methods.relevance import block_relevance, join_blocks, mix, relevance, forward_weights, weigh
+from zsad.encoder.attention import attend, forward_paths
 from test_parity import mlp, norm, scaled
 from test_windows import CONFIGS, gap, make, normal, unit
 
@@ -42,7 +42,7 @@ def test_weights_then_values_are_attention(heads, Q):
 def test_the_walk_is_clips_own_path(name):
     v, rng = mild(name); x, _ = question(v, rng); n = len(v.transformer.resblocks)
     for start in range(n):
-        cls, weights = walk_weights(v, v._embeds(x), start)
+        cls, weights = forward_weights(v, v._embeds(x), start)
         assert off(cls, unit(v(x))) < 1e-5
         assert [a.shape[2:] for a in weights] == [(37, 37)]*(n - start - 1) + [(1, 37)] and all(a.requires_grad for a in weights)
 

@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
 from zsad.bench.jobs import Model, collect, open_sets, plan_jobs, read_result, run_all, run_job, write_results, PROFILES
-from zsad.core.files import keyed
+from zsad.core.files import seeded_rng
 from zsad.papers.exhibits import EXHIBITS
 from zsad.rendered.procad import render_procad
 from zsad.encoder.store import verify
@@ -49,7 +49,7 @@ write_results(out, plan, collect(plan, run_all(plan.jobs, show=False)))
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(sets, undisturbed, tmp_path):
     want, total = undisturbed
     command = [sys.executable, '-c', SCRIPT, str(sets[0]), str(tmp_path/'cache'), str(tmp_path/'out')]
-    moments, kept = sorted(keyed(0, 'kill').choice(range(1, total), 2, replace=False)), []
+    moments, kept = sorted(seeded_rng(0, 'kill').choice(range(1, total), 2, replace=False)), []
     for n in moments:
         p = subprocess.Popen(command)
         while p.poll() is None and len(finished(tmp_path/'cache')) < n: time.sleep(0.002)
@@ -187,10 +187,10 @@ def made_by_hand(power=2.):
 
 
 def table_of(sets, cache, out, **how):
-    from zsad.reporting.tables import read_results, table, verdicts
+    from zsad.reporting.tables import read_results, table, contrast_sentences
     shown = made_by_hand(); plan = plan_jobs(shown, sets[1], Model(), cache=cache)
     res = read_results(write_results(out, plan, collect(plan, run_all(plan.jobs, show=False, **how))))
-    assert len(verdicts(shown[0], res).data) == 1
+    assert len(contrast_sentences(shown[0], res).data) == 1
     return table(shown[0], res), plan
 
 

@@ -265,23 +265,23 @@ def test_anomalous_images_without_masks_are_no_normal_pixels(pills, files, tmp_p
     "Their pixels are in no loss, their labels are; with masks of all, nothing changes."
     from dataclasses import replace
     from zsad.encoder.clip import load_encoder
-    from zsad.learned.configs import COURSES, course_for
-    from zsad.datasets.layouts import load_dataset, survey
-    from zsad.learned.trainer import JUDGES, Student, read_lessons, take
+    from zsad.learned.configs import CONFIGS, resolve_config
+    from zsad.datasets.layouts import load_dataset, scan_dataset
+    from zsad.learned.trainer import LOSSES, TrainableModel, load_train_set, make_batch
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path/'c'))
     for c in ('full', 'bare'): shutil.copytree(pills, tmp_path/'set'/c)
     shutil.rmtree(tmp_path/'set/bare/ground_truth'); enc = load_encoder(*files, device='cpu', dtype='float32')
-    c = course_for(replace(COURSES['anomalyclip'], batch=4, loss_size=48), enc)
-    ds = survey(load_dataset('folder', tmp_path/'set'), 1); lessons = read_lessons(c, enc, ds)
+    c = resolve_config(replace(CONFIGS['anomalyclip'], batch=4, loss_size=48), enc)
+    ds = scan_dataset(load_dataset('folder', tmp_path/'set'), 1); lessons = load_train_set(c, enc, ds)
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and err.startswith('bare: 3 anomalous images without a mask are left out of the pixel loss') and 'bare/hole/000' in err
     known = [bool(s.mask) or not s.label for s in ds.dataset.samples]; assert lessons.marked.tolist() == known and known.count(False) == 3
-    student = Student(c, enc)
+    student = TrainableModel(c, enc)
     def judge(rows, of=lessons):
-        b = take(of, rows, enc)
-        return {k: v.item() for k, v in JUDGES[c.head](student, b, student.pairs(b.categories)).items()}
+        b = make_batch(of, rows, enc)
+        return {k: v.item() for k, v in LOSSES[c.head](student, b, student.pairs(b.categories)).items()}
     whole, kept, bare = range(len(known)), [i for i, k in enumerate(known) if k], [i for i, k in enumerate(known) if not k]
     assert judge(list(whole))['local'] == pytest.approx(judge(kept)['local'], rel=1e-5) and judge(list(whole))['image'] != pytest.approx(judge(kept)['image'], rel=1e-5)
     assert judge(bare)['local'] == 0 and judge(bare)['image'] > 0
     assert judge(list(whole))['local'] != pytest.approx(judge(list(whole), replace(lessons, marked=None))['local'], rel=1e-5)
-    read_lessons(c, enc, survey(load_dataset('folder', tmp_path/'set/full'), 1)); assert capsys.readouterr().err == ''
+    load_train_set(c, enc, scan_dataset(load_dataset('folder', tmp_path/'set/full'), 1)); assert capsys.readouterr().err == ''

@@ -4,11 +4,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, pytest
 from zsad.bench.jobs import Model, RowResults, compute, contrast_line, metric_line, seed_draws, write_results
-from zsad.datasets.layouts import load_dataset, survey
+from zsad.datasets.layouts import load_dataset, scan_dataset
 from zsad.papers.exhibits import CONTROLS, EXHIBITS, Exhibit, Row, seeds_of
 from zsad.pipeline.detector import METHODS
 from zsad.rendered.procad import render_procad
-from zsad.reporting.tables import NAMES, caption, cell, dataset_of, figure, findings, head, read_results, readable, table, verdict
+from zsad.reporting.tables import NAMES, caption, cell, dataset_of, figure, contrasts, head, read_results, readable, table, contrast_sentence
 
 ACCEPTED = Path(__file__).parents[1]/'nbs'/'results'
 ANO, PLUS, DUAL = METHODS['anoclip'], METHODS['anoclip+'], METHODS['dual']
@@ -26,7 +26,7 @@ def small(tmp_path_factory):
     root = render_procad(('pill', 'wood'), good=4, bad=5, train=1, size=240, root=tmp_path_factory.mktemp('data')/'d', workers=1)
     with pytest.MonkeyPatch.context() as m:
         m.setenv('ZSAD_CACHE', str(tmp_path_factory.mktemp('cache')))
-        plan, results = compute(SHOWN, dict(mvtec=survey(load_dataset('procad', root), 1)), Model(device='cpu'), show=False)
+        plan, results = compute(SHOWN, dict(mvtec=scan_dataset(load_dataset('procad', root), 1)), Model(device='cpu'), show=False)
     return plan, results, read_results(write_results(tmp_path_factory.mktemp('out'), plan, results))
 
 
@@ -55,7 +55,7 @@ def contradictions(e, res):
         shown = [m for m in e.metrics if NAMES[m] == metric]
         own = t.loc[label, (head(e, roles[place] if roles else e.roles[0], shown[0]), 'ours')]
         if not (abs(own - value) < 1e-9 or own != own and value != value): bad.append(('figure', label, metric, own, value))
-    for r in findings(e, res).itertuples():
+    for r in contrasts(e, res).itertuples():
         role = next(role for role in roles if dataset_of(res, e, role) == r.dataset)
         span = 'mean' if r.over == 'all' else 'mean objects'
         values = {label: cell(res, e, label, role, r.metric, span)[0] for label in (r.better, r.worse)}
@@ -63,7 +63,7 @@ def contradictions(e, res):
         if not defined_together(res, e, r): continue
         if abs(r.difference - (values[r.better] - values[r.worse])) >= 1e-4: bad.append(('contrast', r.better, r.worse, r.metric, r.difference, values))
         if not r.low - 1e-4 <= r.difference <= r.high + 1e-4 and r.low == r.high: bad.append(('interval', r.better, r.worse))
-        if e.claim and verdict(r, e) not in said: bad.append(('caption', verdict(r, e)))
+        if e.claim and contrast_sentence(r, e) not in said: bad.append(('caption', contrast_sentence(r, e)))
     return bad
 
 def defined_together(res, e, r):
@@ -75,7 +75,7 @@ def defined_together(res, e, r):
 
 @pytest.mark.parametrize('e', SHOWN, ids=lambda e: e.name)
 def test_a_computed_exhibit_does_not_contradict_itself(e, small):
-    assert contradictions(e, small[2]) == [] and len(drawn_values(e, small[2])) >= 2 and len(findings(e, small[2])) >= 1
+    assert contradictions(e, small[2]) == [] and len(drawn_values(e, small[2])) >= 2 and len(contrasts(e, small[2])) >= 1
 
 
 @pytest.mark.parametrize('name', EXHIBITS)
@@ -115,7 +115,7 @@ def test_methods_that_share_a_name_are_two_runs(small):
 
 
 def made(seeds, values, spread=0., label='r', kind='object'):
-    "Results of a row: `values` is the value of each seed; bootstrap over images moves by up to `spread`."
+    "Results of a row: `values` is the value of each seed; bootstrap over images moves by up to `wrap_distributed`."
     rng = np.random.default_rng(1); wobble = np.concatenate([[0], rng.uniform(-spread, spread, 199)])
     by = lambda v: {'pill': dict(values=dict(pro=v), bootstrap_values=dict(pro=list(v + wobble)), why={}, defects={}, n=9, kind=kind)}
     return RowResults(label, tuple(seeds), tuple(map(str, seeds)), tuple(by(v) for v in values))
@@ -147,7 +147,7 @@ def test_rows_of_the_same_seeds_are_compared_seed_by_seed():
 def test_the_verdict_of_a_learned_row_knows_the_spread_of_trainings():
     "Ahead with one seed, and not shown to be ahead over five."
     base = made([0], [.7]); one, five = made([0], [.75]), made(range(5), (.75, .68, .73, .69, .76))
-    told = lambda row: verdict(pd.Series(dict(zip(('metric', 'over', 'difference', 'low', 'high'), (lambda l: (*l[:2], *map(float, l[2:5])))(contrast_line(row, base, 'pro', 'all')))) | dict(better='a', worse='b', dataset='procad')))
+    told = lambda row: contrast_sentence(pd.Series(dict(zip(('metric', 'over', 'difference', 'low', 'high'), (lambda l: (*l[:2], *map(float, l[2:5])))(contrast_line(row, base, 'pro', 'all')))) | dict(better='a', worse='b', dataset='procad')))
     assert told(one).endswith('holds') and told(made(range(5), (.75, .60, .73, .69, .76))).endswith('is not shown') and told(five)
 
 

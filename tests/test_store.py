@@ -6,8 +6,8 @@ import pytest, torch
 from PIL import Image
 import zsad.encoder.store
 from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
-from zsad.core.files import digest, keyed, write_atomic
-from zsad.encoder.store import (DamagedShard, Stream, held, prune, read_shard, recall, rows_in, shard_bytes, split,
+from zsad.core.files import digest, seeded_rng, write_atomic
+from zsad.encoder.store import (DamagedShard, Stream, index, prune, read_shard, load_or_encode, rows_in, shard_bytes, split,
                         streams_in, streams_of, verify, write_shard)
 
 S = Stream('mini', 'w', 'float32', 'cpu', 'bicubic', 'vv', 6, -1, rev=1, pipeline=1, made_by='2.14')
@@ -23,7 +23,7 @@ def enc():
 def images(tmp_path):
     "Three image files by the hash of their pixels."
     files = {}
-    for i, a in enumerate(keyed(0, 'test store').integers(0, 256, (3, 40, 50, 3), dtype='u1')):
+    for i, a in enumerate(seeded_rng(0, 'test store').integers(0, 256, (3, 40, 50, 3), dtype='u1')):
         Image.fromarray(a).save(tmp_path/f'{i}.png')
         files[digest(a, n=24)] = str(tmp_path/f'{i}.png')
     return files
@@ -75,7 +75,7 @@ def test_streams_state_revisions_and_torch(enc, monkeypatch):
 def test_a_shard_that_is_not_what_its_header_promises_is_not_held(tmp_path):
     file = write_shard(tmp_path, S, ['p', 'q', 'r', 's'], T)
     whole = file.read_bytes()
-    assert set(held(tmp_path, S)) == {'p', 'q', 'r', 's'}
+    assert set(index(tmp_path, S)) == {'p', 'q', 'r', 's'}
     damages = (lambda: file.write_bytes(whole[:-1]), lambda: file.write_bytes(whole[:40]), lambda: file.write_bytes(b''),
                lambda: file.write_bytes(whole + b'x'), lambda: file.write_bytes(b'\xff'*len(whole)),
                lambda: rewrite(file, lambda h: h['__metadata__'].update(images=json.dumps(['p', 'q', 'r', 's', 't']))),
@@ -84,7 +84,7 @@ def test_a_shard_that_is_not_what_its_header_promises_is_not_held(tmp_path):
     for n, damage in enumerate(damages):
         file.write_bytes(whole)
         damage()
-        assert held(tmp_path, S) == {}, n
+        assert index(tmp_path, S) == {}, n
         assert [f for f, _ in verify(tmp_path)] == [file], n
         with pytest.raises(DamagedShard, match=file.name): read_shard(file)
 
@@ -93,8 +93,8 @@ def test_rows_that_are_remembered_cannot_be_changed(tmp_path):
     file = write_shard(tmp_path, S, ['p', 'q', 'r', 's'], T)
     now = file.stat()
     with pytest.raises(TypeError): rows_in(file, now.st_mtime_ns, now.st_size)['p'] = None
-    held(tmp_path, S).clear()
-    assert len(held(tmp_path, S)) == 4
+    index(tmp_path, S).clear()
+    assert len(index(tmp_path, S)) == 4
 
 
 def torn(path, data):
@@ -105,14 +105,14 @@ def torn(path, data):
 def test_shards_that_are_never_written_whole_end_with_an_error(enc, images, tmp_path, passes, monkeypatch):
     monkeypatch.setattr(zsad.encoder.store, 'write_atomic', torn)
     with pytest.raises(DamagedShard, match=r'\.safetensors: \d+ bytes instead of \d+'):
-        recall(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
+        load_or_encode(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
     assert 1 <= len(passes) <= 5
 
 
 def test_shards_that_vanish_end_with_an_error(enc, images, tmp_path, passes, monkeypatch):
     monkeypatch.setattr(zsad.encoder.store, 'write_shard', lambda *args: None)
     with pytest.raises(DamagedShard, match='3 images .* not there'):
-        recall(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
+        load_or_encode(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
     assert 1 <= len(passes) <= 5
 
 
@@ -120,14 +120,14 @@ def test_shards_that_vanish_while_they_are_read_end_with_an_error(enc, images, t
     def gone(file): raise FileNotFoundError(file)
     monkeypatch.setattr(zsad.encoder.store, 'read_shard', gone)
     with pytest.raises(DamagedShard, match='vanished'):
-        recall(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
+        load_or_encode(tmp_path/'t', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
 
 
 def test_a_shard_that_was_cut_is_encoded_once_more(enc, images, tmp_path, passes):
     spec, root = EncodeSpec((AttentionPath('vv'),)).resolved(enc.blocks), tmp_path/'t'
-    want = recall(root, enc, spec, 'bicubic', images)
+    want = load_or_encode(root, enc, spec, 'bicubic', images)
     for file in root.glob('*/*.safetensors'): file.write_bytes(file.read_bytes()[:-100])
-    got = recall(root, enc, spec, 'bicubic', dict(list(images.items())[:2]))      # another shard: the torn one stays
+    got = load_or_encode(root, enc, spec, 'bicubic', dict(list(images.items())[:2]))      # another shard: the torn one stays
     assert len(passes) == 2 and all(torch.equal(a[:2], b) for a, b in zip(split(want, spec), split(got, spec)))
     assert len(verify(root)) == 2
 

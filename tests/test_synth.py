@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from scipy import ndimage
 import zsad.methods.synthesis as synth
-from zsad.core.files import digest, keyed
+from zsad.core.files import digest, seeded_rng
 from zsad.datasets.layouts import load_image
 from zsad.methods.synthesis import (AUGMENTERS, FIELDS, augment, autocontrast, blend, brighten, brightness, draem_sample, draw_mask, draw_source, draw_texture, equalize, gamma,
     hue_saturation, invert, lattice_noise, patch_mask, perlin, posterize, rotate, sharpness, solarize, synthesize, textures, tilt)
@@ -55,9 +55,9 @@ def test_noise_is_zero_on_corners_and_bounded():
 @pytest.mark.parametrize('shape', [(240, 240), (518, 518), (37, 101), (101, 37), (1, 9), (336, 240)])
 def test_any_size_any_number_of_cells(shape):
     for res in ((1, 1), (32, 32), (32, 1), (3, 7)):
-        n = perlin(shape, res, keyed(0, shape, res))
+        n = perlin(shape, res, seeded_rng(0, shape, res))
         assert n.shape == shape and np.isfinite(n).all() and abs(n).max() <= 1
-        assert np.array_equal(n, perlin(shape, res, keyed(0, shape, res)))
+        assert np.array_equal(n, perlin(shape, res, seeded_rng(0, shape, res)))
 
 NOISE = {((240, 240), (16, 5)): ([-.052572137, -.099345075, .211825734, -.07590268], -210.403144148, 3554, ([1, 77, 130, 239], [2, 9, 177, 238])),
          ((64, 128), (32, 1)): ([.088402257, -.252576234, .030894743, -.01487774], -30.015540533, 473, ([1, 17, 40, 63], [2, 9, 77, 127])),
@@ -89,7 +89,7 @@ def test_rotation():
 def test_a_mask_is_turned_noise_above_a_half(monkeypatch):
     asked = []
     monkeypatch.setattr(synth, 'perlin', lambda shape, res, rng: asked.append(tuple(res)) or perlin(shape, res, rng))
-    for i in range(300): draw_mask((48, 64), keyed(0, 'cells', i), False)
+    for i in range(300): draw_mask((48, 64), seeded_rng(0, 'cells', i), False)
     assert {k for res in asked for k in res} == {1, 2, 4, 8, 16, 32} and len(asked) == 300
     counts = np.array([sum(res[a] == k for res in asked) for a in (0, 1) for k in (1, 2, 4, 8, 16, 32)]); assert counts.min() > 25 and counts.max() < 80
     assert len(set(asked)) > 30                                                                           # down and across on their own
@@ -99,20 +99,20 @@ def test_a_mask_is_turned_noise_above_a_half(monkeypatch):
 
 def test_statistics_of_draem_masks():
     "Means over 500 draws lie within three standard errors of those of 4000 draws of the public code."
-    area, parts = np.array([(m.mean(), ndimage.label(m, np.ones((3, 3)))[1]) for m in (draw_mask((256, 256), keyed(0, 'statistics', i), False) for i in range(500))]).T
+    area, parts = np.array([(m.mean(), ndimage.label(m, np.ones((3, 3)))[1]) for m in (draw_mask((256, 256), seeded_rng(0, 'statistics', i), False) for i in range(500))]).T
     assert abs(area.mean() - .0491) < .004 and abs(np.median(area) - .0461) < .004
     assert abs((area == 0).mean() - .048) < .028
     assert abs(np.median(parts) - 9) <= 3 and abs(parts.mean() - 24.5) < 5.5
 
 def test_forced_masks_are_never_empty_and_otherwise_the_same():
-    free, forced = (np.stack([draw_mask((40, 40), keyed(0, 'force', i), force) for i in range(150)]) for force in (False, True))
+    free, forced = (np.stack([draw_mask((40, 40), seeded_rng(0, 'force', i), force) for i in range(150)]) for force in (False, True))
     empty = ~free.any((1, 2))
     assert 2 < empty.sum() < 40 and forced.any((1, 2)).all() and np.array_equal(free[~empty], forced[~empty])
-    with pytest.raises(ValueError, match=r'shape=\(1, 1\).*too small.*8 x 8'): draw_mask((1, 1), keyed(0))
-    assert not draw_mask((1, 1), keyed(0), False).any()
+    with pytest.raises(ValueError, match=r'shape=\(1, 1\).*too small.*8 x 8'): draw_mask((1, 1), seeded_rng(0))
+    assert not draw_mask((1, 1), seeded_rng(0), False).any()
 
 def test_fine_lattices_rarely_cover_half_a_patch():
-    m = np.stack([draw_mask((240, 240), keyed(0, 'f', i)) for i in range(100)])
+    m = np.stack([draw_mask((240, 240), seeded_rng(0, 'f', i)) for i in range(100)])
     alone = m.reshape(100, 15, 16, 15, 16).mean((2, 4)).max((1, 2)) <= .5
     assert abs(alone.mean() - .28) < .135 and patch_mask(m, 15).any(1).all()
 
@@ -189,9 +189,9 @@ def test_order_of_hue():
 @pytest.mark.parametrize('f', AUGMENTERS, ids=lambda f: f.__name__)
 def test_every_augmenter_changes_something_and_keeps_the_form(f):
     for image in (picture(33, 20, 1), np.repeat(picture(33, 20, 1)[..., :1], 3, -1), np.full((5, 3, 3), 77, 'u1'), np.zeros((1, 1, 3), 'u1')):
-        before = image.copy(); out = [f(image, keyed(0, f.__name__, i)) for i in range(12)]
+        before = image.copy(); out = [f(image, seeded_rng(0, f.__name__, i)) for i in range(12)]
         assert all(o.shape == image.shape and o.dtype == np.uint8 for o in out) and np.array_equal(image, before)
-        assert all(np.array_equal(o, f(image, keyed(0, f.__name__, i))) for i, o in enumerate(out))
+        assert all(np.array_equal(o, f(image, seeded_rng(0, f.__name__, i))) for i, o in enumerate(out))
         if image.shape[0] == 33: assert sum((o != image).any() for o in out) >= 2
     assert len(AUGMENTERS) == 10 and f.__doc__
 
@@ -199,12 +199,12 @@ def test_three_different_augmenters_in_drawn_order(monkeypatch):
     calls = []
     monkeypatch.setattr(synth, 'AUGMENTERS', tuple((lambda image, rng, k=k: calls.append(k) or image) for k in range(10)))
     seen = []
-    for i in range(300): calls.clear(); augment(None, keyed(0, i)); seen.append(tuple(calls))
+    for i in range(300): calls.clear(); augment(None, seeded_rng(0, i)); seen.append(tuple(calls))
     assert all(len(set(s)) == 3 for s in seen) and len(set(seen)) > 200 and all(60 < sum(k in s for s in seen) < 125 for k in range(10))
-    calls.clear(); augment(None, keyed(0), 10); assert sorted(calls) == list(range(10))
-    a = picture(4, 4, 0); assert augment(a, keyed(0), 0) is a
+    calls.clear(); augment(None, seeded_rng(0), 10); assert sorted(calls) == list(range(10))
+    a = picture(4, 4, 0); assert augment(a, seeded_rng(0), 0) is a
     for n in (-1, 11):
-        with pytest.raises(ValueError, match=rf'n={n}.*0.*10.*3'): augment(a, keyed(0), n)
+        with pytest.raises(ValueError, match=rf'n={n}.*0.*10.*3'): augment(a, seeded_rng(0), n)
 
 # --- textures
 
@@ -217,29 +217,29 @@ def test_a_folder_is_read_and_what_is_bad_is_named(tmp_path):
     files, bad = textures(tmp_path, workers=1)
     assert [f.name for f in files] == ['grey.PNG', 'banded_0001.jpg', 'woven_0001.jpg'] and [f.name for f, _ in bad] == ['empty.png', 'woven_0002.jpg'] and all(str(f) in why for f, why in bad)
     assert all(h == digest(load_image(f)) for f, h in files.items()) and textures(str(tmp_path), 2) == (files, bad)
-    got = [draw_source(64, keyed(0, i), files) for i in range(30)]
+    got = [draw_source(64, seeded_rng(0, i), files) for i in range(30)]
     assert {digest(a) for a in got} == set(files.values()) and all(a.shape == (30, 40, 3) for a in got)
-    image = picture(50, 50, 9); out, mask = synthesize(image, got[0], keyed(0, 'file'))
+    image = picture(50, 50, 9); out, mask = synthesize(image, got[0], seeded_rng(0, 'file'))
     assert out.shape == image.shape and mask.any()
     with pytest.raises(ValueError, match=r'labels.*none of 0 image files.*DTD.*textures are drawn'): textures(tmp_path/'labels')
     with pytest.raises(ValueError, match='none of 0'): textures(tmp_path/'nowhere')
     (tmp_path/'broken').mkdir(); (tmp_path/'broken'/'a.png').write_bytes(b'no')
     with pytest.raises(ValueError, match=r'none of 1 image files.*a\.png'): textures(tmp_path/'broken', 1)
-    with pytest.raises(ValueError, match=r'files=\{\}.*textures\(folder\)'): draw_source(32, keyed(0), {})
+    with pytest.raises(ValueError, match=r'files=\{\}.*textures\(folder\)'): draw_source(32, seeded_rng(0), {})
 
 def test_drawn_textures():
-    a = [draw_texture(64, keyed(0, 'texture', i)) for i in range(24)]
+    a = [draw_texture(64, seeded_rng(0, 'texture', i)) for i in range(24)]
     assert all(t.shape == (64, 64, 3) and t.dtype == np.uint8 for t in a) and len({t.tobytes() for t in a}) == 24
-    assert np.array_equal(a[3], draw_texture((64, 64), keyed(0, 'texture', 3))) and np.array_equal(a[3], draw_source(64, keyed(0, 'texture', 3)))
-    for size in ((37, 91), (91, 37), (1, 5)): assert draw_texture(size, keyed(0)).shape == (*size, 3)
+    assert np.array_equal(a[3], draw_texture((64, 64), seeded_rng(0, 'texture', 3))) and np.array_equal(a[3], draw_source(64, seeded_rng(0, 'texture', 3)))
+    for size in ((37, 91), (91, 37), (1, 5)): assert draw_texture(size, seeded_rng(0)).shape == (*size, 3)
     for kind in FIELDS:
-        t = [draw_texture(80, keyed(i, kind), (kind,)) for i in range(3)]
+        t = [draw_texture(80, seeded_rng(i, kind), (kind,)) for i in range(3)]
         assert max(s.std((0, 1)).max() for s in t) > 8 and len({s.tobytes() for s in t}) == 3, kind
-    with pytest.raises(ValueError, match="kind='denim'.*clouds.*bubbles"): draw_texture(16, keyed(0), ('denim',))
+    with pytest.raises(ValueError, match="kind='denim'.*clouds.*bubbles"): draw_texture(16, seeded_rng(0), ('denim',))
 
 def test_nearest_of_scattered_points():
-    rng = keyed(0, 'points'); Y, X = np.mgrid[:24, :24].astype('f4')/6 + 1
-    a, b, shade = synth.near(X, Y, keyed(0, 'points')); table = rng.random((3, 64, 64), dtype='f4')
+    rng = seeded_rng(0, 'points'); Y, X = np.mgrid[:24, :24].astype('f4')/6 + 1
+    a, b, shade = synth.near(X, Y, seeded_rng(0, 'points')); table = rng.random((3, 64, 64), dtype='f4')
     points = np.array([(i + table[0, i, j], j + table[1, i, j], table[2, i, j]) for i in range(8) for j in range(8)])
     d = np.hypot(Y[..., None] - points[:, 0], X[..., None] - points[:, 1]); order = d.argsort(-1)
     assert np.allclose(a, np.take_along_axis(d, order, -1)[..., 0], atol=1e-5) and np.allclose(shade, points[order[..., 0], 2])
@@ -272,32 +272,32 @@ def test_numbers_of_the_public_loader():
 
 @pytest.mark.parametrize('shape', [(240, 240), (518, 518), (37, 51), (64, 31), (8, 8)])
 def test_any_size_and_grey(shape):
-    image = np.repeat(picture(*shape, 2)[..., :1], 3, -1); texture = draw_texture((20, 33), keyed(0, 'texture'))
+    image = np.repeat(picture(*shape, 2)[..., :1], 3, -1); texture = draw_texture((20, 33), seeded_rng(0, 'texture'))
     before = image.copy(), texture.copy()
-    out, mask = synthesize(image, texture, keyed(0, 'synth', shape))
+    out, mask = synthesize(image, texture, seeded_rng(0, 'synth', shape))
     assert out.shape == image.shape and out.dtype == np.uint8 and mask.shape == shape and mask.dtype == bool and mask.any()
     assert np.array_equal(out[~mask], image[~mask]) and np.array_equal(image, before[0]) and np.array_equal(texture, before[1])
-    again = synthesize(image, texture, keyed(0, 'synth', shape)); assert np.array_equal(out, again[0]) and np.array_equal(mask, again[1])
-    assert not np.array_equal(mask, synthesize(image, texture, keyed(1, 'synth', shape))[1])
+    again = synthesize(image, texture, seeded_rng(0, 'synth', shape)); assert np.array_equal(out, again[0]) and np.array_equal(mask, again[1])
+    assert not np.array_equal(mask, synthesize(image, texture, seeded_rng(1, 'synth', shape))[1])
 
 def test_off_positions_and_beta():
     image, texture = picture(60, 60, 4), picture(60, 60, 5)
-    same, mask = synthesize(image, texture, keyed(0, 's'), beta=1); assert np.array_equal(same, image) and mask.any()
-    bare, m = synthesize(image, texture, keyed(0, 's'), beta=0, n=0); assert np.array_equal(bare[m], texture[m]) and np.array_equal(bare[~m], image[~m])
-    assert not np.array_equal(synthesize(image, texture, keyed(0, 's'), beta=0)[0], bare)                       # three augmenters change it
+    same, mask = synthesize(image, texture, seeded_rng(0, 's'), beta=1); assert np.array_equal(same, image) and mask.any()
+    bare, m = synthesize(image, texture, seeded_rng(0, 's'), beta=0, n=0); assert np.array_equal(bare[m], texture[m]) and np.array_equal(bare[~m], image[~m])
+    assert not np.array_equal(synthesize(image, texture, seeded_rng(0, 's'), beta=0)[0], bare)                       # three augmenters change it
     white, black = np.full((32, 32, 3), 255, 'u1'), np.zeros((32, 32, 3), 'u1')
-    shares = np.array([out[mask].mean()/255 for out, mask in (synthesize(white, black, keyed(0, 'beta', i), n=0) for i in range(150))])
+    shares = np.array([out[mask].mean()/255 for out, mask in (synthesize(white, black, seeded_rng(0, 'beta', i), n=0) for i in range(150))])
     assert shares.min() >= 0 and shares.max() <= .803 and abs(shares.mean() - .4) < .06 and abs(shares.std() - .8/12**.5) < .04     # U(0, 0.8)
-    free = [synthesize(image[:24, :24], texture, keyed(0, 'free', i), force=False)[1].any() for i in range(60)]; assert not all(free) and any(free)
+    free = [synthesize(image[:24, :24], texture, seeded_rng(0, 'free', i), force=False)[1].any() for i in range(60)]; assert not all(free) and any(free)
 
 @pytest.mark.parametrize('bad', [np.zeros((8, 8), 'u1'), np.zeros((8, 8, 3), 'f4'), np.zeros((8, 8, 4), 'u1'), np.zeros((2, 8, 8, 3), 'u1')])
 def test_what_is_no_rgb_image_is_refused(bad):
     good = picture(16, 16, 0)
     for name, pair in (('image', (bad, good)), ('texture', (good, bad))):
-        with pytest.raises(ValueError, match=rf'{name}: need uint8 RGB \[H,W,3\].*load_image'): synthesize(*pair, keyed(0))
+        with pytest.raises(ValueError, match=rf'{name}: need uint8 RGB \[H,W,3\].*load_image'): synthesize(*pair, seeded_rng(0))
 
 def test_a_sample_of_the_public_loader():
-    image, texture = np.full((24, 24, 3), 200, 'u1'), np.zeros((24, 24, 3), 'u1'); drawn = [draem_sample(image, texture, keyed(0, 'sample', i)) for i in range(200)]
+    image, texture = np.full((24, 24, 3), 200, 'u1'), np.zeros((24, 24, 3), 'u1'); drawn = [draem_sample(image, texture, seeded_rng(0, 'sample', i)) for i in range(200)]
     turned, anomalous = np.array([(clean != image).any() for clean, *_ in drawn]), np.array([m.any() for *_, m in drawn])
     assert abs(turned.mean() - .3) < .1 and .35 < anomalous.mean() < .57
     assert all(np.array_equal(out[~m], clean[~m]) for clean, out, m in drawn) and all(np.array_equal(out, clean) for (clean, out, m), a in zip(drawn, anomalous) if not a)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from zsad.encoder.clip import load_encoder
 from zsad.rendered.pairs import VALIDATION, draw_pair, gather_pairs
-from zsad.learned.pretraining import RECIPES, Muon, Recipe, Words, draw_batch, embed_window, export_weights, new_model, optimisers, prepare, region_loss, to_device, train
+from zsad.learned.pretraining import RECIPES, Muon, Recipe, CachingTokenizer, draw_batch, embed_window, export_weights, new_model, optimisers, prepare, region_loss, to_device, train
 
 TINY = Recipe(seed=3, steps=4, batch=3, tokens=60, full=(0.5, 0.5), smallest=(2, 2), largest=(3, 4), warmup=2, width=32, head=32, layers=2, embed=16, text_width=24, text_layers=1)
 QUIET = dict(report=lambda *_: None, judge=0)
@@ -128,7 +128,7 @@ def test_every_parameter_has_one_optimiser_and_learns(pairs, tmp_path):
 def test_the_plain_recipe_has_no_patch_term_and_no_windows(pairs, tmp_path):
     r = RECIPES['mini-plain']; assert r.region == 0 and r.magnify and r.value_gain == 1
     for step in range(0, r.steps, 100):                                                     # whatever is cut out comes as a whole picture
-        x, part, own, place, _ = to_device(draw_batch(pairs, step, replace(r, batch=2), ['widget']), Words(), 'cpu')
+        x, part, own, place, _ = to_device(draw_batch(pairs, step, replace(r, batch=2), ['widget']), CachingTokenizer(), 'cpu')
         assert x.shape[1:] == (3, 240, 240) and torch.equal(place, torch.arange(225).expand(len(x), -1)) and part.shape == own.shape
     folder = train(replace(TINY, region=0., magnify=True, full=(0., 0.), smallest=(4, 4), largest=(4, 4), steps=2), tmp_path, data=pairs, **QUIET)
     assert [l.split(',')[1] + l.split(',')[-1] for l in (folder/'curve.csv').read_text().splitlines()] == ['4nan']*2

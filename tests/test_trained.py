@@ -7,7 +7,7 @@ import pytest, torch
 from test_parity import gap
 from zsad.bench.jobs import Model, compute, plan_jobs
 from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
-from zsad.datasets.layouts import load_dataset, survey
+from zsad.datasets.layouts import load_dataset, scan_dataset
 from zsad.papers.exhibits import Row
 from zsad.learned.fusion import KAnoCLIP
 from zsad.learned.heads import MVFA, AprilGan
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused(enc, files, made, tmp_path):
 def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
     "The bench gives what the detector gives; another artifact is another run, and rows without one are as they were."
     root = render_procad(('pill', 'wood'), good=2, bad=2, train=1, size=S, root=tmp_path/'procad', workers=1); m = rows(made)
-    sets, model = dict(mvtec=survey(load_dataset('procad', root), 1)), Model(*files, dtype='float32')
+    sets, model = dict(mvtec=scan_dataset(load_dataset('procad', root), 1)), Model(*files, dtype='float32')
     shown = lambda *ms: (SimpleNamespace(name='x', rows=tuple(Row(k.name, k) for k in ms), roles=('mvtec',), form='table', metrics=()),)
     plan, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
     told = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}

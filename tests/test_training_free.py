@@ -15,7 +15,7 @@ from zsad.bench.jobs import Model, collect, compute, forecast, gather_rows, plan
 from zsad.cli.main import main
 from zsad.encoder.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
 from zsad.core.files import digest
-from zsad.datasets.layouts import data_hash, load_dataset, load_image, load_mask, read_folder, read_meta, survey, write_meta
+from zsad.datasets.layouts import data_hash, load_dataset, load_image, load_mask, read_folder, read_meta, scan_dataset, write_meta
 from zsad.methods.dual import draw_references, dual_score, joint_map, pair_map
 from zsad.papers.exhibits import EXHIBITS, Exhibit, Row, shots
 from zsad.pipeline.detector import METHODS, Reference, build, select_paths, select_images
@@ -24,8 +24,8 @@ from zsad.methods.musc import musc_map, rscin
 from zsad.rendered.procad import render_procad
 from zsad.methods.prompts import encode_prompts
 from zsad.reporting.tables import cell, read_results, readable, runs_of, table
-from zsad.encoder.store import join, prune, recall, split, streams_in, streams_of, verify
-from zsad.methods.windows import choose_references, read_windows, window_places, zero_shot_map
+from zsad.encoder.store import join, prune, load_or_encode, split, streams_in, streams_of, verify
+from zsad.methods.windows import choose_references, encode_windows, window_places, zero_shot_map
 
 S, GRID, C = 96, (6, 6), ['pill']
 WITH_REFERENCES, NEW = ('winclip+', 'winclip+@code', 'musc-2', 'dual'), ('winclip', 'winclip+', 'winclip@code', 'winclip+@code', 'musc', 'musc-2', 'dual')
@@ -70,7 +70,7 @@ def probability(t, text, tau): return torch.softmax(t @ text.T/tau, -1)[..., 1]
 def test_winclip_is_the_functions_of_windows_called_by_hand(enc, det, x, name):
     text = encode_prompts(enc, name, 'pill'); score = probability(class_token(enc, x), text, .07)
     p = det(name)(x, C*4)
-    assert gap(p.score, score) < 1e-5 and gap(p.map, enlarge(zero_shot_map(read_windows(enc.model.visual, x, (2, 3)), score, text, GRID, .07))) < 1e-5
+    assert gap(p.score, score) < 1e-5 and gap(p.map, enlarge(zero_shot_map(encode_windows(enc.model.visual, x, (2, 3)), score, text, GRID, .07))) < 1e-5
     assert p.map.std() > .01 and p.score.std() > .01
 
 def test_the_two_spellings_of_winclip_differ(det, x):
@@ -89,11 +89,11 @@ def spread_out(values, k):
 def eq_2_to_4(enc, image, refs, name):
     "WinCLIP+ for one image [1,3,S,S], Eq. (2)-(4) written out: score, map on the grid, memory map."
     v, text = enc.model.visual, encode_prompts(enc, name, 'pill')
-    maps = [spread_out(farness(read_windows(v, image, (k,))[k][0], read_windows(v, refs, (k,))[k].flatten(0, 1)), k) for k in (2, 3)]
+    maps = [spread_out(farness(encode_windows(v, image, (k,))[k][0], encode_windows(v, refs, (k,))[k].flatten(0, 1)), k) for k in (2, 3)]
     maps.append(farness(blocks(enc, image)[-1][0], blocks(enc, refs)[-1].flatten(0, 1)))
     memory = [sum(m)/3 for m in zip(*maps)]
     cls = float(probability(class_token(enc, image), text, .07))
-    zero = [spread_out(probability(read_windows(v, image, (k,))[k][0], text, .07).tolist(), k) for k in (2, 3)]
+    zero = [spread_out(probability(encode_windows(v, image, (k,))[k][0], text, .07).tolist(), k) for k in (2, 3)]
     zero = [3/(1/a + 1/b + 1/cls) for a, b in zip(*zero)]
     return (cls + max(memory))/2, torch.tensor([a + b for a, b in zip(zero, memory)])[None], torch.tensor(memory)
 
@@ -331,15 +331,15 @@ def passes(monkeypatch):
 def test_windows_come_back_bit_by_bit(enc, pictures, tmp_path):
     for spec in (spec_of(windows=(2, 3)), spec_of('vv', 'qkv', windows=(3, 1), layers='all', stage='raw', views='anovl')):
         want = encode_images(enc, [load_image(f) for f in pictures.values()], spec.resolved(enc.blocks))
-        for _ in range(2): got = recall(tmp_path/'t', enc, spec, 'bicubic', pictures); assert same(got, want, spec, enc) and list(got.windows) == list(spec.windows) and got.grid == GRID
+        for _ in range(2): got = load_or_encode(tmp_path/'t', enc, spec, 'bicubic', pictures); assert same(got, want, spec, enc) and list(got.windows) == list(spec.windows) and got.grid == GRID
         few = dict(list(pictures.items())[3:0:-2])                                              # some of them, in another order
-        assert same(recall(tmp_path/'t', enc, spec, 'bicubic', few), select_images(want, [3, 1]), spec, enc)
+        assert same(load_or_encode(tmp_path/'t', enc, spec, 'bicubic', few), select_images(want, [3, 1]), spec, enc)
     assert same(join(split(want, spec.resolved(4)), spec.resolved(4), GRID), want, spec, enc)
 
 def test_only_what_lacks_is_encoded(enc, pictures, tmp_path, passes):
     seen, scales = passes; root = tmp_path/'t'
     def ask(files, *attentions, **more):
-        seen.clear(); scales.clear(); recall(root, enc, spec_of(*attentions, **more), 'bicubic', files, batch=8); return list(seen), list(scales)
+        seen.clear(); scales.clear(); load_or_encode(root, enc, spec_of(*attentions, **more), 'bicubic', files, batch=8); return list(seen), list(scales)
     some = dict(list(pictures.items())[:3])
     assert ask(some, windows=(2,)) == ([(3, (), (2,), 'one')], [2])
     assert ask(some, windows=(2,)) == ([], [])                                                    # nothing new, nothing encoded
@@ -354,27 +354,27 @@ def test_only_what_lacks_is_encoded(enc, pictures, tmp_path, passes):
 
 def test_views_that_are_held_are_not_encoded_again(enc, pictures, tmp_path, passes):
     seen, _ = passes
-    recall(tmp_path/'t', enc, spec_of('vv', views='anovl'), 'bicubic', pictures); seen.clear()
-    recall(tmp_path/'t', enc, spec_of('vv', views='anovl', windows=(2,)), 'bicubic', pictures)
+    load_or_encode(tmp_path/'t', enc, spec_of('vv', views='anovl'), 'bicubic', pictures); seen.clear()
+    load_or_encode(tmp_path/'t', enc, spec_of('vv', views='anovl', windows=(2,)), 'bicubic', pictures)
     assert seen == [(5, (), (2,), 'one')]
 
 def test_a_damaged_shard_of_windows_is_encoded_again(enc, pictures, tmp_path, passes, capsys):
     seen, scales = passes; root, spec = tmp_path/'t', spec_of('vv', windows=(2, 3))
-    want = recall(root, enc, spec, 'bicubic', pictures); seen.clear(); scales.clear()
+    want = load_or_encode(root, enc, spec, 'bicubic', pictures); seen.clear(); scales.clear()
     folder = next(f for s, f, *_ in streams_in(root) if s.part == 'windows 3'); shard = next(folder.glob('*.safetensors'))
     raw = bytearray(shard.read_bytes()); raw[-5] ^= 1; shard.write_bytes(raw)
     assert [f for f, _ in verify(root)] == [shard]
-    assert same(recall(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')] and scales == [3]
+    assert same(load_or_encode(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')] and scales == [3]
     assert str(shard) in capsys.readouterr().err and verify(root) == []
     shard.write_bytes(shard.read_bytes()[:50]); seen.clear()                                       # cut in its header
-    assert same(recall(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')]
+    assert same(load_or_encode(root, enc, spec, 'bicubic', pictures), want, spec, enc) and seen == [(5, (), (3,), 'one')]
 
 def test_pruning_keeps_windows_of_this_version_only(enc, pictures, tmp_path, passes):
     seen, _ = passes; root, spec = tmp_path/'t', spec_of('vv', windows=(2, 3))
-    recall(root, enc, spec, 'bicubic', pictures); seen.clear()
+    load_or_encode(root, enc, spec, 'bicubic', pictures); seen.clear()
     parts = lambda: sorted(s.part for s, *_ in streams_in(root))
     assert parts() == ['cls', 'vv', 'windows 2', 'windows 3'] and prune(root) == 0 and parts() == ['cls', 'vv', 'windows 2', 'windows 3']
-    recall(root, enc, spec, 'bicubic', pictures); assert seen == []
+    load_or_encode(root, enc, spec, 'bicubic', pictures); assert seen == []
     folder = next(f for s, f, *_ in streams_in(root) if s.part == 'windows 2'); told = json.loads((folder/'stream.json').read_text())
     (folder/'stream.json').write_text(json.dumps({k: v for k, v in told.items() if k != 'rev'} | {'code': 'of an older version'}))
     assert None in [s for s, *_ in streams_in(root)] and prune(root) > 1000 and parts() == ['cls', 'vv', 'windows 3']
@@ -455,7 +455,7 @@ OWN = tuple(Row(n, METHODS[n]) for n in ('winclip', 'winclip+', 'musc', 'musc-2'
 SHOWN = (Exhibit('own', 'Rows without training', '', OWN, ('mvtec',), ('image_auroc', 'pixel_auroc'), contrasts=(('winclip+', 'winclip', 'pixel_auroc'), ('dual', 'musc-2', 'image_auroc')), print_state='own'),)
 DRAWN = ('winclip+', 'musc-2', 'dual', 'dual/normal')
 
-def sets_of(root): return dict(mvtec=survey(load_dataset('procad', root), 1))
+def sets_of(root): return dict(mvtec=scan_dataset(load_dataset('procad', root), 1))
 def numbers(results): return {run: {c: json.dumps([r['values'], r['bootstrap_values'], r['defects']]) for c, r in by.items()} for run, by in results.items()}      # as text: NaN is NaN
 
 @pytest.fixture(scope='module')
@@ -687,7 +687,7 @@ def test_results_of_shots_are_kept_apart_by_their_pixels(rendered, model, tmp_pa
     for c in ('pill', 'wood'):
         for f in (other/c/'train'/'good').iterdir(): Image.open(f).transpose(Image.Transpose.ROTATE_90).convert('L').save(f)
     (one, a), jobs = go(rendered, model, tmp_path/'c', 1, shown=shown); (two, b), others = go(other, model, tmp_path/'c', 1, shown=shown); (_, alone), _ = go(other, model, tmp_path/'alone', 1, shown=shown)
-    assert survey(load_dataset('procad', rendered), 1).hash == survey(load_dataset('procad', other), 1).hash
+    assert scan_dataset(load_dataset('procad', rendered), 1).hash == scan_dataset(load_dataset('procad', other), 1).hash
     run = lambda plan, name: runs_named(plan, name)[0]
     assert numbers(b)[run(two, 'winclip+')] == numbers(alone)[run(two, 'winclip+')] != numbers(a)[run(one, 'winclip+')] and numbers(a)[run(one, 'dual')] == numbers(b)[run(two, 'dual')]
     for j, k in zip(jobs, others):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from zsad.encoder.clip import anomaly_score, load_encoder
 from zsad.methods.prompts import PROMPTS, compose
 from test_parity import drawn
-from zsad.encoder.attention import leave, walk
-from zsad.methods.windows import (association, choose_references, few_shot_map, harmonic, harmonic_scales, read_windows, remember, window_places,
+from zsad.encoder.attention import to_stage, forward_paths
+from zsad.methods.windows import (association, choose_references, few_shot_map, harmonic, harmonic_scales, encode_windows, build_memory_bank, window_places,
     window_tokens, with_references, zero_shot_map)
 
 VISION = dict(image_size=96, patch_size=16, width=64, layers=3, head_width=16)
@@ -31,8 +31,8 @@ def unit(t): return t/t.norm(dim=-1, keepdim=True)
 @torch.inference_mode()
 def whole(v, x):
     "Unit class tokens [B,C] and raw patch tokens [B,N,D] of whole images."
-    z = walk(v, v._embeds(x), (), ())[0]
-    return leave(v, z)[:, 0], z[:, 1:]
+    z = forward_paths(v, v._embeds(x), (), ())[0]
+    return to_stage(v, z)[:, 0], z[:, 1:]
 
 # --- places
 
@@ -79,7 +79,7 @@ def test_the_largest_window_is_the_image_and_windows_differ():
 @torch.inference_mode()
 def test_images_do_not_influence_each_other_and_chunks_change_nothing():
     v, rng = make(); x = normal(rng, 5, 3, 96, 96)
-    t = read_windows(v, x, (2, 3))
+    t = encode_windows(v, x, (2, 3))
     assert list(t) == [2, 3] and t[2].shape == (5, 25, 32) and t[3].shape == (5, 16, 32)
     for k, whole_batch in t.items():
         assert gap(torch.cat([window_tokens(v, x[i:i + 1], k) for i in range(5)]), whole_batch) < 1e-5
@@ -91,8 +91,8 @@ def test_images_do_not_influence_each_other_and_chunks_change_nothing():
 @torch.inference_mode()
 def test_no_pass_is_larger_than_a_chunk(monkeypatch):
     import zsad.methods.windows as module
-    v, rng = make(); x = normal(rng, 4, 3, 96, 96); seen, real = [], module.walk_windows
-    monkeypatch.setattr(module, 'walk_windows', lambda visual, z, first, places: seen.append(len(z)*len(places)) or real(visual, z, first, places))
+    v, rng = make(); x = normal(rng, 4, 3, 96, 96); seen, real = [], module.forward_windows
+    monkeypatch.setattr(module, 'forward_windows', lambda visual, z, first, places: seen.append(len(z)*len(places)) or real(visual, z, first, places))
     for chunk, sizes in ((10, [10, 10, 5]*4), (30, [25]*4), (50, [50, 50]), (None, [100])):
         seen.clear(); window_tokens(v, x, 2, chunk)
         assert seen == sizes
@@ -114,7 +114,7 @@ def test_what_is_not_images_of_this_encoder_is_refused():
     v, rng = make()
     with pytest.raises(ValueError, match=r'\[2, 5, 64\].*\[B,37,D\].*preprocess'): window_tokens(v, normal(rng, 2, 5, 64), 2)
     with pytest.raises(ValueError, match='from 1 to 6'): window_tokens(v, normal(rng, 1, 3, 96, 96), 7)
-    with pytest.raises(ValueError, match='k=9'): read_windows(v, normal(rng, 1, 3, 96, 96), (2, 9))
+    with pytest.raises(ValueError, match='k=9'): encode_windows(v, normal(rng, 1, 3, 96, 96), (2, 9))
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @torch.inference_mode()
@@ -173,10 +173,10 @@ def test_nan_windows_give_nan_patches():
     assert torch.equal(zero_shot_map(broken, score, pair, (3, 3)).isnan(), covered)
     assert zero_shot_map(windows, score*float('nan'), pair, (3, 3)).isnan().all()
     patches = unit(normal(np.random.default_rng(3), 1, 9, 7))
-    memory = remember(windows, patches)
+    memory = build_memory_bank(windows, patches)
     assert torch.equal(few_shot_map(broken, patches, memory, (3, 3)).isnan(), covered)
     assert few_shot_map(windows, patches*float('nan'), memory, (3, 3)).isnan().all()
-    assert few_shot_map(windows, patches, remember(broken, patches), (3, 3)).isnan().all()
+    assert few_shot_map(windows, patches, build_memory_bank(broken, patches), (3, 3)).isnan().all()
     assert association(patches, memory['patch']*float('nan')).isnan().all()
 
 # --- references
@@ -202,23 +202,23 @@ def test_memories_that_do_not_fit_are_refused():
     x = torch.ones(2, 5, 7)
     for bad in (torch.ones(0, 7), torch.ones(3, 6), torch.ones(1, 3, 7), torch.ones(7)):
         with pytest.raises(ValueError, match=r'memory: .*\[2, 5, 7\].*\[R,7\].*reference'): association(x, bad)
-    w, m = {2: torch.ones(1, 4, 7)}, remember({3: torch.ones(1, 1, 7)}, torch.ones(1, 9, 7))
+    w, m = {2: torch.ones(1, 4, 7)}, build_memory_bank({3: torch.ones(1, 1, 7)}, torch.ones(1, 9, 7))
     with pytest.raises(ValueError, match=r"memory: has \[3, 'patch'\].*\[2, 'patch'\].*remember"): few_shot_map(w, torch.ones(1, 9, 7), m, 3)
 
 @torch.inference_mode()
 def test_few_shot_map_is_the_mean_over_memories_and_more_references_never_raise_it():
     v, rng = make(); x, refs = normal(rng, 2, 3, 96, 96), normal(rng, 4, 3, 96, 96)
-    w, rw, p, rp = read_windows(v, x), read_windows(v, refs), whole(v, x)[1], whole(v, refs)[1]
-    m = few_shot_map(w, p, remember(rw, rp), (6, 6))
+    w, rw, p, rp = encode_windows(v, x), encode_windows(v, refs), whole(v, x)[1], whole(v, refs)[1]
+    m = few_shot_map(w, p, build_memory_bank(rw, rp), (6, 6))
     parts = [harmonic(association(w[k], torch.cat(list(rw[k]))), 6, k) for k in (2, 3)] + [association(p, torch.cat(list(rp))).view(2, 6, 6)]
     assert gap(m, sum(parts)/3) < 1e-6
-    fewer = few_shot_map(w, p, remember({k: t[:1] for k, t in rw.items()}, rp[:1]), (6, 6))
+    fewer = few_shot_map(w, p, build_memory_bank({k: t[:1] for k, t in rw.items()}, rp[:1]), (6, 6))
     assert (m <= fewer + 1e-6).all() and gap(m, fewer) > .01
-    assert gap(few_shot_map({k: t[1:] for k, t in w.items()}, p[1:], remember(rw, rp), (6, 6), chunk=300), m[1:]) < 1e-6
-    own = few_shot_map(w, p, remember({k: torch.cat([rw[k], w[k][:1]]) for k in w}, torch.cat([rp, p[:1]])), (6, 6))
+    assert gap(few_shot_map({k: t[1:] for k, t in w.items()}, p[1:], build_memory_bank(rw, rp), (6, 6), chunk=300), m[1:]) < 1e-6
+    own = few_shot_map(w, p, build_memory_bank({k: torch.cat([rw[k], w[k][:1]]) for k in w}, torch.cat([rp, p[:1]])), (6, 6))
     assert own[0].max() < 1e-5 and own[1].min() > .01
     posts = v.ln_post(p), v.ln_post(rp)                                             # the other choice of features gives another map
-    assert gap(few_shot_map(w, posts[0], remember(rw, posts[1]), (6, 6)), m) > 1e-3
+    assert gap(few_shot_map(w, posts[0], build_memory_bank(rw, posts[1]), (6, 6)), m) > 1e-3
 
 def test_score_takes_the_worst_place_and_the_maps_are_added():
     m = torch.zeros(2, 3, 3); m[0, 2, 1], m[1, 0, 0] = .4, .1
@@ -252,7 +252,7 @@ def test_sentences_are_those_of_the_prompt_sets():
 @torch.inference_mode()
 def test_each_image_is_asked_with_its_own_sentences():
     v, rng = make(); x = normal(rng, 3, 3, 96, 96); pair = unit(normal(rng, 3, 2, 32))
-    w, cls = read_windows(v, x), whole(v, x)[0]
+    w, cls = encode_windows(v, x), whole(v, x)[0]
     a = zero_shot_map(w, anomaly_score(cls, pair, .07), pair, (6, 6))
     for i in range(3):
         alone = {k: t[i:i + 1] for k, t in w.items()}
@@ -297,13 +297,13 @@ def test_numbers_of_accurate_winclip():
     refs[0] = .8*x[0] + .2*refs[0]                                                   # a reference that resembles the first image
     pair = unit(normal(rng, 2, 32))
     want = {k: torch.tensor(t) for k, t in NUMBERS.items()}
-    w, (cls, p), (_, rp) = read_windows(v, x), whole(v, x), whole(v, refs)
+    w, (cls, p), (_, rp) = encode_windows(v, x), whole(v, x), whole(v, refs)
     score = anomaly_score(cls, pair, .07)
     assert gap(score, want['score']) < 1e-5
     assert gap(w[2][0, 7, :8], want['w2']) < 1e-5 and gap(w[3][1, 5, :8], want['w3']) < 1e-5
     m0 = zero_shot_map(w, score, pair, v.grid_size)
     assert gap(m0[:2], want['m0']) < 1e-5
-    m = few_shot_map(w, p, remember(read_windows(v, refs), rp), v.grid_size)
+    m = few_shot_map(w, p, build_memory_bank(encode_windows(v, refs), rp), v.grid_size)
     assert gap(m[:2], want['few']) < 1e-5
     final, a = with_references(score, m0, m)
     assert gap(final, want['ascore']) < 1e-5 and gap(a[:2], want['m0'] + want['few']) < 1e-5

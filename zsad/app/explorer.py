@@ -15,7 +15,7 @@ from ..core.files import cache_dir, digest
 from ..datasets.layouts import Dataset, load_image, load_mask
 from ..papers.exhibits import ATTENTION
 from ..pipeline.detector import METHODS, build, one_path
-from ..encoder.store import encode_images, recall
+from ..encoder.store import encode_images, load_or_encode
 from ..reporting.viz import map_range, outline, overlay, picture_grid
 
 # %% ../../nbs/app/explorer.ipynb #722fd729
@@ -23,7 +23,7 @@ def maps_of(rows, encoder:Encoder, images, category:str, kind=None, texts=None)-
     "Compute the maps of exhibit rows on images of one category, a list of uint8 arrays or {hash: file} for the token store, encoding once."
     out, texts = {}, {} if texts is None else texts
     for interpolation, spec, methods in merge_specs([r.method for r in rows], encoder.blocks):
-        tokens = recall(cache_dir('tokens'), encoder, spec, interpolation, images) if isinstance(images, dict) else encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
+        tokens = load_or_encode(cache_dir('tokens'), encoder, spec, interpolation, images) if isinstance(images, dict) else encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
         for r in rows:
             if r.method in methods: out[r.label] = build(r.method, {category: kind}, encoder, texts).predict(tokens, [category]*len(images)).map.numpy()
     return {r.label: out[r.label] for r in rows}

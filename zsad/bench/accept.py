@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 from tqdm.auto import tqdm
-from .jobs import IDENTITY, Model, encoder_record, method_record, open_model, rules_of, run_key, twin_of
+from .jobs import IDENTITY, Model, encoder_record, method_record, open_model, rules_of, run_key, encoder_variant_of
 from ..core.files import write_atomic
 from ..papers.exhibits import COLUMNS, EXHIBITS, seeds_of
 from ..core.identity import PIPELINE_REV
@@ -164,7 +164,7 @@ def accept(new,               # results folder of a run
 # %% ../../nbs/bench/accept.ipynb #d1c2d303
 def identity_of(row, dataset:str, model:Model=Model(device='cpu'))->dict:
     "Give the identity that a row has under today's code, but for data and references; 'artifact' is None where what was trained is not on this machine."
-    encoder = open_model(replace(model, twin=twin_of(row)))
+    encoder = open_model(replace(model, twin=encoder_variant_of(row)))
     shared = dict(pipeline_rev=PIPELINE_REV, protocol=rules_of(Protocol()), **encoder_record(row, encoder))
     if row.method is None: return {**shared, **method_record(row, None)}
     try: method, trained = fit(row.method, encoder, dataset)

@@ -18,15 +18,15 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from ..core.files import keep_memory, keyed, write_atomic
+from ..core.files import keep_memory, seeded_rng, write_atomic
 from ..rendered.procad import KINDS, design, plan, render
 from ..evaluation.metrics import evaluate, resize
 from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, cpu_flags, load_encoder
 from ..methods.prompts import sentences
 from ..pipeline.detector import build
 from ..papers.exhibits import EXHIBITS
-from ..learned.configs import COURSES, course_for
-from ..learned.trainer import Batch, Student, groups_of
+from ..learned.configs import CONFIGS, resolve_config
+from ..learned.trainer import Batch, TrainableModel, groups_of
 
 # %% ../../nbs/bench/cost.ipynb #3b16b059
 def wait(device):
@@ -110,7 +110,7 @@ def encoding_rows(encoder:Encoder, batch:int=16, least:int=3, seconds:float=20.)
     e, name, note = encoder, str(encoder.dtype).removeprefix('torch.'), ''
     if name == 'bfloat16' and e.device == 'cpu' and not {'amx_bf16', 'avx512_bf16'} & cpu_flags(): note = 'this processor has no bfloat16 instructions'
     batch = batch_that_fits(e, batch, seconds)
-    x = torch.from_numpy(keyed(0, 'cost').standard_normal((batch, 3, e.preprocess.size, e.preprocess.size), dtype='f4')).to(e.device)
+    x = torch.from_numpy(seeded_rng(0, 'cost').standard_normal((batch, 3, e.preprocess.size, e.preprocess.size), dtype='f4')).to(e.device)
     shapes = layer_shapes(e, batch)
     rates = [gemm_rates(e.dtype, shapes, seconds/5, e.device, least)]
     spent = take_turns({k: lambda s=s: e.tokens(x, s) for k, s in PATHS.items()}, least, 7, 2*seconds, e.device)
@@ -147,7 +147,7 @@ def category_maps(kind:str='bottle', good:int=20, bad:int=63, size:int=240, grid
     jobs = plan(KINDS[kind], good, bad, 0)
     masks = np.stack([render(design(kind, 'procad'), number, defect, size).mask if defect != 'good' else np.zeros((size, size), bool) for defect, _, number, _ in jobs])
     cover = resize(masks.astype('f4'), grid)
-    noise = keyed(0, 'cost', kind).standard_normal(cover.shape, dtype='f4')
+    noise = seeded_rng(0, 'cost', kind).standard_normal(cover.shape, dtype='f4')
     maps = resize(1/(1 + np.exp(-(2*cover + 0.5*noise))), size)
     return maps, masks, maps.max((1, 2)), masks.any((1, 2)).astype(int)
 
@@ -193,7 +193,7 @@ def metric_rows(maps, masks, scores, labels, least:int=3, seconds:float=60.)->li
 def row_times(encoder:Encoder, batch:int=16, least:int=3, seconds:float=20.)->list:
     "Time encoding and scoring of the rows of AnoCLIP's Table 7, one image alone and a batch together."
     S, name, texts = encoder.preprocess.size, str(encoder.dtype).removeprefix('torch.'), {}
-    x = torch.from_numpy(keyed(0, 'cost').standard_normal((batch, 3, S, S), dtype='f4')).to(encoder.device)
+    x = torch.from_numpy(seeded_rng(0, 'cost').standard_normal((batch, 3, S, S), dtype='f4')).to(encoder.device)
     dets = {m.name: build(m, {'bottle': 'object'}, encoder, texts) for m in (r.method for r in EXHIBITS['anoclip-t7'].rows if not r.control)}
     def spent(sizes): return take_turns({k: lambda d=d, n=sizes[k]: d(x[:n], ['bottle']*n) for k, d in dets.items()}, least, 7, 2*seconds, encoder.device)
     out, sizes = [], dict.fromkeys(dets, 1)
@@ -207,8 +207,8 @@ def time_step(course:str, backbone:str, size:int, passes:int=3, device='cpu')->t
     "Take steps on one image of noise with random weights."
     import resource
     keep_memory(); e = load_encoder(backbone, 'random:0', size=size, device=device, dtype='float32'); e.model.requires_grad_(False)
-    c = course_for(replace(COURSES[course], batch=1), e); student = Student(c, e)
-    x = torch.from_numpy(keyed(0, 'cost').standard_normal((1, 3, e.preprocess.size, e.preprocess.size), dtype='f4')).to(e.device)
+    c = resolve_config(replace(CONFIGS[course], batch=1), e); student = TrainableModel(c, e)
+    x = torch.from_numpy(seeded_rng(0, 'cost').standard_normal((1, 3, e.preprocess.size, e.preprocess.size), dtype='f4')).to(e.device)
     wait(device); start = time.perf_counter(); t = e.tokens(x, c.encode); wait(device); encoding = time.perf_counter() - start
     mask = torch.zeros(1, c.loss_size, c.loss_size, dtype=torch.bool, device=e.device); mask[:, :9, :9] = True
     patches = next(iter(t.patches.values())).clone() if c.encode.paths else None
@@ -233,7 +233,7 @@ def step_rows(backbone='ViT-L-14-336-quickgelu', size:int=518, passes:int=3, dev
              )->list:
     "Time a step of every course on one image, and its peak of memory."
     spent, out, note = {}, [], f'{backbone}, {size} px'
-    for group in [[c] for c in COURSES] if apart else [list(COURSES)]:
+    for group in [[c] for c in CONFIGS] if apart else [list(CONFIGS)]:
         spent |= time_steps(group, backbone, size, passes, device)
     for name, (encoding, steps, peak) in spent.items():
         out.append(row('training', f'{name}, encode once', encoding, 's/image', 'float32', 1, note=note))

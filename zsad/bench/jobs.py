@@ -8,13 +8,13 @@ __all__ = ['TORCH', 'IDENTITY', 'PROFILES', 'SCORING', 'merge_specs', 'Truth', '
            'encoder_record', 'run_record', 'row_key', 'complete', 'machine', 'Model', 'load_model', 'open_model', 'Job',
            'read_result', 'stored_result', 'protocol_of', 'predictions', 'predict_job', 'all_tokens', 'reference_of',
            'check_revisions', 'run_job', 'result_of', 'bare', 'run_local', 'run_processes', 'run_cluster', 'keep_here',
-           'with_rows', 'run_on', 'run_all', 'keep_answer', 'Profile', 'open_sets', 'Asked', 'content', 'gather_rows',
-           'image_hash', 'shots_of', 'twin_of', 'possible', 'fitted', 'enough', 'readable_shots', 'Plan', 'runnable',
-           'record_of', 'plan_jobs', 'plan_encoder', 'add_jobs', 'collect', 'Forecast', 'forecast', 'bytes_of',
-           'seconds_per_image', 'seconds_per_sentence', 'sentence_count', 'compute', 'defined', 'seed_draws',
-           'RowResults', 'rows_of', 'datasets_shown', 'metrics_of', 'spans_of', 'decimals', 'percent_of', 'metric_line',
-           'metric_rows', 'defect_rows', 'defect_line', 'contrasts_of', 'contrast_line', 'contrast_rows', 'machine_of',
-           'run_rows', 'to_csv', 'exhibit_files', 'write_results']
+           'with_rows', 'run_on', 'run_all', 'keep_answer', 'Profile', 'open_sets', 'RequestedRow', 'content',
+           'gather_rows', 'image_hash', 'shots_of', 'encoder_variant_of', 'possible', 'fitted', 'enough',
+           'readable_shots', 'Plan', 'runnable', 'record_of', 'plan_jobs', 'plan_encoder', 'add_jobs', 'collect',
+           'Forecast', 'forecast', 'bytes_of', 'seconds_per_image', 'seconds_per_sentence', 'sentence_count', 'compute',
+           'defined', 'seed_draws', 'RowResults', 'rows_of', 'datasets_shown', 'metrics_of', 'spans_of', 'decimals',
+           'percent_of', 'metric_line', 'metric_rows', 'defect_rows', 'defect_line', 'contrasts_of', 'contrast_line',
+           'contrast_rows', 'machine_of', 'run_rows', 'to_csv', 'exhibit_files', 'write_results']
 
 # %% ../../nbs/bench/jobs.ipynb #e343b582
 import csv, io, json, math, os, platform, shutil, sys, time
@@ -43,13 +43,13 @@ from ..evaluation.intervals import interval, resample_weights
 
 from ..encoder.clip import SHIPPED, Encoder, choose_device, choose_dtype, find_config, load_encoder, untrained, vision_weights
 
-from ..core.files import cache_dir, digest, keep_memory, keyed, safe_name, write_atomic
+from ..core.files import cache_dir, digest, keep_memory, seeded_rng, safe_name, write_atomic
 
-from ..datasets.layouts import SOURCES, Survey, check_dataset, find_sets, load_dataset, load_image, load_mask, set_name, survey
+from ..datasets.layouts import SOURCES, ScannedDataset, check_dataset, find_sets, load_dataset, load_image, load_mask, set_name, scan_dataset
 
 from ..methods.dual import draw_references
 
-from ..papers.exhibits import COLUMNS, CONTROLS, STAND_INS, TWINS, Exhibit, Row, datasets_of, seeds_of
+from ..papers.exhibits import COLUMNS, CONTROLS, STAND_INS, ENCODER_VARIANTS, Exhibit, Row, datasets_of, seeds_of
 
 from ..core.identity import PIPELINE_REV, canonical, identity_key
 
@@ -60,7 +60,7 @@ from ..evaluation.metrics import (METRICS, Protocol, auroc, check_shapes, group_
 
 from ..methods.prompts import sentences
 
-from ..encoder.store import encode_missing, held, recall, streams_of
+from ..encoder.store import encode_missing, index, load_or_encode, streams_of
 
 from ..learned.artifacts import HEAD_REVS
 
@@ -190,7 +190,7 @@ def encoder_record(row:Row, encoder:Encoder)->dict:
     return dict(encoder=encoder.backbone, weights=encoder.weights, source=encoder.source, size=size,
                 dtype=str(encoder.dtype).removeprefix('torch.'), device_kind=encoder.device.split(':')[0])
 
-def run_record(row:Row, method, trained, encoder:Encoder, s:Survey, shots:dict={}, protocol=Protocol())->dict:
+def run_record(row:Row, method, trained, encoder:Encoder, s:ScannedDataset, shots:dict={}, protocol=Protocol())->dict:
     "Describe a run that is shown few-shot references {category: ((hash, file), ...)}; `run` is its key, `row_key` what its seeds share."
     shown = digest(*(i for c, found in shots.items() for i in (c, *(h for h, _ in found))), n=16) if shots else ''
     record = dict(control=row.control, dataset=s.dataset.name, data=s.hash, references=shown,
@@ -319,7 +319,7 @@ def predict_job(job:Job, det:Detector, tokens, reference)->Prediction:
 
 def all_tokens(job:Job, encoder:Encoder, m, pixels, files:dict):
     "Recall the tokens of images by their hashes, on the encoder's device; an image that is there twice was encoded once."
-    t, place = recall(job.tokens, encoder, m.encode, m.interpolation, files, job.batch), {i: k for k, i in enumerate(files)}
+    t, place = load_or_encode(job.tokens, encoder, m.encode, m.interpolation, files, job.batch), {i: k for k, i in enumerate(files)}
     return (t if len(files) == len(pixels) else select_images(t, [place[i] for i in pixels])).to(encoder.device)
 
 # %% ../../nbs/bench/jobs.ipynb #9ee941fb
@@ -459,14 +459,14 @@ def open_sets(profile:Profile, root=None, roles=None)->tuple:      # {role: Surv
     root = None if root is None else Path(root).expanduser().absolute()
     found = find_sets(root) if profile.name == 'paper' else {r: root for r, n in wanted.items() if root is None or set_name(root) == n}
     if not found: raise ValueError(f'{root}: not a rendered benchmark (its dataset.json names none of {list(wanted.values())}); real data belong to --profile paper')
-    sets = {role: survey(load_dataset(n, found[role])) for role, n in wanted.items() if role in found}
+    sets = {role: scan_dataset(load_dataset(n, found[role])) for role, n in wanted.items() if role in found}
     for f, why in [k for s in sets.values() for k in s.dataset.skipped]: print(f'left out: {f}: {why}', file=sys.stderr)
     if not sets: raise ValueError(f'{root}: holds none of {list(wanted)}: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
     return sets, {r: f'not found in {root}; {origin(n)}' for r, n in wanted.items() if r not in sets}
 
 # %% ../../nbs/bench/jobs.ipynb #293590b1
 @dataclass(frozen=True)
-class Asked:
+class RequestedRow:
     "A row that exhibits request, with one of its seeds."
     row: Row
     metrics: tuple        # measured at least
@@ -485,7 +485,7 @@ def gather_rows(exhibits, role:str, seeds:int=1)->list:      # of Asked
             _, metrics, places = found.setdefault(content(own), (own, set(), []))
             metrics.update(e.metrics if e.form == 'curve' else METRICS)
             places.append((e.name, r.label))
-    return [Asked(row, tuple(m for m in METRICS if m in metrics), tuple(places)) for row, metrics, places in found.values()]
+    return [RequestedRow(row, tuple(m for m in METRICS if m in metrics), tuple(places)) for row, metrics, places in found.values()]
 
 # %% ../../nbs/bench/jobs.ipynb #0c5c8d5c
 @lru_cache(None)
@@ -498,15 +498,15 @@ def shots_of(m, ds, category:str)->tuple:      # ((hash, file), ...)
     own = {s.id: str(s.path) for s in ds.train if s.category == category}
     return tuple((image_hash(own[i], os.stat(own[i]).st_mtime_ns), own[i]) for i in choose_references(list(own), seed=m.seed, category=category, **m.reference[1]))
 
-def twin_of(row:Row)->str:
+def encoder_variant_of(row:Row)->str:
     "Name the encoder variant that a row runs on, '' for the encoder itself."
-    return row.control if row.control in TWINS else ''
+    return row.control if row.control in ENCODER_VARIANTS else ''
 
 # %% ../../nbs/bench/jobs.ipynb #2f74afa4
 def possible(row:Row, encoder:Encoder, ds)->bool:
     "Check whether a row can be run: depths, windows and variants the encoder has, outlines and training images the set has. What cannot is shown as missing."
     objects = [s for s in ds.samples if ds.kinds[s.category] == 'object']
-    if twin_of(row) == 'plain training' and (encoder.source != 'shipped' or f'{encoder.backbone}-plain' not in SHIPPED): return False
+    if encoder_variant_of(row) == 'plain training' and (encoder.source != 'shipped' or f'{encoder.backbone}-plain' not in SHIPPED): return False
     if row.method is None: return bool(objects) and all(s.foreground for s in objects)
     m, side = row.method, min(encoder.grid)
     near = max([r for name, params in m.terms if name == 'mutual' for r in params.get('scales', (1, 3, 5))], default=0)
@@ -549,11 +549,11 @@ class Plan:
 def runnable(asked, ds, model:Model)->list:      # (Asked, Row with its artifact, shots)
     "Keep the rows that can be run on a data set; what is left out is named."
     can = [a for a in asked if possible(a.row, open_model(model), ds)]
-    fits = [(a, fitted(a.row, open_model(replace(model, twin=twin_of(a.row))), ds)) for a in can]
+    fits = [(a, fitted(a.row, open_model(replace(model, twin=encoder_variant_of(a.row))), ds)) for a in can]
     drawn = [(a, row, readable_shots(row, ds)) for a, row in fits if row]
     return [(a, row, shots) for a, row, shots in drawn if shots is not None]
 
-def record_of(a:Asked, row:Row, shots:dict, encoder:Encoder, s:Survey)->dict:
+def record_of(a:RequestedRow, row:Row, shots:dict, encoder:Encoder, s:ScannedDataset)->dict:
     "Describe the run of a row on a data set; `row` has the artifact that it means."
     det = None if row.method is None else build(row.method, (), encoder)
     return run_record(a.row, det and det.method, det and det.trained, encoder, s, shots)
@@ -564,13 +564,13 @@ def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None, seeds:
     cache, plan = str(Path(cache or cache_dir()).absolute()), Plan(tuple(exhibits), {}, [], {}, {})
     for role, s in sets.items():
         ready = runnable(gather_rows(exhibits, role, seeds), s.dataset, model)
-        for twin in dict.fromkeys(twin_of(a.row) for a, *_ in ready):
-            plan_encoder(plan, replace(model, twin=twin), [r for r in ready if twin_of(r[0].row) == twin], s, batch, cache)
+        for twin in dict.fromkeys(encoder_variant_of(a.row) for a, *_ in ready):
+            plan_encoder(plan, replace(model, twin=twin), [r for r in ready if encoder_variant_of(r[0].row) == twin], s, batch, cache)
     order = {key: sorted(dict.fromkeys(runs), key=lambda r: int(plan.runs[r]['seed'])) for key, runs in plan.shown.items()}
     return replace(plan, jobs=tuple(plan.jobs), shown=order)
 
 # %% ../../nbs/bench/jobs.ipynb #b1c2d302
-def plan_encoder(plan:Plan, model:Model, ready:list, s:Survey, batch:int, cache:str):
+def plan_encoder(plan:Plan, model:Model, ready:list, s:ScannedDataset, batch:int, cache:str):
     "Add the runs and jobs of one encoder on one data set to a plan."
     encoder = open_model(model)
     device = encoder.device.split(':')[0] if model.device == 'auto' else model.device
@@ -589,7 +589,7 @@ def plan_encoder(plan:Plan, model:Model, ready:list, s:Survey, batch:int, cache:
     add_jobs(plan, model, tuple(rows.items()), shown, measured, s, batch, cache)
 
 # %% ../../nbs/bench/jobs.ipynb #3133482e
-def add_jobs(plan:Plan, model:Model, rows:tuple, shown:dict, measured:dict, s:Survey, batch:int, cache:str):
+def add_jobs(plan:Plan, model:Model, rows:tuple, shown:dict, measured:dict, s:ScannedDataset, batch:int, cache:str):
     "Add one job for each category."
     revs = revisions([r for _, r in rows])
     for c in s.dataset.categories:
@@ -631,7 +631,7 @@ def forecast(jobs, measure:bool=False)->Forecast:
         for interpolation, spec, methods in merge_specs(own, open_model(job.model).blocks) if own else ():
             encoder = open_model(job.model); streams = streams_of(encoder, spec, interpolation)
             needed = {*job.files, *(i for key, m in todo.items() if m in methods for i, _ in job.shots.get(key, ()))}
-            lacks = [[i for i in needed if i not in h] for h in (held(job.tokens, s) for s in streams)]
+            lacks = [[i for i in needed if i not in h] for h in (index(job.tokens, s) for s in streams)]
             new = len(set().union(*lacks)); images += new; stored += len(needed) - new
             size += sum(len(l)*bytes_of(encoder, s) for l, s in zip(lacks, streams))
             if measure and new: seconds += new*paced((job.model, interpolation, spec), seconds_per_image, encoder, spec)
@@ -675,7 +675,7 @@ def defined(result, metric)->bool:
 def seed_draws(seeds, resamples:int)->np.ndarray:      # [resamples,S] places in `seeds`
     "Draw seeds with replacement, each once in the first draw; rows with the same seeds get the same draws."
     n = len(seeds)
-    picks = keyed(0, 'bootstrap', 'seeds', *seeds).integers(n, size=(resamples - 1, n))
+    picks = seeded_rng(0, 'bootstrap', 'seeds', *seeds).integers(n, size=(resamples - 1, n))
     return np.concatenate([np.arange(n)[None], picks])
 
 # %% ../../nbs/bench/jobs.ipynb #a3c5f29e

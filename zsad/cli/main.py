@@ -88,15 +88,15 @@ def prepare(a, shown, drawn=())->tuple:
 def train_missing(a, shown, sets, model):
     "Say which artifacts the rows of exhibits lack, and with --train train them."
     from dataclasses import replace
-    from zsad.bench.jobs import gather_rows, open_model, possible, twin_of
+    from zsad.bench.jobs import gather_rows, open_model, possible, encoder_variant_of
     from zsad.datasets.layouts import find_sets
     from zsad.learned.trainer import learn_missing, missing
     lacking = {}      # name -> (twin of the encoder, what is to be trained)
     for role, s in sets.items():
         rows = [asked.row for asked in gather_rows(shown, role, a.seeds)]
         rows = [r for r in rows if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
-        for twin in {twin_of(r) for r in rows}:
-            lacking |= {n[0]: (twin, n) for n in missing([r.method for r in rows if twin_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])}
+        for twin in {encoder_variant_of(r) for r in rows}:
+            lacking |= {n[0]: (twin, n) for n in missing([r.method for r in rows if encoder_variant_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])}
     if not lacking: return
     print(f"not trained: {len(lacking)} artifacts ({', '.join(list(lacking)[:4])}{', ...' if len(lacking) > 4 else ''}); " + ('they are trained first' if a.train and not a.plan else 'the rows that need them stay empty; --train trains them'), flush=True)
     for twin in {t for t, _ in lacking.values()} if a.train and not a.plan else ():
@@ -500,9 +500,9 @@ def full_path(folder)->Path:
 
 def check_data(a):
     "Read a folder as `reproduce` would and say what is there, what is missing and what was left out."
-    from zsad.datasets.layouts import layout_of, load_dataset, settle, survey, vanishing
-    s = survey(load_dataset(a.name, a.folder))
-    print(f'{a.folder}: layout {layout_of(settle(full_path(a.folder)))}, {len(s.dataset.samples)} images, hash {s.hash}')
+    from zsad.datasets.layouts import layout_of, load_dataset, find_root, scan_dataset, vanishing
+    s = scan_dataset(load_dataset(a.name, a.folder))
+    print(f'{a.folder}: layout {layout_of(find_root(full_path(a.folder)))}, {len(s.dataset.samples)} images, hash {s.hash}')
     print_counts(a.name, s.dataset)
     small = vanishing(s.dataset)
     if small: print(f'{len(small)} masks are smaller than a pixel of a map of 240x240; the pixels they touch count as anomalous: {", ".join(small[:5])}')
@@ -511,8 +511,8 @@ def check_data(a):
 # %% ../../nbs/cli/main.ipynb #38104f6a
 def convert_data(a):
     "Write the meta.json of the AnomalyCLIP family for a folder."
-    from zsad.datasets.layouts import load_dataset, settle, write_meta
-    print(write_meta(load_dataset(a.name, a.folder), full_path(a.out) if a.out else settle(full_path(a.folder))/'meta.json'))
+    from zsad.datasets.layouts import load_dataset, find_root, write_meta
+    print(write_meta(load_dataset(a.name, a.folder), full_path(a.out) if a.out else find_root(full_path(a.folder))/'meta.json'))
 
 # %% ../../nbs/cli/main.ipynb #f94b0966
 def arrange_data(a):
@@ -555,9 +555,9 @@ def prune_store(a):
 # %% ../../nbs/cli/main.ipynb #2737ef8c
 def train_any(a):
     "Train a method on an auxiliary set, or a mini encoder; go on with a run that was interrupted."
-    from zsad.learned.configs import COURSES, VARIANTS
+    from zsad.learned.configs import CONFIGS, VARIANTS
     from zsad.learned.pretraining import RECIPES
-    if a.method not in (*RECIPES, *COURSES, *VARIANTS): raise ValueError(f'train {a.method!r}: choose a method of {list(COURSES)}, a variant of {list(VARIANTS)}, or an encoder of {list(RECIPES)}')
+    if a.method not in (*RECIPES, *CONFIGS, *VARIANTS): raise ValueError(f'train {a.method!r}: choose a method of {list(CONFIGS)}, a variant of {list(VARIANTS)}, or an encoder of {list(RECIPES)}')
     return train_mini(a) if a.method in RECIPES else train_course(a)
 
 def train_course(a):
@@ -565,14 +565,14 @@ def train_course(a):
     from dataclasses import replace
     from zsad.encoder.clip import choose_device, load_encoder
     from zsad.core.files import cache_dir
-    from zsad.datasets.layouts import load_dataset, survey
-    from zsad.learned.configs import find_course
+    from zsad.datasets.layouts import load_dataset, scan_dataset
+    from zsad.learned.configs import find_train_config
     from zsad.learned.trainer import check_target, curves, learn, rank_device
     from zsad.learned.artifacts import artifact_name, cached_artifact
     check_target(a.method, a.on, a.target)
-    course = replace(find_course(a.method), seed=a.seed, **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v})
+    course = replace(find_train_config(a.method), seed=a.seed, **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v})
     check_device(choose_device(a.device))
-    enc, s = load_encoder(a.backbone, a.weights, device=rank_device(a.device)), survey(load_dataset(a.on, a.data))
+    enc, s = load_encoder(a.backbone, a.weights, device=rank_device(a.device)), scan_dataset(load_dataset(a.on, a.data))
     path = Path(a.out) if a.out else cached_artifact(artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed), enc)
     key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
     if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')

@@ -6,10 +6,11 @@
 __all__ = ['TURNS', 'LEVELS', 'IMAGES', 'NORMAL', 'MVTEC_TEXTURES', 'MASKS', 'SOURCES', 'DATASETS', 'Sample', 'Dataset',
            'turn_upright', 'decode', 'to_rgb', 'load_image', 'is_soft', 'to_mask', 'read_mask', 'load_mask',
            'looks_inverted', 'image_files', 'folders', 'by_stem', 'scan_kinds', 'scan_category', 'scan_train',
-           'read_json', 'kinds_of', 'check_category', 'gather', 'scan_mvtec', 'read_rows', 'scan_visa', 'is_nothing',
-           'as_text', 'meta_row', 'meta_part', 'read_meta', 'write_meta', 'sort_by_masks', 'scan_plain', 'layout_of',
-           'places', 'settle', 'read_folder', 'Source', 'render_named', 'set_name', 'load_dataset', 'check_dataset',
-           'role_of', 'find_sets', 'Survey', 'look', 'survey', 'lost_at', 'vanishing', 'data_hash']
+           'read_json', 'kinds_of', 'check_category', 'make_dataset', 'scan_mvtec', 'read_rows', 'scan_visa',
+           'is_nothing', 'as_text', 'meta_row', 'meta_part', 'read_meta', 'write_meta', 'sort_by_masks', 'scan_plain',
+           'layout_of', 'candidate_roots', 'find_root', 'read_folder', 'Source', 'render_named', 'set_name',
+           'load_dataset', 'check_dataset', 'role_of', 'find_sets', 'ScannedDataset', 'inspect_sample', 'scan_dataset',
+           'lost_at', 'vanishing', 'data_hash']
 
 # %% ../../nbs/datasets/layouts.ipynb #782c1e10
 import csv, json, os
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from ..core.files import digest, on_cores, write_atomic
+from ..core.files import digest, parallel_map, write_atomic
 from ..evaluation.metrics import MASK_RULES, resize_bilinear, resize_mask
 
 # %% ../../nbs/datasets/layouts.ipynb #33bcbbbe
@@ -194,7 +195,7 @@ def check_category(root, name):
         raise ValueError(f'{root}: category {name!r} is no plain name; name it with letters, digits and spaces, '
                          'without / or \\, for it becomes part of file names')
 
-def gather(name:str, root:Path, samples:list, skipped:list, train=())->Dataset:
+def make_dataset(name:str, root:Path, samples:list, skipped:list, train=())->Dataset:
     "Make a data set of samples: one order, every id once, kinds of the categories."
     own = {}
     for c in dict.fromkeys(s.category for s in (*samples, *train)): check_category(root, c)
@@ -211,7 +212,7 @@ def scan_mvtec(root, name:str)->Dataset:
     root, skipped = Path(root), []
     categories = [p for p in folders(root) if (p/'test').is_dir()]
     if not categories: raise FileNotFoundError(f'{root}: no MVTec-shaped folder (no category with a test folder); point to the folder that holds the categories')
-    return gather(name, root, [s for p in categories for s in scan_category(p, skipped)], skipped, [s for p in categories for s in scan_train(p)])
+    return make_dataset(name, root, [s for p in categories for s in scan_category(p, skipped)], skipped, [s for p in categories for s in scan_train(p)])
 
 # %% ../../nbs/datasets/layouts.ipynb #b34fdc30
 def read_rows(rows, root:Path, skipped:list)->list:
@@ -241,7 +242,7 @@ def scan_visa(root, name:str='visa')->Dataset:
         if r['split'] not in ('test', 'train'): continue
         if r['label'] in labels and r['object'] and r['image']: (rows if r['split'] == 'test' else train).append((r['object'], '', labels[r['label']], r['image'], r['mask']))
         else: skipped.append((file, f"line {n}: object={r['object']!r}, label={r['label']!r}, image={r['image']!r}; give all three, the label as normal or anomaly"))
-    return gather(name, root, read_rows(rows, root, skipped), skipped, read_rows(train, root, []))
+    return make_dataset(name, root, read_rows(rows, root, skipped), skipped, read_rows(train, root, []))
 
 # %% ../../nbs/datasets/layouts.ipynb #47dc38fb
 def is_nothing(v)->bool:
@@ -284,7 +285,7 @@ def read_meta(path, name:str='folder')->Dataset:
     told, root = read_json(path), path.parent
     def rows(part): return [meta_row(r, f'{path}: entry {n} of {c!r}', c) for c in part for n, r in enumerate(part[c])]
     test, train = (rows(meta_part(told, split, path) or {}) for split in ('test', 'train'))
-    return gather(name, root, read_rows(test, root, skipped), skipped, read_rows(train, root, []))
+    return make_dataset(name, root, read_rows(test, root, skipped), skipped, read_rows(train, root, []))
 
 # %% ../../nbs/datasets/layouts.ipynb #300d21ef
 def write_meta(ds:Dataset, path)->Path:
@@ -320,8 +321,8 @@ def scan_plain(root, name:str='folder')->Dataset:
     kinds = [p for p in folders(root) if p.name.lower() not in MASKS and image_files(p)]
     if any(p.name.lower() in NORMAL for p in kinds):
         skipped += [(f, 'stands beside the folders of kinds, not in one') for f in image_files(root)]
-        return gather(name, root, scan_kinds(root.name, kinds, masks, root/'foreground', skipped), skipped)
-    if masks.is_dir() and image_files(root): return gather(name, root, sort_by_masks(root, masks, skipped), skipped)
+        return make_dataset(name, root, scan_kinds(root.name, kinds, masks, root/'foreground', skipped), skipped)
+    if masks.is_dir() and image_files(root): return make_dataset(name, root, sort_by_masks(root, masks, skipped), skipped)
     raise ValueError(f'{root}: nothing tells which images are normal; put them into folders named by kind, one of them {" or ".join(sorted(NORMAL))}, or add a folder masks')
 
 # %% ../../nbs/datasets/layouts.ipynb #b3017257
@@ -336,26 +337,26 @@ def layout_of(root)->str:
     raise FileNotFoundError(f'{root}: ' + ('' if root.is_dir() else 'there is no such folder; ') + 'no MVTec-shaped folder: looked for meta.json, split_csv/1cls.csv (VisA), '
                             'folders that hold test/ (MVTec-AD), test/ (one category) and images, or a folder good, ok, normal or no of images')
 
-def places(root:Path)->list:
+def candidate_roots(root:Path)->list:
     "List where below a folder sets may lie: itself, its folders, and a 1cls in one of them."
     near = [root, *folders(root)]
     return list(dict.fromkeys([*near, *(p/'1cls' for p in near if (p/'1cls').is_dir())]))
 
 # %% ../../nbs/datasets/layouts.ipynb #68f13f34
-def settle(root:Path)->Path:
+def find_root(root:Path)->Path:
     "Give the folder that has a layout: `root`, or the only set it holds."
     try: layout_of(root); return root
     except FileNotFoundError:
-        held = [p for p in places(root)[1:] if (p/'meta.json').is_file() or (p/'split_csv'/'1cls.csv').is_file() or any((c/'test').is_dir() for c in folders(p))]
+        held = [p for p in candidate_roots(root)[1:] if (p/'meta.json').is_file() or (p/'split_csv'/'1cls.csv').is_file() or any((c/'test').is_dir() for c in folders(p))]
         if len(held) == 1: return held[0]
         if held: raise ValueError(f'{root}: holds several sets, {", ".join(p.name for p in held)}; point to one of them') from None
         raise
 
 def read_folder(root, name:str='folder')->Dataset:
     "Read a folder of any layout."
-    root = settle(Path(os.path.abspath(Path(root).expanduser())))
+    root = find_root(Path(os.path.abspath(Path(root).expanduser())))
     layout, skipped = layout_of(root), []
-    if layout == 'category': return gather(name, root, scan_category(root, skipped), skipped, scan_train(root))
+    if layout == 'category': return make_dataset(name, root, scan_category(root, skipped), skipped, scan_train(root))
     return dict(meta=read_meta, visa=scan_visa, mvtec=scan_mvtec, plain=scan_plain)[layout](root, name)
 
 # %% ../../nbs/datasets/layouts.ipynb #30c1eb05
@@ -443,7 +444,7 @@ def role_of(folder:Path)->str:      # 'mvtec', 'visa' or None
 def find_sets(root)->dict:          # {'mvtec': folder, 'visa': folder}, what there is of them
     "Find the published sets that a folder is or holds."
     root, out = Path(root).expanduser(), {}
-    found = [(role_of(p), p) for p in places(root)]
+    found = [(role_of(p), p) for p in candidate_roots(root)]
     for role in SOURCES:
         mine = [p for r, p in found if r == role]
         named = [p for p in mine if p.name.lower() == role]
@@ -454,7 +455,7 @@ def find_sets(root)->dict:          # {'mvtec': folder, 'visa': folder}, what th
 
 # %% ../../nbs/datasets/layouts.ipynb #56585e4b
 @dataclass(frozen=True)
-class Survey:
+class ScannedDataset:
     "A data set of which every file was read."
     dataset: Dataset    # without what cannot be used
     pixels: dict        # id -> digest of the decoded image
@@ -463,7 +464,7 @@ class Survey:
     @property
     def hash(self)->str: return digest(*(a for part in self.parts.items() for a in part))
 
-def look(s:Sample)->tuple:      # ((digest of image, of mask, of outline), None), or (None, (file, reason))
+def inspect_sample(s:Sample)->tuple:      # ((digest of image, of mask, of outline), None), or (None, (file, reason))
     "Decode the files of a sample, or say what is wrong with one."
     file = s.path
     try:
@@ -481,9 +482,9 @@ def look(s:Sample)->tuple:      # ((digest of image, of mask, of outline), None)
     except (OSError, ValueError) as e: return None, (file, str(e))
 
 # %% ../../nbs/datasets/layouts.ipynb #bc85fa9f
-def survey(ds:Dataset, workers:int=None)->Survey:
+def scan_dataset(ds:Dataset, workers:int=None)->ScannedDataset:
     "Read every file of a data set once on all cores, leave out and name what cannot be used."
-    seen = list(zip(ds.samples, on_cores(look, ds.samples, workers, 8)))
+    seen = list(zip(ds.samples, parallel_map(inspect_sample, ds.samples, workers, 8)))
     fine = [(s, names) for s, (names, _) in seen if names]
     lost = [wrong for _, (_, wrong) in seen if wrong]
     if not fine: raise ValueError(f'{ds.name}: none of {len(seen)} samples can be used: ' + '; '.join(f'{f}: {why}' for f, why in lost[:3]))
@@ -491,7 +492,7 @@ def survey(ds:Dataset, workers:int=None)->Survey:
     gone = [(c, 'every sample of this category was left out') for c in ds.categories if c not in left.categories]
     left = replace(left, kinds={c: k for c, k in ds.kinds.items() if c in left.categories}, skipped=(*ds.skipped, *lost, *gone))
     parts = {c: digest(left.kinds[c], *(a for s, names in fine if s.category == c for a in (s.id, s.label, *names))) for c in left.categories}
-    return Survey(left, {s.id: names[0] for s, names in fine}, parts)
+    return ScannedDataset(left, {s.id: names[0] for s, names in fine}, parts)
 
 def lost_at(job)->bool:
     "Tell whether a mask file, with a side in pixels, marks something that is gone when it is brought to that size."
@@ -502,8 +503,8 @@ def lost_at(job)->bool:
 def vanishing(ds:Dataset, size:int=240, workers:int=None)->list:      # ids
     "List the samples whose defect is smaller than a pixel at `size`; `load_mask` keeps the pixels that it touches."
     bad = [s for s in ds.samples if s.mask]
-    return [s.id for s, lost in zip(bad, on_cores(lost_at, [(s.mask, size) for s in bad], workers, 8)) if lost]
+    return [s.id for s, lost in zip(bad, parallel_map(lost_at, [(s.mask, size) for s in bad], workers, 8)) if lost]
 
 def data_hash(ds:Dataset)->str:
     "Hash what a data set's numbers depend on: decoded images, masks, outlines, labels, kinds, ids."
-    return survey(ds).hash
+    return scan_dataset(ds).hash

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core.files import write_atomic
-from .layouts import IMAGES, NORMAL, by_stem, folders, gather, image_files, kinds_of, load_image, read_json, read_mask, read_rows, write_meta
+from .layouts import IMAGES, NORMAL, by_stem, folders, make_dataset, image_files, kinds_of, load_image, read_json, read_mask, read_rows, write_meta
 from .layouts import Dataset
 
 # %% ../../nbs/datasets/raw.ipynb #c4536b97
@@ -248,7 +248,7 @@ def read_raw(name:str,       # one of RAW
     if name == 'sdd': choices['out'] = out
     reader = dict(sdd=read_sdd, dagm=read_dagm, brainmri=read_yes_no, br35h=read_yes_no, headct=read_headct, covid=read_covid).get(name, read_bmad)
     test, train = reader(folder, name, skipped, **choices)
-    ds = gather(name, out, read_rows(test, out, skipped), skipped, read_rows(train, out, []))
+    ds = make_dataset(name, out, read_rows(test, out, skipped), skipped, read_rows(train, out, []))
     return replace(ds, kinds=dict.fromkeys(ds.kinds, 'texture')) if name == 'dagm' else ds
 
 # %% ../../nbs/datasets/raw.ipynb #fb4d0be6

@@ -196,13 +196,13 @@ def check_finite(encoder, tensors):
 @patch
 def tokens(self:Encoder, x, spec:EncodeSpec)->Tokens:
     "Encode `x` [B,3,S,S] along all paths of `spec` in one pass."
-    from zsad.encoder.attention import read_tokens          # the walk itself is the next section, which knows nothing of this one
-    from zsad.methods.windows import read_windows
+    from zsad.encoder.attention import forward_tokens          # the walk itself is the next section, which knows nothing of this one
+    from zsad.methods.windows import encode_windows
     S = self.preprocess.size
     if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point(): raise ValueError(f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)')
     v, x = self.model.visual, x.to(self.device)
-    cls, patches, views = read_tokens(v, x, spec.resolved(self.blocks))
-    windows = read_windows(v, x, spec.windows) if spec.windows else {}
+    cls, patches, views = forward_tokens(v, x, spec.resolved(self.blocks))
+    windows = encode_windows(v, x, spec.windows) if spec.windows else {}
     check_finite(self, [cls, *patches.values(), *([] if views is None else [views]), *windows.values()])
     return Tokens(cls, patches, self.grid, spec.stage, views, windows)
 

@@ -11,7 +11,7 @@ __all__ = ['BINS', 'resample_weights', 'bin_ends', 'Bins', 'place_within', 'end_
 from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, ndtri
-from ..core.files import keyed
+from ..core.files import seeded_rng
 
 # %% ../../nbs/evaluation/intervals.ipynb #f4458ce2
 def resample_weights(
@@ -22,7 +22,7 @@ def resample_weights(
     "Draw images with replacement; the first row is the set itself."
     if resamples < 1:
         raise ValueError(f'{resamples} draws: give 1 or more; 200 are enough for a 95 % interval')
-    picks = keyed(0, 'bootstrap', *key).integers(n, size=(resamples - 1, n)) if n else []
+    picks = seeded_rng(0, 'bootstrap', *key).integers(n, size=(resamples - 1, n)) if n else []
     rows = [np.bincount(p, minlength=n) for p in picks]
     return np.stack([np.ones(n, int), *rows])
 

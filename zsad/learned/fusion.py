@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
-from ..core.files import keyed
+from ..core.files import seeded_rng
 from ..methods.adaptation import anomaly_logit
 from ..encoder.attention import attend
 
@@ -23,7 +23,7 @@ from ..encoder.attention import attend
 def weights_from(seed:int, *purpose):
     "Draw the weights of modules that are built inside from `seed` and `purpose` alone."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(keyed(seed, 'weights', *purpose).integers(2**62))); yield
+        torch.manual_seed(int(seeded_rng(seed, 'weights', *purpose).integers(2**62))); yield
 
 def last(layer:nn.Linear, start:str='zero')->nn.Linear:
     "Begin a residual branch's last layer at zero, or leave it as it was drawn."

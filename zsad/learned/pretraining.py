@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'AXES', 'TRAINING_REV', 'TERMS', 'Recipe', 'mini_config', 'cosines', 'first_filters', 'places', 'prepare',
-           'normalise', 'Words', 'embed_texts', 'aim', 'embed_window', 'contrast', 'region_loss', 'losses',
-           'loss_terms', 'at', 'look', 'draw_batch', 'to_device', 'orthogonal', 'Muon', 'optimisers', 'new_model',
-           'pairs_hash', 'training_identity', 'cut_curve', 'add_lines', 'resume', 'train', 'one_step', 'run_steps',
-           'note_validation', 'run_figure', 'export_weights', 'answers', 'validate']
+           'normalise', 'CachingTokenizer', 'embed_texts', 'sample_windows', 'embed_window', 'contrast', 'region_loss',
+           'losses', 'loss_terms', 'at', 'look', 'draw_batch', 'to_device', 'orthogonal', 'Muon', 'optimisers',
+           'new_model', 'pairs_hash', 'training_identity', 'cut_curve', 'add_lines', 'resume', 'train', 'one_step',
+           'run_steps', 'note_validation', 'run_figure', 'export_weights', 'answers', 'validate']
 
 # %% ../../nbs/learned/pretraining.ipynb #0cf2536b
 import io, json, math, tempfile, time
@@ -17,13 +17,13 @@ import numpy as np, torch
 import torch.nn.functional as F
 import open_clip
 from torch import Tensor, nn
-from ..core.files import cache_dir, digest, keep_memory, keyed, write_atomic
+from ..core.files import cache_dir, digest, keep_memory, seeded_rng, write_atomic
 from ..core.identity import identity_key, plain
 from .prompts import save_state
 from ..rendered.procad import KINDS, uni
 from ..rendered.pairs import VALIDATION, Pairs, captions, render_pairs
 from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, Preprocess, anomaly_score, choose_device, fill, load_encoder, text_tower
-from ..encoder.attention import walk
+from ..encoder.attention import forward_paths
 
 # %% ../../nbs/learned/pretraining.ipynb #e5b90154
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def normalise(x:Tensor)->Tensor:
     return ((x.float()/255 - mean)/std).permute(0, 3, 1, 2).contiguous()
 
 # %% ../../nbs/learned/pretraining.ipynb #cf10fd87
-class Words:
+class CachingTokenizer:
     "The tokenizer with memory: sentences to ids [K,T], cut after the longest end token."
     def __init__(self): self.tok, self.seen = open_clip.SimpleTokenizer(), {}
     def __call__(self, texts):
@@ -116,7 +116,7 @@ def embed_texts(model, ids):
     return F.normalize(text_tower(model, ids), dim=-1)
 
 # %% ../../nbs/learned/pretraining.ipynb #dd618182
-def aim(defect, inside, k:int, share:float, rng)->np.ndarray:
+def sample_windows(defect, inside, k:int, share:float, rng)->np.ndarray:
     "Choose one k x k window per pair, `share` of them on the defect and the others on the object: patch indices [n,k*k]; `defect`, `inside` [n,15,15] uint8."
     n = len(defect)
     wanted = np.where(rng.random(n)[:, None] < share, (defect > 30).reshape(n, -1), (inside > 30).reshape(n, -1)) + 1e-4
@@ -151,7 +151,7 @@ def losses(model, scale, x, part, own, place, texts, r:Recipe)->dict:
     "Compute the terms; `x` [I,3,16a,16b] whole pictures first, then the defective ones; `part`, `own`, `place` [I,a*b]: share of the defect, of the object, index in the picture; `texts` as `to_device` gives them."
     t, v = embed_texts(model, texts[0]), model.visual
     routes = (AttentionPath('vv', r.layers),) if r.region else ()
-    z, local = walk(v, embed_window(v, x, place), routes, (r.layers - 1,))
+    z, local = forward_paths(v, embed_window(v, x, place), routes, (r.layers - 1,))
     with torch.autocast(z.device.type, enabled=False):      # tokens may be 16 bits wide, the terms are not
         tokens = z[:, 0].float(), *(local[route][0][:, 1:].float() for route in routes)
         return loss_terms(model, scale, t.float(), tokens, part, own, texts, r)
@@ -182,7 +182,7 @@ def look(r:Recipe, done:float, rng)->tuple:
 # %% ../../nbs/learned/pretraining.ipynb #545a2544
 def draw_batch(data:Pairs, step:int, r:Recipe, words)->tuple:
     "Assemble a step's crops, labels, places and sentences."
-    rng = keyed(r.seed, 'step', step)
+    rng = seeded_rng(r.seed, 'step', step)
     k, n = look(r, min(1, step/(r.steps*r.accumulate)), rng)
     rows = np.sort(rng.choice(len(data.kinds), min(n, len(data.kinds)), replace=False)); n = len(rows)
     flips, quarter = rng.integers(2, size=2), int(rng.integers(4))
@@ -190,7 +190,7 @@ def draw_batch(data:Pairs, step:int, r:Recipe, words)->tuple:
         a = np.flip(a, [first + i for i in (0, 1) if flips[i]])
         return np.rot90(a, quarter, (first, first + 1))
     part, own = (turned(a[rows]) for a in (data.labels, data.inside))
-    place = np.tile(np.arange(225), (n, 1)) if k == 15 else aim(part, own, k, r.aimed, rng)
+    place = np.tile(np.arange(225), (n, 1)) if k == 15 else sample_windows(part, own, k, r.aimed, rng)
     part, own = (np.take_along_axis(a.reshape(n, -1), place, 1) for a in (part, own))
     was = turned(np.arange(225).reshape(15, 15), 0).ravel()[place]; top, left = (was//15).min(1)*16, (was % 15).min(1)*16
     x = np.stack([data.images[i, :, t:t + 16*k, l:l + 16*k] for i, t, l in zip(rows, top, left)], 1).reshape(2*n, 16*k, 16*k, 3)
@@ -309,7 +309,7 @@ def train(r:Recipe,                 # the row
          )->Path:                   # folder with checkpoint.pt, curve.csv and validation.csv
     "Train the mini encoder, or continue a run that was interrupted."
     keep_memory(); device = choose_device(device); r = replace(r, start=digest(Path(start).read_bytes())) if start else r
-    data, tok = data or render_pairs(r.pairs, designs=r.designs, report=report), Words()
+    data, tok = data or render_pairs(r.pairs, designs=r.designs, report=report), CachingTokenizer()
     key = identity_key(training_identity(r, data, device))
     folder = Path(folder or cache_dir('train', key)); folder.mkdir(parents=True, exist_ok=True)
     model = new_model(r, start)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..encoder.clip import anomaly_score
-from ..core.files import keyed
+from ..core.files import seeded_rng
 
 # %% ../../nbs/methods/adaptation.ipynb #989afa40
 def anomaly_logit(p:Tensor,         # [B,N,C] tokens of any length
@@ -71,7 +71,7 @@ def draw_start(ids,              # [B] image ids
     "Draw initial weights, uniform within 1/sqrt(C), from a key of their own for each image (AnoVL@3a70bfd, reset for each image)."
     shapes, C = start_shapes(adapter, T), T.shape[-1]
     def one(rng): return [(2*rng.random(s, dtype='f4') - 1)/np.float32(C)**.5 for s in shapes]
-    return tuple(torch.from_numpy(np.stack(t)) for t in zip(*(one(keyed(seed, 'adapter', i)) for i in ids)))
+    return tuple(torch.from_numpy(np.stack(t)) for t in zip(*(one(seeded_rng(seed, 'adapter', i)) for i in ids)))
 
 # %% ../../nbs/methods/adaptation.ipynb #ee9b7592
 def draw_noise(ids,                 # [B] image ids
@@ -80,7 +80,7 @@ def draw_noise(ids,                 # [B] image ids
                sigma:float=.05      # standard deviation of a component
               )->Tensor:            # [B,*shape]
     "Draw the noise on patch tokens from a key of its own for each image (AnoCLIP, before Eq. 10)."
-    return torch.from_numpy(np.stack([np.float32(sigma)*keyed(seed, 'noise', i).standard_normal(shape, dtype='f4') for i in ids]))
+    return torch.from_numpy(np.stack([np.float32(sigma)*seeded_rng(seed, 'noise', i).standard_normal(shape, dtype='f4') for i in ids]))
 
 # %% ../../nbs/methods/adaptation.ipynb #d729d02e
 def discriminative_loss(z:Tensor,         # [B,N] logits of adapted tokens

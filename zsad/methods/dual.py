@@ -8,7 +8,7 @@ __all__ = ['POLICIES', 'check_reference', 'pair_map', 'check_share', 'joint_map'
 # %% ../../nbs/methods/dual.ipynb #9aa8faf9
 import torch
 from torch import Tensor
-from ..core.files import keyed
+from ..core.files import seeded_rng
 from .windows import association
 
 # %% ../../nbs/methods/dual.ipynb #9f37e232
@@ -82,7 +82,7 @@ def draw_references(ids,                     # [M] ids of the images to score, a
     check_draw(pool, count, policy, labels, category)
     order, want = sorted(range(len(pool)), key=pool.__getitem__), dict(normal=0, anomalous=1).get(policy)
     fits = lambda i, j: (pool[j] == i) == (policy == 'same') and (want is None or labels[j] == want)
-    drawn = [[j for k in keyed(seed, 'reference', i).permutation(len(pool)) if fits(i, j := order[k])] for i in ids]
+    drawn = [[j for k in seeded_rng(seed, 'reference', i).permutation(len(pool)) if fits(i, j := order[k])] for i in ids]
     for i, d in zip(ids, drawn):
         if len(d) < count: raise ValueError(f'count={count}: {category!r} has {len(d)} images that policy {policy!r} may draw for {i!r}, of {len(pool)}; give more images or a pool of references, or ask for fewer')
     return torch.tensor([d[:count] for d in drawn], dtype=torch.long).view(len(ids), count)

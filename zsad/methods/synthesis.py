@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
-from ..core.files import digest, on_cores
+from ..core.files import digest, parallel_map
 from ..datasets.layouts import folders, image_files, load_image
 from ..rendered.procad import cover, disc, grid, noise, pick, rgb, turn, uni, wave
 
@@ -155,7 +155,7 @@ def textures(folder,                  # DTD as unpacked, or any folder of pictur
             )->tuple:                 # {file: hash of its pixels} in name order, ((file, reason), ...) of what was left out
     "Read a user's folder of texture images (DRAEM: dtd/images/*/*.jpg)."
     files = all_images(Path(folder).expanduser())
-    seen = list(zip(files, on_cores(fingerprint, files, workers, 16)))
+    seen = list(zip(files, parallel_map(fingerprint, files, workers, 16)))
     good, bad = {f: h for f, (h, _) in seen if h}, tuple((f, why) for f, (h, why) in seen if not h)
     if good: return good, bad
     raise ValueError(f'{folder}: none of {len(files)} image files can be read; name a folder of pictures such as DTD (https://www.robots.ox.ac.uk/~vgg/data/dtd/), or none: then textures are drawn' + ''.join(f'; {why}' for _, why in bad[:3]))

@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score, map_tokens
-from ..core.files import keyed
+from ..core.files import seeded_rng
 from ..methods.dual import draw_references, dual_score, joint_map, pair_map
 from ..core.identity import ENCODING_REV, PIPELINE_REV, Registry, importable
 from ..methods.musc import musc_map, rscin, split_subsets
 from ..methods.prompts import PROMPTS, encode_text, prompt_set
 from ..methods.relevance import relevance
 from ..methods.synthesis import draw_source, patch_mask, synthesize
-from ..learned.artifacts import HEAD_REVS, Trained, artifact_name, auxiliary_of, load_trained
+from ..learned.artifacts import HEAD_REVS, Artifact, artifact_name, auxiliary_of, load_trained
 from ..methods.adaptation import adapt, adapt_in_order, draw_noise, draw_start, dual_adapt
-from ..methods.windows import check_window, choose_references, few_shot_map, remember, zero_shot_map
+from ..methods.windows import check_window, choose_references, few_shot_map, build_memory_bank, zero_shot_map
 
 # %% ../../nbs/pipeline/detector.ipynb #5758ba03
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def memory_term(s:ScoringInputs, path:int=0, layer:int=-1)->Tensor:        # [B,
     out = p.new_empty(p.shape[:2])
     for n, rows in enumerate(sets):
         at = which == n
-        bank = remember({k: f[rows] for k, f in r.windows.items()}, patches_of(r, path, layer)[rows])
+        bank = build_memory_bank({k: f[rows] for k, f in r.windows.items()}, patches_of(r, path, layer)[rows])
         windows = {k: f[at] for k, f in s.tokens.windows.items()}
         out[at] = few_shot_map(windows, p[at], bank, s.tokens.grid).flatten(1)
     return out
@@ -178,7 +178,7 @@ def synthetic_images(s:ScoringInputs)->list:     # [(image [S,S,3] uint8, mask [
     prep = s.encoder.preprocess
     out = []
     for image, name in zip(prep.pixels(s.x), s.ids):
-        rng = keyed(s.seed, 'synth', name)
+        rng = seeded_rng(s.seed, 'synth', name)
         out.append(synthesize(image, draw_source(prep.size, rng), rng))
     return out
 
@@ -541,7 +541,7 @@ class Detector:
     method: Method          # resolved: block numbers instead of fractions
     encoder: Encoder
     texts: dict             # category -> Text
-    trained: Trained = None # content of the row's artifact
+    trained: Artifact = None # content of the row's artifact
 
     def __call__(self, x, categories, reference=None, ids=None)->Prediction:
         """Score a preprocessed batch `x` [B,3,S,S] whose images belong to `categories` [B].

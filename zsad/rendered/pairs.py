@@ -11,7 +11,7 @@ import json, time
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
-from ..core.files import cache_dir, fill_folder, keyed, on_cores, safe_name, write_atomic
+from ..core.files import cache_dir, fill_folder, seeded_rng, parallel_map, safe_name, write_atomic
 from ..core.identity import identity_key
 from .procad import KINDS, RENDER_REV, design, paint_pair, photograph, pick, uni
 
@@ -29,13 +29,13 @@ class Pair:
 
 def draw_pair(n:int, world:str='pretrain', designs:int=1000, seed:int=0)->Pair:
     "Render pair `n` of a world in one of `designs` designs per kind; 'validation' draws every kind, 'pretrain' all but those of VALIDATION."
-    rng = keyed(seed, 'pair', world, n)
+    rng = seeded_rng(seed, 'pair', world, n)
     kind = KINDS[pick(rng, tuple(k for k in KINDS if world == 'validation' or k not in VALIDATION))]
     for attempt in range(9):
         defect, dsg = pick(rng, kind.defects), design(kind, world, int(rng.integers(designs)))
         try: clean, fore, bad, _, mask = paint_pair(dsg, n, defect, seed=seed)
         except ValueError: continue      # a defect that this design hides (a stain of its own colour): draw another
-        images = np.stack([photograph(i, keyed(seed, 'camera', world, n, k)) for k, i in enumerate((clean, bad))])
+        images = np.stack([photograph(i, seeded_rng(seed, 'camera', world, n, k)) for k, i in enumerate((clean, bad))])
         share = lambda m: np.ceil(m.reshape(15, 16, 15, 16).mean((1, 3))*255).astype('u1')
         return Pair(images, share(mask), share(fore > 0.5), kind.name, defect)
     raise RuntimeError(f'pair {n} of kind {kind.name!r}: nine designs in a row hide their defect')
@@ -74,7 +74,7 @@ def fill_pairs(folder, n:int, world:str, designs:int, seed:int, workers:int, rep
         np.lib.format.open_memmap(folder/f'{k}.npy', 'w+', 'u1', (n, *shape))
     spans, words, start = [(i, min(i + 100, n)) for i in range(0, n, 100)], [], time.time()
     fill = partial(fill_span, folder=folder, world=world, designs=designs, seed=seed)
-    for part in on_cores(fill, spans, workers):
+    for part in parallel_map(fill, spans, workers):
         words += part
         report(f'rendered {len(words)} of {n} pairs, {time.time() - start:.0f} s')
     write_atomic(folder/'words.json', json.dumps(words))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from ..core.files import cache_dir, fill_folder, keyed, on_cores, safe_name, write_atomic
+from ..core.files import cache_dir, fill_folder, seeded_rng, parallel_map, safe_name, write_atomic
 from ..core.identity import identity_key
 
 # %% ../../nbs/rendered/procad.ipynb #142e1b1e
@@ -469,7 +469,7 @@ def held_out(form:float, hue:float)->bool:
 def design(kind, world:str, index:int=0)->Design:
     "Draw design number `index` of a Kind (or of the name of one of KINDS) from the cells that `world` may use."
     kind = KINDS[kind] if isinstance(kind, str) else kind
-    rng = keyed(0, 'design', world, kind.name, index)
+    rng = seeded_rng(0, 'design', world, kind.name, index)
     while True:
         form, hue = uni(rng), uni(rng)
         if held_out(form, hue) == (world == 'procad'): return Design(kind, world, index, form, hue)
@@ -485,7 +485,7 @@ class Shot:
 
 def scene(dsg:Design, v, X, Y, defect=None, rng=None):
     "Paint background and kind; returns image [3,S,S] and coverage of the object [S,S]."
-    g, S, kind = keyed(0, 'look', dsg.world, dsg.kind.name, dsg.index), X.shape[0], dsg.kind
+    g, S, kind = seeded_rng(0, 'look', dsg.world, dsg.kind.name, dsg.index), X.shape[0], dsg.kind
     if kind.texture: return kind.paint(X, Y, g, v, dsg.form, dsg.hue), np.ones_like(X)
     back = rgb(dsg.hue + uni(g, 0.3, 0.7), uni(g, 0., 0.25), pick(g, (0.12, 0.3, 0.82, 0.92)))
     img = back[:, None, None]*(0.92 + 0.12*noise(v, S, 3, 2))
@@ -518,12 +518,12 @@ def paint_pair(dsg:Design, number:int, defect:str, size:int=240, seed:int=0):
     kind, key = dsg.kind, (dsg.world, dsg.kind.name, dsg.index, number, defect)
     if defect not in ('good', *kind.defects): raise ValueError(f'defect={defect!r} does not occur on {kind.name!r}; choose from {kind.defects}')
     X, Y = grid(size)
-    clean, fore = scene(dsg, keyed(seed, 'instance', *key), X, Y)
+    clean, fore = scene(dsg, seeded_rng(seed, 'instance', *key), X, Y)
     if defect == 'good': return clean, fore, clean, fore, np.zeros((size, size), bool)
     inside = np.flatnonzero(ndimage.binary_erosion(fore > 0.5, iterations=max(1, size//(12 if kind.texture else 40))))
     for attempt in range(60):
-        rng = keyed(seed, 'defect', *key, attempt)
-        if defect in kind.structure: img, f = scene(dsg, keyed(seed, 'instance', *key), X, Y, defect, rng)
+        rng = seeded_rng(seed, 'defect', *key, attempt)
+        if defect in kind.structure: img, f = scene(dsg, seeded_rng(seed, 'instance', *key), X, Y, defect, rng)
         else:
             i, f = int(pick(rng, inside)), fore
             img = kind.mar(clean, defect, rng, X, Y, float(X.flat[i]), float(Y.flat[i]))
@@ -541,7 +541,7 @@ def render(dsg:Design,            # product line
           )->Shot:
     "Render one image with its mask; a pure function of its arguments."
     _, _, img, fore, mask = paint_pair(dsg, number, defect, size, seed)
-    rng = keyed(seed, 'camera', dsg.world, dsg.kind.name, dsg.index, number, defect)
+    rng = seeded_rng(seed, 'camera', dsg.world, dsg.kind.name, dsg.index, number, defect)
     return Shot(photograph(img, rng), mask, fore > 0.5, defect)
 
 # %% ../../nbs/rendered/procad.ipynb #da6b0b6c
@@ -585,7 +585,7 @@ def fill_set(folder, designs:dict, sizes:dict, workers:int=None)->None:
     counts = [sizes[k] for k in ('good', 'bad', 'train')]
     jobs = [(folder/c, d, *row, sizes['seed'], sizes['size'])
             for c, d in designs.items() for row in plan(d.kind, *counts)]
-    for _ in on_cores(write_shot, jobs, workers, 16):
+    for _ in parallel_map(write_shot, jobs, workers, 16):
         pass
 
 # %% ../../nbs/rendered/procad.ipynb #540a9c5c

@@ -6,9 +6,10 @@
 __all__ = ['UNACCEPTED', 'NOTHING', 'NAMES', 'ENCODERS', 'PRINT_STATES', 'BUILT_IN', 'STYLE', 'PAGE', 'ExhibitResults', 'Results',
            'read_exhibit', 'read_results', 'as_results', 'as_exhibit', 'dataset_of', 'gap', 'runs_of', 'why_empty',
            'untimed', 'known_as', 'cell', 'time_of', 'comparable', 'head', 'metric_cells', 'row_cells', 'table',
-           'by_category', 'readable', 'verdict', 'findings', 'sentences_table', 'verdicts', 'data_says', 'provenance',
-           'outline_says', 'roles_say', 'times_say', 'intervals_say', 'caption', 'figure', 'panel', 'played', 'absent',
-           'bars', 'curve', 'write_exhibit', 'markdown', 'latex', 'page', 'write_page', 'write_report']
+           'by_category', 'readable', 'contrast_sentence', 'contrasts', 'sentences_table', 'contrast_sentences',
+           'data_says', 'provenance', 'outline_says', 'roles_say', 'times_say', 'intervals_say', 'caption', 'figure',
+           'panel', 'played', 'absent', 'bars', 'curve', 'write_exhibit', 'markdown', 'latex', 'page', 'write_page',
+           'write_report']
 
 # %% ../../nbs/reporting/tables.ipynb #03166039
 import re
@@ -207,14 +208,14 @@ def readable(t:pd.DataFrame)->pd.DataFrame:
     return pd.DataFrame(out, index=t.index)
 
 # %% ../../nbs/reporting/tables.ipynb #0a7dc89c
-def verdict(row, e:Exhibit=None)->str:
+def contrast_sentence(row, e:Exhibit=None)->str:
     "Say one paired contrast in words; the data set is named unless the exhibit `e` (or the row's own) has one role."
     how = 'is less than a table shows' if max(abs(row.low), abs(row.high)) < 0.05 else 'holds' if row.low > 0 else 'is reversed' if row.high < 0 else 'is not shown'
     e = e or EXHIBITS.get(getattr(row, 'exhibit', ''))
     where = ' of '.join(([] if row.over == 'all' else [row.over]) + ([known_as(row.dataset)] if e is None or len(e.roles) > 1 else []))
     return f"{row.better} over {row.worse} in {NAMES[row.metric]}{where and ' on '}{where}: {row.difference:+.1f} points [{row.low:.1f}, {row.high:.1f}], {how}"
 
-def findings(exhibit, results)->pd.DataFrame:
+def contrasts(exhibit, results)->pd.DataFrame:
     "Give the paired contrasts of an exhibit on the data sets that play its roles."
     e = as_exhibit(exhibit); res = as_results(results, e)
     c = res.of(e).contrasts
@@ -225,11 +226,11 @@ def sentences_table(sentences:dict, name:str):
     style = pd.DataFrame(sentences).style.set_uuid(name).hide(axis='index').format(escape='html')
     return style.set_properties(**{'text-align': 'left', 'white-space': 'normal'})
 
-def verdicts(exhibit, results):
+def contrast_sentences(exhibit, results):
     "Show what the contrasts of an exhibit come to, one sentence each, as a table for a page."
     e = as_exhibit(exhibit); res = as_results(results, e)
     none = gap(res, e, e.roles[0]) or 'missing'
-    return sentences_table({'finding': [verdict(r, e) for r in findings(e, res).itertuples()] or [none]}, e.name)
+    return sentences_table({'finding': [contrast_sentence(r, e) for r in contrasts(e, res).itertuples()] or [none]}, e.name)
 
 # %% ../../nbs/reporting/tables.ipynb #04f7bf2c
 def data_says(r:pd.DataFrame)->str:
@@ -299,7 +300,7 @@ def caption(exhibit, results)->str:
     notes = ''.join(f' {r.label}: {r.note}.' for r in e.rows if r.note and r not in CONTROLS)
     runs = res.of(e).runs
     if runs.empty: return f"{e.title}. {gap(res, e, e.roles[0]).capitalize()}; `zsad reproduce {e.name}` makes it.{said}{notes}"
-    found = '; '.join(verdict(r, e) for r in findings(e, res).itertuples()) if e.claim else ''
+    found = '; '.join(contrast_sentence(r, e) for r in contrasts(e, res).itertuples()) if e.claim else ''
     twin = e.rows[0].control if e.rows[0].method else ''
     built = BUILT_IN if (runs[runs.control == twin].encoder == 'mini').any() and any(m.startswith(('pixel', 'pro')) for m in e.metrics) else ''
     made = provenance(res, [e], twin, {dataset_of(res, e, role) for role in e.roles})
