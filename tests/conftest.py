@@ -1,7 +1,10 @@
 """Tests run in one process per core; each computes with one thread, so that they do not wait for one another."""
-import json, os
 
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
+import json
+import os
+
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 
 
@@ -12,14 +15,20 @@ def pytest_configure(config):
 @pytest.fixture(scope='session')
 def files(tmp_path_factory):
     "Configuration and weights of a small encoder: 96 pixels, 6 x 6 patches, four blocks."
-    import open_clip, torch
+    import open_clip
+    import torch
     from test_parity import config, sharp
+
     d, cfg = tmp_path_factory.mktemp('encoder'), config(dict(image_size=96, layers=4))
-    torch.manual_seed(0); torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d/'small.pt'); (d/'small.json').write_text(json.dumps(cfg))
-    return str(d/'small.json'), str(d/'small.pt')
+    torch.manual_seed(0)
+    torch.save(sharp(open_clip.CLIP(**json.loads(json.dumps(cfg)))), d / 'small.pt')
+    (d / 'small.json').write_text(json.dumps(cfg))
+    return str(d / 'small.json'), str(d / 'small.pt')
+
 
 @pytest.fixture(scope='session')
 def small(files):
     "The small encoder itself, on the CPU in float32."
     from zsad.encoder.clip import load_encoder
+
     return load_encoder(*files, device='cpu', dtype='float32')

@@ -1,10 +1,24 @@
 "What the second and third rendered sets promise: other things than procad's, every defect visible and on its object, the same pixels every time."
+
 import json
+
 import numpy as np
 import pytest
 from test_procad import pixels
-from zsad.rendered.boards import BOARDS, bent_pin, fold, island, lettering, letters, moved_piece, render_boards, solder_bridge, without_piece
+
 from zsad.core.files import digest, seeded_rng
+from zsad.rendered.boards import (
+    BOARDS,
+    bent_pin,
+    fold,
+    island,
+    lettering,
+    letters,
+    moved_piece,
+    render_boards,
+    solder_bridge,
+    without_piece,
+)
 from zsad.rendered.medical import MEDICAL, pulled, render_medical
 from zsad.rendered.procad import KINDS, design, grid, paint_pair, render
 
@@ -17,29 +31,40 @@ def test_every_defect_is_drawn_on_its_object(kind, world, defect):
     s = render(design(kind, world), 3, defect)
     assert s.image.shape == (240, 240, 3) and s.image.dtype == np.uint8 and s.defect == defect
     assert 0.003 <= s.mask.mean() <= 0.1 and s.foreground.mean() > 0.2
-    if defect not in kind.over: assert (s.mask & s.foreground).sum() > 0.8*s.mask.sum(), 'a defect lies on the object'
+    if defect not in kind.over:
+        assert (s.mask & s.foreground).sum() > 0.8 * s.mask.sum(), 'a defect lies on the object'
 
 
 def test_sets_share_no_name_and_no_noun():
     names = [k.name for k, _ in ALL] + list(KINDS)
     nouns = [k.noun for k, _ in ALL] + [k.noun for k in KINDS.values()]
     assert len(set(names)) == len(names) and len(set(nouns)) == len(nouns)
-    assert all(d.isidentifier() for k, _ in ALL for d in k.defects) and all(len(set(k.defects)) == len(k.defects) for k, _ in ALL)
+    assert all(d.isidentifier() for k, _ in ALL for d in k.defects) and all(
+        len(set(k.defects)) == len(k.defects) for k, _ in ALL
+    )
 
 
 def test_sets_are_as_large_as_promised():
     assert len(BOARDS) >= 8 and len(MEDICAL) >= 4
-    assert len({d for k in MEDICAL for d in k.defects}) >= 5 and sum(k.texture for k in MEDICAL) >= 2 and not any(k.texture for k in BOARDS)
+    assert (
+        len({d for k in MEDICAL for d in k.defects}) >= 5
+        and sum(k.texture for k in MEDICAL) >= 2
+        and not any(k.texture for k in BOARDS)
+    )
 
 
 @pytest.mark.parametrize('kind,world', [(BOARDS[0], 'b'), (MEDICAL[0], 'med')], ids=('b', 'med'))
 def test_a_picture_is_a_function_of_its_key(kind, world):
     d = kind.defects[0]
-    draw = lambda n=1, seed=0: digest(*(a for s in [render(design(kind, world), n, d, seed=seed)] for a in (s.image, s.mask)))
+    draw = lambda n=1, seed=0: digest(
+        *(a for s in [render(design(kind, world), n, d, seed=seed)] for a in (s.image, s.mask))
+    )
     assert draw() == draw() and draw() != draw(2) and draw() != draw(seed=1)
 
 
-@pytest.mark.parametrize('kind,world', [(BOARDS[6], 'b'), (MEDICAL[3], 'med')], ids=lambda a: getattr(a, 'name', a))
+@pytest.mark.parametrize(
+    'kind,world', [(BOARDS[6], 'b'), (MEDICAL[3], 'med')], ids=lambda a: getattr(a, 'name', a)
+)
 def test_masks_fit_the_change(kind, world):
     for d in kind.defects[:3]:
         clean, _, bad, _, mask = paint_pair(design(kind, world), 5, d)
@@ -48,58 +73,95 @@ def test_masks_fit_the_change(kind, world):
 
 
 def test_fold_finds_the_nearest_and_its_frame():
-    X, Y = grid(60); poses = [(-.5, -.5, 0.), (.5, .5, .25)]
+    X, Y = grid(60)
+    poses = [(-0.5, -0.5, 0.0), (0.5, 0.5, 0.25)]
     U, V, k = fold(X, Y, poses, step=1)
-    near = np.stack([(X - x)**2 + (Y - y)**2 for x, y, _ in poses])
+    near = np.stack([(X - x) ** 2 + (Y - y) ** 2 for x, y, _ in poses])
     assert (np.take_along_axis(near, k[None], 0)[0] == near.min(0)).all()
-    assert abs(U*U + V*V - near.min(0)).max() < .02      # turning keeps distances
-    assert (fold(X, Y, poses)[2] != k).mean() < .05      # the coarse search differs near the border only
+    assert abs(U * U + V * V - near.min(0)).max() < 0.02  # turning keeps distances
+    assert (
+        fold(X, Y, poses)[2] != k
+    ).mean() < 0.05  # the coarse search differs near the border only
 
 
 def test_lettering_is_its_bits():
-    bits = letters(seeded_rng(0, 'letters'), 3); h = .04
-    U, V = np.meshgrid((np.arange(13, dtype='f4') - 6)*h, (np.arange(13, dtype='f4') - 6)*h)
-    assert ((lettering(U, V, bits, h)[3:10] < 0) == (bits > .5)).all()
+    bits = letters(seeded_rng(0, 'letters'), 3)
+    h = 0.04
+    U, V = np.meshgrid((np.arange(13, dtype='f4') - 6) * h, (np.arange(13, dtype='f4') - 6) * h)
+    assert ((lettering(U, V, bits, h)[3:10] < 0) == (bits > 0.5)).all()
 
 
 def test_pieces_come_off_one_at_a_time():
-    X, Y = grid(240); kind = next(k for k in BOARDS if k.name == 'pasta')
-    parts = kind.paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), .5, .5)
+    X, Y = grid(240)
+    kind = next(k for k in BOARDS if k.name == 'pasta')
+    parts = kind.paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), 0.5, 0.5)
     part, piece, zone = island(seeded_rng(1, 'x'), parts, X, lambda p: p.loose)
     assert part is parts[0] and (piece & zone).sum() == piece.sum()
     less = without_piece(parts, 'pasta', zone)
-    assert ((less[0].d < 0) == ((parts[0].d < 0) & ~piece)).all() and not (less[1].d[zone] < 0).any()
+    assert ((less[0].d < 0) == ((parts[0].d < 0) & ~piece)).all() and not (
+        less[1].d[zone] < 0
+    ).any()
     moved = moved_piece(parts, 'pasta', zone, 5, -7)
-    assert ((moved[1].d < 0) == np.roll(piece, (5, -7), (0, 1))).all() and ((moved[0].d < 0) == (less[0].d < 0)).all()
+    assert ((moved[1].d < 0) == np.roll(piece, (5, -7), (0, 1))).all() and (
+        (moved[0].d < 0) == (less[0].d < 0)
+    ).all()
 
 
 def test_pins_gain_what_is_bent_and_bridged():
-    X, Y = grid(240); parts = BOARDS[0].paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), .5, .5)
+    X, Y = grid(240)
+    parts = BOARDS[0].paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), 0.5, 0.5)
     for f in (bent_pin, solder_bridge):
         more = f(parts, seeded_rng(2, 'pins'), X, Y)
-        assert more[:len(parts)] == parts and len(more) > len(parts)
+        assert more[: len(parts)] == parts and len(more) > len(parts)
 
 
 def test_pulled_moves_by_what_it_is_told():
-    img = np.zeros((3, 40, 40), 'f4'); img[:, 20, 10] = 1; zero = np.zeros((40, 40), 'f4')
+    img = np.zeros((3, 40, 40), 'f4')
+    img[:, 20, 10] = 1
+    zero = np.zeros((40, 40), 'f4')
     assert abs(pulled(img, zero, zero) - img).max() < 1e-6
-    assert abs(pulled(img, zero + 2/20, zero - 3/20)[:, 23, 8] - 1).max() < 1e-3      # from two pixels to the right and three above
+    assert (
+        abs(pulled(img, zero + 2 / 20, zero - 3 / 20)[:, 23, 8] - 1).max() < 1e-3
+    )  # from two pixels to the right and three above
 
 
-@pytest.mark.parametrize('render_it,kinds,name', [(render_boards, BOARDS, 'procad-b'), (render_medical, MEDICAL, 'procad-med')], ids=('b', 'med'))
+@pytest.mark.parametrize(
+    'render_it,kinds,name',
+    [(render_boards, BOARDS, 'procad-b'), (render_medical, MEDICAL, 'procad-med')],
+    ids=('b', 'med'),
+)
 def test_folder(render_it, kinds, name, tmp_path):
-    root = render_it(good=1, bad=1, train=1, root=tmp_path/'set', workers=1)
-    told = json.loads((root/'dataset.json').read_text())
-    assert told['name'] == name and told['kinds'] == {k.name: 'texture' if k.texture else 'object' for k in kinds}
+    root = render_it(good=1, bad=1, train=1, root=tmp_path / 'set', workers=1)
+    told = json.loads((root / 'dataset.json').read_text())
+    assert told['name'] == name and told['kinds'] == {
+        k.name: 'texture' if k.texture else 'object' for k in kinds
+    }
     for k in kinds:
-        assert (root/k.name/'train'/'good'/'000.png').exists() and (root/k.name/'ground_truth'/k.defects[0]/'000_mask.png').exists()
-        assert (root/k.name/'foreground').exists() != k.texture
+        assert (root / k.name / 'train' / 'good' / '000.png').exists() and (
+            root / k.name / 'ground_truth' / k.defects[0] / '000_mask.png'
+        ).exists()
+        assert (root / k.name / 'foreground').exists() != k.texture
 
 
 PIXELS = dict(
-    sensor_board='9676a095abf3', relay_board='517c3b53763e', memory_board='e6e11b8eedf6', radio_board='c8de4275bebd', candles='ca7fa46dba4e', tablets='93c35fffd50b',
-    pasta='05afce722fe3', cashew='d4e76447a807', gum='69400205ba22', dough_pipe='53c8beaf8b53', snack_wheel='50d14e66d0e7', brain_slice='98b8d6e29eb6',
-    liver_slice='2e022c7ec28b', chest='5bc56dafa33e', retina='9c06f157efa1', cell_smear='cbfc82868a39')
+    sensor_board='9676a095abf3',
+    relay_board='517c3b53763e',
+    memory_board='e6e11b8eedf6',
+    radio_board='c8de4275bebd',
+    candles='ca7fa46dba4e',
+    tablets='93c35fffd50b',
+    pasta='05afce722fe3',
+    cashew='d4e76447a807',
+    gum='69400205ba22',
+    dough_pipe='53c8beaf8b53',
+    snack_wheel='50d14e66d0e7',
+    brain_slice='98b8d6e29eb6',
+    liver_slice='2e022c7ec28b',
+    chest='5bc56dafa33e',
+    retina='9c06f157efa1',
+    cell_smear='cbfc82868a39',
+)
+
 
 @pytest.mark.parametrize('kind,world', ALL, ids=lambda a: getattr(a, 'name', a))
 def test_pixels_are_the_same_everywhere(kind, world):

@@ -1,33 +1,52 @@
 """Everything that runs on a GPU, on a device that is not there (tests/devices.py), and on a real one if there is one."""
+
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import Away, faked, fetch, send, sent
+from devices import Away, faked, sent
+
 from zsad.bench.jobs import Model, compute, load_model
-from zsad.encoder.clip import load_encoder
-from zsad.learned.configs import CONFIGS, resolve_config
-from zsad.datasets.layouts import load_dataset, scan_dataset
-from zsad.papers.exhibits import Row
 from zsad.core.identity import plain
+from zsad.datasets.layouts import load_dataset, scan_dataset
+from zsad.encoder.clip import load_encoder
+from zsad.learned.artifacts import artifact_name, cached_artifact, load_trained, save_trained
+from zsad.learned.configs import CONFIGS, resolve_config
+from zsad.learned.pretraining import Recipe, train
 from zsad.learned.prompts import Learned
-from zsad.learned.trainer import TrainableModel, learn, own_encoder, rank_device, load_train_set, make_batch, world
+from zsad.learned.trainer import TrainableModel, learn, load_train_set, make_batch
+from zsad.papers.exhibits import Row
 from zsad.pipeline.detector import METHODS, Reference, build
 from zsad.rendered.pairs import draw_pair, gather_pairs
 from zsad.rendered.procad import render_aux, render_procad
-from zsad.learned.pretraining import Recipe, train
-from zsad.learned.artifacts import artifact_name, cached_artifact, load_trained, save_trained
 
 S, LEARNED = 96, list(CONFIGS)
-TINY = Recipe(seed=3, steps=2, batch=2, tokens=60, full=(0.5, 0.5), smallest=(2, 2), largest=(3, 4), warmup=2, width=32,
-              head=32, layers=2, embed=16, text_width=24, text_layers=1)
+TINY = Recipe(
+    seed=3,
+    steps=2,
+    batch=2,
+    tokens=60,
+    full=(0.5, 0.5),
+    smallest=(2, 2),
+    largest=(3, 4),
+    warmup=2,
+    width=32,
+    head=32,
+    layers=2,
+    embed=16,
+    text_width=24,
+    text_layers=1,
+)
 
 
 @pytest.fixture(scope='module')
-def x(): return torch.randn(3, 3, S, S, generator=torch.Generator().manual_seed(3))
+def x():
+    return torch.randn(3, 3, S, S, generator=torch.Generator().manual_seed(3))
+
 
 @pytest.fixture(scope='module')
 def cache(small, tmp_path_factory):
@@ -44,35 +63,53 @@ def cache(small, tmp_path_factory):
             save_trained(path, small, words, student.head, c.settings, inputs, dataset=on)
         yield folder
 
+
 @pytest.fixture(scope='module')
 def aux(tmp_path_factory):
-    root = render_aux(good=1, bad=1, train=1, size=S, root=tmp_path_factory.mktemp('aux')/'set', workers=1)
+    root = render_aux(
+        good=1, bad=1, train=1, size=S, root=tmp_path_factory.mktemp('aux') / 'set', workers=1
+    )
     return scan_dataset(load_dataset('procad-aux', root), 1)
+
 
 def course(name):
     settings = dict(heads=4) if name == 'kanoclip' else {}
     return replace(CONFIGS[name], epochs=1, batch=8, loss_size=48, settings=settings)
 
+
 def test_the_device_that_is_not_there_refuses_what_a_gpu_refuses():
     with faked():
         here, there = torch.ones(3), torch.ones(3, device='cuda')
-        assert there.device.type == 'cuda' and type(there.cpu()) is torch.Tensor and isinstance(here.to('cuda'), Away)
-        for mixed in (lambda: here + there, lambda: torch.stack([there[0], here[0]]), lambda: here[there.long() - 1],
-                      lambda: F.linear(here, there[None])):
-            with pytest.raises(RuntimeError, match='same device'): mixed()
-        assert (there*torch.tensor(2.)).sum() == 6 and (there[here.long() - 1] == 1).all()
+        assert (
+            there.device.type == 'cuda'
+            and type(there.cpu()) is torch.Tensor
+            and isinstance(here.to('cuda'), Away)
+        )
+        for mixed in (
+            lambda: here + there,
+            lambda: torch.stack([there[0], here[0]]),
+            lambda: here[there.long() - 1],
+            lambda: F.linear(here, there[None]),
+        ):
+            with pytest.raises(RuntimeError, match='same device'):
+                mixed()
+        assert (there * torch.tensor(2.0)).sum() == 6 and (there[here.long() - 1] == 1).all()
         for read in (there.numpy, lambda: np.asarray(there)):
-            with pytest.raises(TypeError, match='numpy'): read()
+            with pytest.raises(TypeError, match='numpy'):
+                read()
         module = torch.nn.Linear(3, 1).to('cuda')
         module(there).sum().backward()
         assert isinstance(module.weight.grad, Away)
         with torch.autocast('cuda', torch.bfloat16):
             assert module(there).dtype == torch.bfloat16
-            with pytest.raises(RuntimeError, match='unsafe to autocast'): F.binary_cross_entropy(there, there)
+            with pytest.raises(RuntimeError, match='unsafe to autocast'):
+                F.binary_cross_entropy(there, there)
+
 
 def references(method, tokens):
     "Compare each image with the next one."
     return {'pill': Reference(tokens, torch.tensor([[1], [2], [0]]))} if method.reference else None
+
 
 @pytest.mark.parametrize('name', list(METHODS))
 def test_a_row_predicts_on_the_device_what_it_predicts_on_the_cpu(name, small, cache, x):
@@ -80,29 +117,50 @@ def test_a_row_predicts_on_the_device_what_it_predicts_on_the_cpu(name, small, c
     reference = x[:1] if METHODS[name].reference else None
     det = build(name, ['pill'], small)
     tokens = small.tokens(x, det.method.encode)
-    want = det(x, ['pill']*3, reference), det.predict(tokens, ['pill']*3, references(det.method, tokens), x)
+    want = (
+        det(x, ['pill'] * 3, reference),
+        det.predict(tokens, ['pill'] * 3, references(det.method, tokens), x),
+    )
     with faked():
         det = build(name, ['pill'], sent(small))
-        got = det(x, ['pill']*3, reference), det.predict(tokens, ['pill']*3, references(det.method, tokens), x)
+        got = (
+            det(x, ['pill'] * 3, reference),
+            det.predict(tokens, ['pill'] * 3, references(det.method, tokens), x),
+        )
     for a, b in zip(got, want):
         assert type(a.score) is torch.Tensor and type(a.map) is torch.Tensor
         assert torch.equal(a.score, b.score) and torch.equal(a.map, b.map)
 
+
 def test_the_bench_computes_every_row_on_the_device(files, cache, tmp_path):
-    root = render_procad(('pill',), good=2, bad=2, train=2, size=S, root=tmp_path/'procad', workers=1)
+    root = render_procad(
+        ('pill',), good=2, bad=2, train=2, size=S, root=tmp_path / 'procad', workers=1
+    )
     sets = dict(mvtec=scan_dataset(load_dataset('procad', root), 1))
-    exhibit = SimpleNamespace(name='all', rows=tuple(Row(n, m) for n, m in METHODS.items()), roles=('mvtec',), form='table', metrics=())
+    exhibit = SimpleNamespace(
+        name='all',
+        rows=tuple(Row(n, m) for n, m in METHODS.items()),
+        roles=('mvtec',),
+        form='table',
+        metrics=(),
+    )
+
     def run():
         load_model.cache_clear()
-        shutil.rmtree(cache/'runs', ignore_errors=True)
+        shutil.rmtree(cache / 'runs', ignore_errors=True)
         plan, results = compute((exhibit,), sets, Model(*files, dtype='float32'), show=False)
         load_model.cache_clear()
         return {label: results[run]['pill'] for (_, _, label), (run,) in plan.shown.items()}
+
     want = run()
-    with faked(): got = run()
+    with faked():
+        got = run()
     assert set(got) == set(want) == set(METHODS)
     for n in got:
-        assert got[n]['machine']['device'] == 'not there' and got[n]['values'] == pytest.approx(want[n]['values'], abs=1e-6, nan_ok=True), n
+        assert got[n]['machine']['device'] == 'not there' and got[n]['values'] == pytest.approx(
+            want[n]['values'], abs=1e-6, nan_ok=True
+        ), n
+
 
 @pytest.mark.parametrize('name', LEARNED)
 def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
@@ -112,13 +170,29 @@ def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
     here = TrainableModel(c, small)(make_batch(lessons, list(range(8)), small))
     with faked():
         there = sent(small)
-        with torch.autocast('cuda', torch.bfloat16): told = TrainableModel(c, there)(make_batch(lessons, list(range(8)), there))
+        with torch.autocast('cuda', torch.bfloat16):
+            told = TrainableModel(c, there)(make_batch(lessons, list(range(8)), there))
         assert all(v.dtype == torch.float32 and isinstance(v, Away) for v in told.values())
-        assert {k: v.item() for k, v in told.items()} == pytest.approx({k: v.item() for k, v in here.items()}, rel=.05)
-        assert learn(c, there, aux, tmp_path/'a', tmp_path/'run', limit=1, lessons=lessons, show=False) == ''
-        key = learn(c, there, aux, tmp_path/'a', tmp_path/'run', lessons=lessons, show=False)
-        assert load_trained(tmp_path/'a', there).hash == key and small.device == 'cpu'
-    assert load_trained(tmp_path/'a', small).hash == key
+        assert {k: v.item() for k, v in told.items()} == pytest.approx(
+            {k: v.item() for k, v in here.items()}, rel=0.05
+        )
+        assert (
+            learn(
+                c,
+                there,
+                aux,
+                tmp_path / 'a',
+                tmp_path / 'run',
+                limit=1,
+                lessons=lessons,
+                show=False,
+            )
+            == ''
+        )
+        key = learn(c, there, aux, tmp_path / 'a', tmp_path / 'run', lessons=lessons, show=False)
+        assert load_trained(tmp_path / 'a', there).hash == key and small.device == 'cpu'
+    assert load_trained(tmp_path / 'a', small).hash == key
+
 
 def test_an_encoder_is_trained_on_the_device(tmp_path, monkeypatch):
     "All but the table of words, whose gradient is sparse."
@@ -126,10 +200,22 @@ def test_an_encoder_is_trained_on_the_device(tmp_path, monkeypatch):
     pairs = gather_pairs([draw_pair(n) for n in range(4)])
     with faked():
         for limit in (1, None):
-            folder = train(TINY, tmp_path, device='cuda', data=pairs, limit=limit, judge=0, report=lambda *_: None)
-    assert len((folder/'curve.csv').read_text().splitlines()) == 2
-    model = torch.load(folder/'checkpoint.pt', weights_only=True)['model']
-    assert all(torch.isfinite(t.float()).all() for t in model.values() if t.ndim) and not (tmp_path/'checkpoint.pt.part').exists()
+            folder = train(
+                TINY,
+                tmp_path,
+                device='cuda',
+                data=pairs,
+                limit=limit,
+                judge=0,
+                report=lambda *_: None,
+            )
+    assert len((folder / 'curve.csv').read_text().splitlines()) == 2
+    model = torch.load(folder / 'checkpoint.pt', weights_only=True)['model']
+    assert (
+        all(torch.isfinite(t.float()).all() for t in model.values() if t.ndim)
+        and not (tmp_path / 'checkpoint.pt.part').exists()
+    )
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
@@ -138,10 +224,17 @@ def test_a_method_learns_on_a_gpu(name, files, small, aux, tmp_path):
     "The same steps as on the CPU, in bfloat16; the artifact serves both."
     there = load_encoder(*files, device='cuda', dtype='float32')
     c = resolve_config(course(name), small)
-    key = learn(c, there, aux, tmp_path/'a', tmp_path/'run', show=False)
+    key = learn(c, there, aux, tmp_path / 'a', tmp_path / 'run', show=False)
     x = torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(3))
-    a, b = (build(name, ['pill'], e, artifact=tmp_path/'a.json')(x, ['pill']*2) for e in (there, small))
-    assert load_trained(tmp_path/'a', small).hash == key and (a.map - b.map).abs().max() < 2e-2*b.map.abs().max()
+    a, b = (
+        build(name, ['pill'], e, artifact=tmp_path / 'a.json')(x, ['pill'] * 2)
+        for e in (there, small)
+    )
+    assert (
+        load_trained(tmp_path / 'a', small).hash == key
+        and (a.map - b.map).abs().max() < 2e-2 * b.map.abs().max()
+    )
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
@@ -149,5 +242,7 @@ def test_a_method_learns_on_a_gpu(name, files, small, aux, tmp_path):
 def test_a_row_predicts_on_a_gpu_what_it_predicts_on_the_cpu(name, files, small, cache, x):
     there = load_encoder(*files, device='cuda', dtype='float32')
     reference = x[:1] if METHODS[name].reference else None
-    a, b = (build(name, ['pill'], e)(x, ['pill']*3, reference) for e in (there, small))
-    assert (a.map - b.map).abs().max() < 1e-2*b.map.abs().max() and (a.score - b.score).abs().max() < 1e-2
+    a, b = (build(name, ['pill'], e)(x, ['pill'] * 3, reference) for e in (there, small))
+    assert (a.map - b.map).abs().max() < 1e-2 * b.map.abs().max() and (
+        a.score - b.score
+    ).abs().max() < 1e-2

@@ -2,6 +2,7 @@
 
 Quarto itself is not needed: `nbdev_proc_nbs` only looks for it, and `smalldocs` builds the processed project.
 """
+
 import json
 import os
 import re
@@ -17,14 +18,18 @@ import pytest
 from nbdev.config import get_config
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 PROCESS = 'from nbdev.quarto import nbdev_proc_nbs; nbdev_proc_nbs(n_workers=0)'
 TOP = ('nbs', 'zsad', 'settings.ini', 'setup.py', '_quarto.yml', 'README.md')
 
 
 def code_cells(path):
     "Sources of the code cells of a notebook."
-    return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    return [
+        ''.join(c['source'])
+        for c in json.loads(path.read_text())['cells']
+        if c['cell_type'] == 'code'
+    ]
 
 
 def is_empty_export(source):
@@ -36,31 +41,45 @@ def is_empty_export(source):
 def test_no_exported_cell_is_empty():
     assert is_empty_export('#| exports\n\n') and not is_empty_export('#| default_exp core')
     empty = [p.name for p in NOTEBOOKS for s in code_cells(p) if is_empty_export(s)]
-    assert not empty, f'exported cells with nothing but a directive in {empty}: Quarto stops there; delete them'
+    assert not empty, (
+        f'exported cells with nothing but a directive in {empty}: Quarto stops there; delete them'
+    )
 
 
 def test_the_sidebar_lists_every_page_once():
-    listed = re.findall(r'^\s+- (\S+\.ipynb)$', (ROOT/'_quarto.yml').read_text(), re.M)
+    listed = re.findall(r'^\s+- (\S+\.ipynb)$', (ROOT / '_quarto.yml').read_text(), re.M)
     assert sorted(listed) == [p.name for p in NOTEBOOKS]
 
 
 def copy_tree(to):
     "Copy what the site is made from."
     for name in TOP:
-        if (ROOT/name).is_dir():
-            shutil.copytree(ROOT/name, to/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name,
+                to / name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns('__pycache__', '.*'),
+            )
         else:
-            shutil.copy(ROOT/name, to/name)
+            shutil.copy(ROOT / name, to / name)
 
 
 def run(to, *command):
     "Run Python in the copy, with a stand-in for Quarto and nothing of the user's settings; return what it said."
-    (to/'bin').mkdir(exist_ok=True)
-    (to/'bin'/'quarto').write_text('#!/bin/sh\necho "Quarto was called: $*" >&2\nexit 1\n')
-    (to/'bin'/'quarto').chmod(0o755)
-    home = {k: str(to/'home') for k in ('XDG_CONFIG_HOME', 'IPYTHONDIR')}
-    env = {**os.environ, **home, 'PATH': f'{to/"bin"}{os.pathsep}{os.environ["PATH"]}', 'PYTHONPATH': str(to)}
-    done = subprocess.run([sys.executable, *command], cwd=to, env=env, capture_output=True, text=True)
+    (to / 'bin').mkdir(exist_ok=True)
+    (to / 'bin' / 'quarto').write_text('#!/bin/sh\necho "Quarto was called: $*" >&2\nexit 1\n')
+    (to / 'bin' / 'quarto').chmod(0o755)
+    home = {k: str(to / 'home') for k in ('XDG_CONFIG_HOME', 'IPYTHONDIR')}
+    env = {
+        **os.environ,
+        **home,
+        'PATH': f'{to / "bin"}{os.pathsep}{os.environ["PATH"]}',
+        'PYTHONPATH': str(to),
+    }
+    done = subprocess.run(
+        [sys.executable, *command], cwd=to, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -73,6 +92,7 @@ def output_name(path):
 
 class Page(HTMLParser):
     "Anchors and links of a page."
+
     def __init__(self, path):
         super().__init__()
         self.anchors, self.links = set(), []
@@ -86,6 +106,7 @@ class Page(HTMLParser):
 
 class Links:
     "Follows the links of a built site. `names` maps the name a page is published under to its file here."
+
     def __init__(self, site, names, config):
         self.site, self.names = site, names
         self.pages = {p: Page(p) for p in sorted(site.rglob('*.html'))}
@@ -101,56 +122,94 @@ class Links:
         if url.scheme or url.netloc:
             return None
         base = self.site if inside else page.parent
-        target = (base/unquote(url.path)).resolve() if url.path else page
-        target = target/'index.html' if target.is_dir() else target
+        target = (base / unquote(url.path)).resolve() if url.path else page
+        target = target / 'index.html' if target.is_dir() else target
         target = self.names.get(target, target)
         if not target.exists():
             return 'no such file'
-        known = target not in self.pages or not url.fragment or unquote(url.fragment) in self.pages[target].anchors
+        known = (
+            target not in self.pages
+            or not url.fragment
+            or unquote(url.fragment) in self.pages[target].anchors
+        )
         return None if known else 'no such anchor'
 
     def source_fault(self, rest):
         "What is wrong with a link to a line of the source, or None."
         name, _, line = rest.partition('#L')
-        if not (ROOT/name).exists():
+        if not (ROOT / name).exists():
             return 'no such file'
-        there = len((ROOT/name).read_text().splitlines())
+        there = len((ROOT / name).read_text().splitlines())
         return None if int(line or 1) <= there else f'{there} lines only'
 
     def broken(self):
         "All broken links, (page, link, what is wrong)."
-        found = [(p.name, l, self.fault(p, l)) for p, page in self.pages.items() for l in page.links]
+        found = [
+            (p.name, l, self.fault(p, l)) for p, page in self.pages.items() for l in page.links
+        ]
         return [f for f in found if f[2]]
 
 
 def test_broken_links_are_found(tmp_path):
     "The check itself: a missing file, a missing anchor, here and under the published name."
     home, source = 'https://zsad.github.io/zsad/', 'https://github.com/zsad/zsad/blob/main/'
-    good = ['#one', 'b.html#two', f'{home}public.html#two', 'https://example.org/x', f'{source}setup.py#L3']
-    bad = ['#two', 'b.html#one', 'c.html', f'{home}public.html#one', f'{home}c.html', f'{source}setup.py#L9999', f'{source}no.py']
-    (tmp_path/'a.html').write_text('<p id="one">' + ''.join(f'<a href="{l}">x</a>' for l in good + bad))
-    (tmp_path/'b.html').write_text('<p id="two">')
-    links = Links(tmp_path, {tmp_path/'public.html': tmp_path/'b.html'}, get_config(path=ROOT))
+    good = [
+        '#one',
+        'b.html#two',
+        f'{home}public.html#two',
+        'https://example.org/x',
+        f'{source}setup.py#L3',
+    ]
+    bad = [
+        '#two',
+        'b.html#one',
+        'c.html',
+        f'{home}public.html#one',
+        f'{home}c.html',
+        f'{source}setup.py#L9999',
+        f'{source}no.py',
+    ]
+    (tmp_path / 'a.html').write_text(
+        '<p id="one">' + ''.join(f'<a href="{l}">x</a>' for l in good + bad)
+    )
+    (tmp_path / 'b.html').write_text('<p id="two">')
+    links = Links(tmp_path, {tmp_path / 'public.html': tmp_path / 'b.html'}, get_config(path=ROOT))
     assert [f[1] for f in links.broken()] == bad
 
 
 def test_the_site_builds_and_no_link_is_broken(tmp_path):
     copy_tree(tmp_path)
-    run(tmp_path, 'setup.py', '-q', 'egg_info')       # the entry point `nbdev`, by which names in prose become links
+    run(
+        tmp_path, 'setup.py', '-q', 'egg_info'
+    )  # the entry point `nbdev`, by which names in prose become links
     said = run(tmp_path, '-c', PROCESS)
     assert 'Traceback' not in said and 'Quarto was called' not in said, said[-3000:]
-    processed = sorted((tmp_path/'_proc').glob('*.ipynb'))
+    processed = sorted((tmp_path / '_proc').glob('*.ipynb'))
     assert [p.name for p in processed] == [p.name for p in NOTEBOOKS]
     names = {p: output_name(p) for p in processed}
-    twice = {n: [p.name for p in names if names[p] == n] for n, k in Counter(names.values()).items() if k > 1}
-    assert not twice, f'pages that overwrite each other, since digits in front are dropped: {twice}; rename the notebooks'
+    twice = {
+        n: [p.name for p in names if names[p] == n]
+        for n, k in Counter(names.values()).items()
+        if k > 1
+    }
+    assert not twice, (
+        f'pages that overwrite each other, since digits in front are dropped: {twice}; rename the notebooks'
+    )
     if sys.version_info < (3, 11):
         pytest.skip('smalldocs, which builds the pages, needs Python 3.11')
     run(tmp_path, '-m', 'smalldocs.cli', 'render', '-q', '_proc')
-    site = tmp_path/'_proc'/'_docs'
-    links = Links(site, {site/n: site/f'{p.stem}.html' for p, n in names.items()}, get_config(path=ROOT))
+    site = tmp_path / '_proc' / '_docs'
+    links = Links(
+        site, {site / n: site / f'{p.stem}.html' for p, n in names.items()}, get_config(path=ROOT)
+    )
     assert len(links.pages) == len(NOTEBOOKS)
-    counts = Counter('source' if l.startswith(links.source) else 'symbol' for page in links.pages.values()
-                     for l in page.links if l.startswith((links.source, links.home)))
-    assert counts['source'] > 500 and counts['symbol'] > 50, f'{counts}: the entry point nbdev in setup.py is not found'
+    counts = Counter(
+        'source' if l.startswith(links.source) else 'symbol'
+        for page in links.pages.values()
+        for l in page.links
+        if l.startswith((links.source, links.home))
+    )
+    assert counts['source'] > 500 and counts['symbol'] > 50, (
+        f'{counts}: the entry point nbdev in setup.py is not found'
+    )
     assert not links.broken(), links.broken()

@@ -8,83 +8,137 @@ __all__ = ['maps_of', 'gallery', 'one_of_each', 'write_gallery', 'depth_picture'
 # %% ../../nbs/app/explorer.ipynb #75b5c71e
 from dataclasses import replace
 from pathlib import Path
+
 import matplotlib.pyplot as plt
+
 from ..bench.jobs import merge_specs
-from ..encoder.clip import Encoder
 from ..core.files import cache_dir, digest
 from ..datasets.layouts import Dataset, load_image, load_mask
+from ..encoder.clip import Encoder
+from ..encoder.store import encode_images, load_or_encode
 from ..papers.exhibits import ATTENTION
 from ..pipeline.detector import METHODS, build, one_path
-from ..encoder.store import encode_images, load_or_encode
 from ..reporting.viz import map_range, outline, overlay, picture_grid
 
 # %% ../../nbs/app/explorer.ipynb #722fd729
-def maps_of(rows, encoder:Encoder, images, category:str, kind=None, texts=None)->dict:      # label -> [B,H,W]
+def maps_of(
+    rows, encoder: Encoder, images, category: str, kind=None, texts=None
+) -> dict:  # label -> [B,H,W]
     "Compute the maps of exhibit rows on images of one category, a list of uint8 arrays or {hash: file} for the token store, encoding once."
     out, texts = {}, {} if texts is None else texts
     for interpolation, spec, methods in merge_specs([r.method for r in rows], encoder.blocks):
-        tokens = load_or_encode(cache_dir('tokens'), encoder, spec, interpolation, images) if isinstance(images, dict) else encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
+        tokens = (
+            load_or_encode(cache_dir('tokens'), encoder, spec, interpolation, images)
+            if isinstance(images, dict)
+            else encode_images(encoder, images, spec.resolved(encoder.blocks), interpolation)
+        )
         for r in rows:
-            if r.method in methods: out[r.label] = build(r.method, {category: kind}, encoder, texts).predict(tokens, [category]*len(images)).map.numpy()
+            if r.method in methods:
+                out[r.label] = (
+                    build(r.method, {category: kind}, encoder, texts)
+                    .predict(tokens, [category] * len(images))
+                    .map.numpy()
+                )
     return {r.label: out[r.label] for r in rows}
 
 # %% ../../nbs/app/explorer.ipynb #c982cfbe
-def gallery(encoder:Encoder, ds, samples, rows=(ATTENTION[0], ATTENTION[3]), context:int=6):
+def gallery(encoder: Encoder, ds, samples, rows=(ATTENTION[0], ATTENTION[3]), context: int = 6):
     "Show image, mask and the maps of `rows`, one sample a line; the scale of a map comes from it and `context` normal images of its category."
     size, lines, texts = encoder.preprocess.size, [], {}
     for s in samples:
         normal = [n for n in ds.of(s.category) if not n.label][:context]
-        maps = maps_of(rows, encoder, {digest(load_image(n.path), n=24): n.path for n in (s, *normal)}, s.category, ds.kinds[s.category], texts)
+        maps = maps_of(
+            rows,
+            encoder,
+            {digest(load_image(n.path), n=24): n.path for n in (s, *normal)},
+            s.category,
+            ds.kinds[s.category],
+            texts,
+        )
         image = encoder.preprocess.square(load_image(s.path))
-        lines.append([image, outline(image, load_mask(s.mask, size)), *(overlay(image, m[0], map_range(m)) for m in maps.values())])
-    titles = ['image', 'mask', *(r.label.replace('with ', '').replace('attention', 'att.') for r in rows)]
+        lines.append(
+            [
+                image,
+                outline(image, load_mask(s.mask, size)),
+                *(overlay(image, m[0], map_range(m)) for m in maps.values()),
+            ]
+        )
+    titles = [
+        'image',
+        'mask',
+        *(r.label.replace('with ', '').replace('attention', 'att.') for r in rows),
+    ]
     return picture_grid(lines, titles, [f'{s.category}\n{s.defect}' for s in samples], size=1.5)
 
 # %% ../../nbs/app/explorer.ipynb #17257469
-def one_of_each(ds)->list:
+def one_of_each(ds) -> list:
     "Pick one anomalous sample per category; kinds of defects take turns over the categories."
     out = []
     for i, c in enumerate(ds.categories):
         kinds = {s.defect: s for s in reversed(ds.of(c)) if s.label}
-        if kinds: out.append(kinds[sorted(kinds)[(3*i) % len(kinds)]])
+        if kinds:
+            out.append(kinds[sorted(kinds)[(3 * i) % len(kinds)]])
     return out
 
-def write_gallery(encoder:Encoder, ds:Dataset, out)->tuple:
+
+def write_gallery(encoder: Encoder, ds: Dataset, out) -> tuple:
     "Draw the gallery of a data set below `out`/figures; gives (file, title) pairs for the index page."
     shown = one_of_each(ds)
-    if not shown: return ()
+    if not shown:
+        return ()
     fig = gallery(encoder, ds, shown)
-    (Path(out)/'figures').mkdir(parents=True, exist_ok=True)
-    fig.savefig(Path(out)/'figures'/'gallery.png', dpi=100); plt.close(fig)
+    (Path(out) / 'figures').mkdir(parents=True, exist_ok=True)
+    fig.savefig(Path(out) / 'figures' / 'gallery.png', dpi=100)
+    plt.close(fig)
     return (('gallery.png', 'Image, mask, map on CLIP\'s own path, map on the V-V path'),)
 
 # %% ../../nbs/app/explorer.ipynb #586badd9
-def depth_picture(encoder:Encoder, image, mask, category:str, depth:int, prompts:str='anoclip', texts=None):
+def depth_picture(
+    encoder: Encoder, image, mask, category: str, depth: int, prompts: str = 'anoclip', texts=None
+):
     "Draw image with mask, and the map at one V-V depth; `texts` remembers encoded sentences from call to call."
     row = replace(METHODS['anoclip'], prompts=prompts, encode=one_path('vv', depth))
     p = build(row, [category], encoder, texts)(encoder.preprocess([image]), [category])
     a = p.map[0].numpy()
     fig, (l, r) = plt.subplots(1, 2, figsize=(6.4, 3.3), dpi=72)
-    l.imshow(outline(image, mask)); l.set_title(f'{category}, image score {float(p.score[0]):.3f}', fontsize=9)
-    shown = r.imshow(a, cmap='inferno'); fig.colorbar(shown, ax=r, fraction=0.046)
-    r.set_title(f'V-V over the last {depth} blocks, {prompts}' if depth else f'plain CLIP, {prompts}', fontsize=9)
-    for ax in (l, r): ax.set(xticks=[], yticks=[])
+    l.imshow(outline(image, mask))
+    l.set_title(f'{category}, image score {float(p.score[0]):.3f}', fontsize=9)
+    shown = r.imshow(a, cmap='inferno')
+    fig.colorbar(shown, ax=r, fraction=0.046)
+    r.set_title(
+        f'V-V over the last {depth} blocks, {prompts}' if depth else f'plain CLIP, {prompts}',
+        fontsize=9,
+    )
+    for ax in (l, r):
+        ax.set(xticks=[], yticks=[])
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/app/explorer.ipynb #54c40fcd
-def depth_slider(encoder:Encoder, samples, prompts=('anoclip', 'cs', 'base', 'winclip', 'clip')):
+def depth_slider(encoder: Encoder, samples, prompts=('anoclip', 'cs', 'base', 'winclip', 'clip')):
     "Make the knobs: depth, sentences, image; `samples` are (name, image, mask, category)."
     import ipywidgets as w
     from IPython.display import display
+
     named = {s[0]: s for s in samples}
     texts = {}
-    depth = w.IntSlider(encoder.blocks, min=0, max=encoder.blocks, description='V-V depth', continuous_update=False)
-    text, image, out = w.Dropdown(options=prompts, description='sentences'), w.Dropdown(options=list(named), description='image'), w.Output()
+    depth = w.IntSlider(
+        encoder.blocks, min=0, max=encoder.blocks, description='V-V depth', continuous_update=False
+    )
+    text, image, out = (
+        w.Dropdown(options=prompts, description='sentences'),
+        w.Dropdown(options=list(named), description='image'),
+        w.Output(),
+    )
+
     def draw(_=None):
         fig = depth_picture(encoder, *named[image.value][1:], depth.value, text.value, texts)
-        with out: out.clear_output(wait=True); display(fig)
+        with out:
+            out.clear_output(wait=True)
+            display(fig)
         plt.close(fig)
-    for knob in (depth, text, image): knob.observe(draw, 'value')
+
+    for knob in (depth, text, image):
+        knob.observe(draw, 'value')
     draw()
     return w.VBox([w.HBox([depth, text, image]), out])

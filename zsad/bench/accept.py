@@ -8,191 +8,302 @@ __all__ = ['still', 'joined_streams', 'tidy', 'execute', 'without_times', 'same_
            'identity_of', 'differs', 'stale', 'stale_row']
 
 # %% ../../nbs/bench/accept.ipynb #c0c19265
-import os, re, shutil, subprocess, sys, tempfile
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+
 import nbformat
 import pandas as pd
 from tqdm.auto import tqdm
-from .jobs import IDENTITY, Model, encoder_record, method_record, open_model, rules_of, run_key, encoder_variant_of
+
+from zsad.bench.jobs import (
+    IDENTITY,
+    Model,
+    encoder_record,
+    encoder_variant_of,
+    method_record,
+    open_model,
+    rules_of,
+    run_key,
+)
 from ..core.files import write_atomic
-from ..papers.exhibits import COLUMNS, EXHIBITS, seeds_of
 from ..core.identity import PIPELINE_REV
-from ..pipeline.detector import build, fit
 from ..evaluation.metrics import Protocol
+from ..papers.exhibits import COLUMNS, EXHIBITS, seeds_of
+
+# %% ../../nbs/bench/accept.ipynb #e78854a1
+from ..pipeline.detector import build, fit
 from ..reporting.tables import UNACCEPTED, read_exhibit
 
 # %% ../../nbs/bench/accept.ipynb #c9d196a5
-def still(cell)->bool:
+def still(cell) -> bool:
     "Tell whether a cell is not to be run."
-    return cell.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', cell.source, re.M) is not None
+    return (
+        cell.cell_type == 'code'
+        and re.search(r'^#\|\s*eval:\s*false', cell.source, re.M) is not None
+    )
 
-def joined_streams(outputs)->list:
+
+def joined_streams(outputs) -> list:
     "Join pieces of printed text that came one after the other."
     out = []
     for o in outputs:
-        if out and o.output_type == out[-1].output_type == 'stream': out[-1]['text'] += o['text']
-        else: out.append(o)
+        if out and o.output_type == out[-1].output_type == 'stream':
+            out[-1]['text'] += o['text']
+        else:
+            out.append(o)
     return out
 
+# %% ../../nbs/bench/accept.ipynb #4a845e70
 def tidy(nb):
     "Strip from an executed notebook what differs from run to run."
-    nb.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
+    nb.metadata = {
+        'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}
+    }
     for c in nb.cells:
-        c.metadata = nbformat.NotebookNode({'tags': c.metadata['tags']} if c.metadata.get('tags') else {})
-        if c.cell_type != 'code': continue
+        c.metadata = nbformat.NotebookNode(
+            {'tags': c.metadata['tags']} if c.metadata.get('tags') else {}
+        )
+        if c.cell_type != 'code':
+            continue
         c.execution_count = None
-        c.outputs = joined_streams([o for o in c.outputs if (o.output_type, o.get('name')) != ('stream', 'stderr') and '%|' not in o.get('data', {}).get('text/plain', '')])
+        c.outputs = joined_streams(
+            [
+                o
+                for o in c.outputs
+                if (o.output_type, o.get('name')) != ('stream', 'stderr')
+                and '%|' not in o.get('data', {}).get('text/plain', '')
+            ]
+        )
         for o in c.outputs:
-            if 'execution_count' in o: o['execution_count'] = None
-            if 'metadata' in o: o['metadata'] = {}
-            if 'data' in o: o['data'].pop('application/vnd.jupyter.widget-view+json', None)
-            if 'text/plain' in o.get('data', {}): o['data']['text/plain'] = re.sub(r' at 0x[0-9a-f]+(?=>)', '', o['data']['text/plain'])      # addresses
+            if 'execution_count' in o:
+                o['execution_count'] = None
+            if 'metadata' in o:
+                o['metadata'] = {}
+            if 'data' in o:
+                o['data'].pop('application/vnd.jupyter.widget-view+json', None)
+            if 'text/plain' in o.get('data', {}):
+                o['data']['text/plain'] = re.sub(
+                    r' at 0x[0-9a-f]+(?=>)', '', o['data']['text/plain']
+                )  # addresses
     return nb
 
 # %% ../../nbs/bench/accept.ipynb #b4f4a903
-def execute(path, timeout:int=1200)->Path:
+def execute(path, timeout: int = 1200) -> Path:
     "Run a notebook in a fresh kernel and store its outputs; an error names the notebook."
     from nbclient import NotebookClient
-    path = Path(path); nb = nbformat.read(path, 4); resting = [c for c in nb.cells if still(c)]
-    for c in resting: c.cell_type = 'raw'; c.pop('outputs', None); c.pop('execution_count', None)
-    try: NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
-    except Exception as e: raise ValueError(f'{path.name}: {str(e)[-1500:]}') from e
-    for c in resting: c.cell_type = 'code'; c['outputs'] = []; c['execution_count'] = None
+
+    path = Path(path)
+    nb = nbformat.read(path, 4)
+    resting = [c for c in nb.cells if still(c)]
+    for c in resting:
+        c.cell_type = 'raw'
+        c.pop('outputs', None)
+        c.pop('execution_count', None)
+    try:
+        NotebookClient(
+            nb,
+            timeout=timeout,
+            kernel_name='python3',
+            resources={'metadata': {'path': str(path.parent)}},
+        ).execute()
+    except Exception as e:
+        raise ValueError(f'{path.name}: {str(e)[-1500:]}') from e
+    for c in resting:
+        c.cell_type = 'code'
+        c['outputs'] = []
+        c['execution_count'] = None
     nbformat.write(tidy(nb), path)
     return path
 
 # %% ../../nbs/bench/accept.ipynb #def359db
-def without_times(text:str)->pd.DataFrame:
+def without_times(text: str) -> pd.DataFrame:
     "Read runs.csv without the columns that tell how long runs took."
     t = pd.read_csv(text, dtype=str, keep_default_na=False)
     return t[[c for c in t if not c.startswith('seconds_')]]
 
-def same_results(a, b)->bool:
+
+def same_results(a, b) -> bool:
     "Tell whether two folders of an exhibit say the same, the seconds of its runs aside."
     a, b = Path(a), Path(b)
-    if not all((folder/f'{n}.csv').is_file() for n in COLUMNS for folder in (a, b)): return False
-    rest = all((a/f'{n}.csv').read_bytes() == (b/f'{n}.csv').read_bytes() for n in COLUMNS if n != 'runs')
-    return rest and without_times(a/'runs.csv').equals(without_times(b/'runs.csv'))
+    if not all((folder / f'{n}.csv').is_file() for n in COLUMNS for folder in (a, b)):
+        return False
+    rest = all(
+        (a / f'{n}.csv').read_bytes() == (b / f'{n}.csv').read_bytes()
+        for n in COLUMNS
+        if n != 'runs'
+    )
+    return rest and without_times(a / 'runs.csv').equals(without_times(b / 'runs.csv'))
 
-def unaccepted(results)->list:
+
+def unaccepted(results) -> list:
     "List the exhibits that have no accepted results."
-    return [n for n in EXHIBITS if not (Path(results)/n/'runs.csv').is_file()]
+    return [n for n in EXHIBITS if not (Path(results) / n / 'runs.csv').is_file()]
 
-def changed_exhibits(new, results, names)->list:
+
+def changed_exhibits(new, results, names) -> list:
     "List those of the exhibits `names` whose new results differ from the accepted ones; every one has to be there."
     for n in names:
-        if not (Path(new)/n/'runs.csv').is_file(): raise FileNotFoundError(f'{Path(new)/n}: this run did not write it')
-    return [n for n in names if not same_results(Path(new)/n, Path(results)/n)]
+        if not (Path(new) / n / 'runs.csv').is_file():
+            raise FileNotFoundError(f'{Path(new) / n}: this run did not write it')
+    return [n for n in names if not same_results(Path(new) / n, Path(results) / n)]
 
 # %% ../../nbs/bench/accept.ipynb #1bc71c10
-def code_of_page(path)->str:
+def code_of_page(path) -> str:
     "Join the cells of a notebook that are run and not exported."
     cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
     return '\n'.join(s for s in cells if not re.match(r'\s*#\|\s*exports?\b', s))
 
-def shows(code:str, names)->bool:
+
+def shows(code: str, names) -> bool:
     "Tell whether a notebook's code reads results of one of the exhibits `names` (or 'cost'), or of all exhibits."
-    if "'results" not in code: return False
+    if "'results" not in code:
+        return False
     timed = [n for n, e in EXHIBITS.items() if 'time_ms' in e.metrics] if 'cost' in names else []
     named = any(re.search(rf"['\"]{re.escape(n)}['\"]", code) for n in (*names, *timed))
-    return named or bool(re.search(r'\bres\.(all|exhibits)\b|provenance\(res\)', code)) or ('cost' in names and 'cost_' in code)
+    return (
+        named
+        or bool(re.search(r'\bres\.(all|exhibits)\b|provenance\(res\)', code))
+        or ('cost' in names and 'cost_' in code)
+    )
 
-def pages_of(folder, names)->list:
+
+def pages_of(folder, names) -> list:
     "List the notebooks that show exhibits, and the index."
     found = sorted(Path(folder).rglob('*.ipynb'))
     return [p for p in found if p.stem == 'index' or shows(code_of_page(p), names)]
 
 # %% ../../nbs/bench/accept.ipynb #b2d359bc
-def find_checkout(folder='.')->Path:
+def find_checkout(folder='.') -> Path:
     "Find the project's checkout at or above a folder."
     for p in (Path(folder).resolve(), *Path(folder).resolve().parents):
-        if (p/'nbs').is_dir() and (p/'settings.ini').is_file(): return p
-    raise ValueError(f'--accept: {Path(folder).resolve()} is not inside a checkout of zsad (no nbs folder beside a settings.ini); results are accepted where the notebooks are')
+        if (p / 'nbs').is_dir() and (p / 'settings.ini').is_file():
+            return p
+    raise ValueError(
+        f'--accept: {Path(folder).resolve()} is not inside a checkout of zsad (no nbs folder beside a settings.ini); results are accepted where the notebooks are'
+    )
 
-def stage(root:Path, copy:Path, new:Path, exhibits, cost:bool):
+
+def stage(root: Path, copy: Path, new: Path, exhibits, cost: bool):
     "Copy what pages are made of to `copy` and lay new results over it."
     skip = shutil.ignore_patterns('.ipynb_checkpoints', '_proc', '__pycache__')
     for n in ('nbs', '.ci'):
-        if (root/n).is_dir(): shutil.copytree(root/n, copy/n, ignore=skip)
+        if (root / n).is_dir():
+            shutil.copytree(root / n, copy / n, ignore=skip)
     for n in ('settings.ini', 'README.md'):
-        if (root/n).is_file(): shutil.copy(root/n, copy/n)
-    results = copy/'nbs'/'results'
-    for n in exhibits: shutil.copytree(new/n, results/n, dirs_exist_ok=True)
-    if cost: shutil.copy(new/'cost.csv', results/'cost.csv')
-    write_atomic(results/UNACCEPTED, ''.join(f'{n}\n' for n in unaccepted(results)))
+        if (root / n).is_file():
+            shutil.copy(root / n, copy / n)
+    results = copy / 'nbs' / 'results'
+    for n in exhibits:
+        shutil.copytree(new / n, results / n, dirs_exist_ok=True)
+    if cost:
+        shutil.copy(new / 'cost.csv', results / 'cost.csv')
+    write_atomic(results / UNACCEPTED, ''.join(f'{n}\n' for n in unaccepted(results)))
 
-def write_readme(copy:Path):
+# %% ../../nbs/bench/accept.ipynb #0d387d4b
+def write_readme(copy: Path):
     "Write README.md of a copy again, where it has a script for it."
-    script = copy/'.ci'/'readme.py'
+    script = copy / '.ci' / 'readme.py'
     if script.is_file() and subprocess.run([sys.executable, str(script)]).returncode:
         raise ValueError(f'{script.name} failed on the executed index; nothing was accepted')
 
 # %% ../../nbs/bench/accept.ipynb #0a0acb51
-def settle(copy:Path, root:Path)->list:
+def settle(copy: Path, root: Path) -> list:
     "Move every file of a copy that is new or differs to its place, results first, each in one step."
     files = [p.relative_to(copy) for p in copy.rglob('*') if p.is_file()]
-    moved = [f for f in files if not (root/f).is_file() or (root/f).read_bytes() != (copy/f).read_bytes()]
+    moved = [
+        f
+        for f in files
+        if not (root / f).is_file() or (root / f).read_bytes() != (copy / f).read_bytes()
+    ]
     for f in sorted(moved, key=lambda f: ('results' not in f.parts, str(f))):
-        (root/f).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(copy/f, root/f)
+        (root / f).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(copy / f, root / f)
     return moved
 
 # %% ../../nbs/bench/accept.ipynb #d1c2d301
-def accept(new,               # results folder of a run
-           names,             # exhibits to accept
-           cost:bool=False,   # cost.csv of the run too
-           folder='.'         # in the checkout
-          )->tuple:           # exhibits that changed, notebooks that were executed
+def accept(
+    new,  # results folder of a run
+    names,  # exhibits to accept
+    cost: bool = False,  # cost.csv of the run too
+    folder='.',  # in the checkout
+) -> tuple:  # exhibits that changed, notebooks that were executed
     "Bring results of a run to nbs/results and execute the notebooks that show what changed; a failure changes nothing."
     root, new = find_checkout(folder), Path(new)
-    changed = changed_exhibits(new, root/'nbs'/'results', names)
-    if cost and not (new/'cost.csv').is_file(): raise FileNotFoundError(f'{new}/cost.csv: this run did not write it')
-    if not changed and not cost: return [], []
-    copy = Path(tempfile.mkdtemp(prefix='.accept-', dir=root))      # on the same disk, so that files can be moved in one step
+    changed = changed_exhibits(new, root / 'nbs' / 'results', names)
+    if cost and not (new / 'cost.csv').is_file():
+        raise FileNotFoundError(f'{new}/cost.csv: this run did not write it')
+    if not changed and not cost:
+        return [], []
+    copy = Path(
+        tempfile.mkdtemp(prefix='.accept-', dir=root)
+    )  # on the same disk, so that files can be moved in one step
     try:
         stage(root, copy, new, changed, cost)
-        pages = pages_of(copy/'nbs', [*changed, *(['cost'] if cost else [])])
+        pages = pages_of(copy / 'nbs', [*changed, *(['cost'] if cost else [])])
         for p in (bar := tqdm(pages, desc='notebooks')):
             bar.set_postfix_str(p.stem)
             execute(p)
         write_readme(copy)
         settle(copy, root)
-    finally: shutil.rmtree(copy, ignore_errors=True)
-    return changed, [root/p.relative_to(copy) for p in pages]
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    return changed, [root / p.relative_to(copy) for p in pages]
 
 # %% ../../nbs/bench/accept.ipynb #d1c2d303
-def identity_of(row, dataset:str, model:Model=Model(device='cpu'))->dict:
+def identity_of(row, dataset: str, model: Model = Model(device='cpu')) -> dict:
     "Give the identity that a row has under today's code, but for data and references; 'artifact' is None where what was trained is not on this machine."
     encoder = open_model(replace(model, twin=encoder_variant_of(row)))
-    shared = dict(pipeline_rev=PIPELINE_REV, protocol=rules_of(Protocol()), **encoder_record(row, encoder))
-    if row.method is None: return {**shared, **method_record(row, None)}
-    try: method, trained = fit(row.method, encoder, dataset)
-    except FileNotFoundError: return {**shared, 'artifact': None, 'seed': row.method.seed}
+    shared = dict(
+        pipeline_rev=PIPELINE_REV, protocol=rules_of(Protocol()), **encoder_record(row, encoder)
+    )
+    if row.method is None:
+        return {**shared, **method_record(row, None)}
+    try:
+        method, trained = fit(row.method, encoder, dataset)
+    except FileNotFoundError:
+        return {**shared, 'artifact': None, 'seed': row.method.seed}
     det = build(method, (), encoder)
     return {**shared, **method_record(row, det.method, trained)}
 
-def differs(line:dict, row, dataset:str)->list:
+
+def differs(line: dict, row, dataset: str) -> list:
     "Name the parts of a run's identity that are not those of today's code; the kind of device is not looked at."
     own = identity_of(row, dataset)
     names = [k for k in IDENTITY if k in own and k != 'device_kind' and own[k] is not None]
-    return [k for k in names if str(own[k]) != line[k]] + (['run'] if run_key(line) != line['run'] else [])
+    return [k for k in names if str(own[k]) != line[k]] + (
+        ['run'] if run_key(line) != line['run'] else []
+    )
 
-def stale(folder)->list:
+# %% ../../nbs/bench/accept.ipynb #2bcd42ff
+def stale(folder) -> list:
     "List what of accepted results was computed by other code: (exhibit, data set, row, what differs)."
     found = []
     for name in [p.parent.name for p in sorted(Path(folder).glob('*/runs.csv'))]:
-        if name not in EXHIBITS: found.append((name, '', '', ['no such exhibit'])); continue
-        e, lines = EXHIBITS[name], read_exhibit(Path(folder)/name).runs
+        if name not in EXHIBITS:
+            found.append((name, '', '', ['no such exhibit']))
+            continue
+        e, lines = EXHIBITS[name], read_exhibit(Path(folder) / name).runs
         rows = {r.label: r for r in e.rows if not r.state}
         for (label, dataset), g in lines.groupby(['row', 'dataset']):
-            found += [(name, dataset, label, why) for why in stale_row(e, rows.get(label), dataset, g) if why]
+            found += [
+                (name, dataset, label, why)
+                for why in stale_row(e, rows.get(label), dataset, g)
+                if why
+            ]
     return found
 
 # %% ../../nbs/bench/accept.ipynb #18bab699
-def stale_row(e, row, dataset:str, lines:pd.DataFrame)->list:      # of lists of what differs
+def stale_row(e, row, dataset: str, lines: pd.DataFrame) -> list:  # of lists of what differs
     "Compare the runs of one row with today's code: seeds, then each run."
-    if row is None: return [['no such row']]
-    if sorted(lines.seed.astype(int)) != list(seeds_of(e, row)): return [['seeds']]
+    if row is None:
+        return [['no such row']]
+    if sorted(lines.seed.astype(int)) != list(seeds_of(e, row)):
+        return [['seeds']]
     seeded = lambda seed: replace(row, method=row.method and replace(row.method, seed=int(seed)))
     return [differs(line, seeded(line['seed']), dataset) for line in lines.to_dict('records')]

@@ -9,330 +9,709 @@ __all__ = ['COLUMNS', 'PATHS', 'HELD', 'MISSED', 'wait', 'take_turns', 'layer_sh
            'write_cost', 'read_cost', 'targets', 'cost_caption', 'cost_table', 'cost_figure']
 
 # %% ../../nbs/bench/cost.ipynb #5cdc3d26
-import json, math, platform, subprocess, sys, time
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+
 from ..core.files import keep_memory, seeded_rng, write_atomic
-from ..rendered.procad import KINDS, design, plan, render
-from ..evaluation.metrics import evaluate, resize
 from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, cpu_flags, load_encoder
-from ..methods.prompts import sentences
-from ..pipeline.detector import build
-from ..papers.exhibits import EXHIBITS
+from ..evaluation.metrics import evaluate, resize
 from ..learned.configs import CONFIGS, resolve_config
 from ..learned.trainer import Batch, TrainableModel, groups_of
+from ..methods.prompts import sentences
+from ..papers.exhibits import EXHIBITS
+from ..pipeline.detector import build
+from ..rendered.procad import KINDS, design, plan, render
 
 # %% ../../nbs/bench/cost.ipynb #3b16b059
 def wait(device):
     "Wait until the device has done what it was given."
-    if str(device).startswith('cuda'): torch.cuda.synchronize(device)
+    if str(device).startswith('cuda'):
+        torch.cuda.synchronize(device)
 
-def take_turns(tasks:dict,           # name -> function without arguments
-               least:int=3,          # passes that are always taken
-               most:int=7,           # passes that are never exceeded
-               seconds:float=40.,    # in between: go on as long as all passes together took less
-               device='cpu',         # waited for before and after every pass
-               warm:bool=True        # run everything once before
-              )->dict:               # name -> seconds of every pass [passes]
+# %% ../../nbs/bench/cost.ipynb #34b92fc0
+def take_turns(
+    tasks: dict,  # name -> function without arguments
+    least: int = 3,  # passes that are always taken
+    most: int = 7,  # passes that are never exceeded
+    seconds: float = 40.0,  # in between: go on as long as all passes together took less
+    device='cpu',  # waited for before and after every pass
+    warm: bool = True,  # run everything once before
+) -> dict:  # name -> seconds of every pass [passes]
     "Time tasks in turns."
     spent = {k: [] for k in tasks}
-    for f in tasks.values() if warm else (): f()
+    for f in tasks.values() if warm else ():
+        f()
     for turn in range(most):
-        if turn >= least and sum(map(sum, spent.values())) > seconds: break
+        if turn >= least and sum(map(sum, spent.values())) > seconds:
+            break
         for k, f in tasks.items():
-            wait(device); start = time.perf_counter(); f(); wait(device)
+            wait(device)
+            start = time.perf_counter()
+            f()
+            wait(device)
             spent[k].append(time.perf_counter() - start)
     return {k: np.array(v) for k, v in spent.items()}
 
 # %% ../../nbs/bench/cost.ipynb #1c6af9bf
-def layer_shapes(encoder:Encoder, batch:int)->dict:     # name -> (M, K, N)
+def layer_shapes(encoder: Encoder, batch: int) -> dict:  # name -> (M, K, N)
     "List the sizes of a block's linear layers."
-    b, M = encoder.model.visual.transformer.resblocks[0], batch*(1 + math.prod(encoder.grid))
+    b, M = encoder.model.visual.transformer.resblocks[0], batch * (1 + math.prod(encoder.grid))
     D, up = b.attn.embed_dim, b.mlp.c_fc.out_features
-    return {'qkv': (M, D, 3*D), 'out_proj': (M, D, D), 'mlp up': (M, D, up), 'mlp down': (M, up, D)}
+    return {
+        'qkv': (M, D, 3 * D),
+        'out_proj': (M, D, D),
+        'mlp up': (M, D, up),
+        'mlp down': (M, up, D),
+    }
+
 
 @torch.inference_mode()
-def gemm_rates(dtype, shapes:dict, seconds:float=4., device='cpu', least:int=3)->dict:    # name -> FLOP/s of every pass
+def gemm_rates(
+    dtype, shapes: dict, seconds: float = 4.0, device='cpu', least: int = 3
+) -> dict:  # name -> FLOP/s of every pass
     "Measure the rate of plain matrix products of given sizes, in turns."
+
     def product(M, K, N):
         a, w, out = (torch.ones(s, dtype=dtype, device=device) for s in ((M, K), (N, K), (M, N)))
         return lambda: torch.mm(a, w.T, out=out)
-    spent = take_turns({k: product(*s) for k, s in shapes.items()}, least, 200, seconds, device)
-    return {k: 2*math.prod(shapes[k])/v for k, v in spent.items()}
 
-def gemm_rate(dtype,                 # torch dtype
-              shapes:dict,           # name -> (M, K, N), from `layer_shapes`
-              seconds:float=4.,      # time taken for all of them
-              device='cpu'
-             )->float:               # FLOP/s
+    spent = take_turns({k: product(*s) for k, s in shapes.items()}, least, 200, seconds, device)
+    return {k: 2 * math.prod(shapes[k]) / v for k, v in spent.items()}
+
+# %% ../../nbs/bench/cost.ipynb #37eaf22c
+def gemm_rate(
+    dtype,  # torch dtype
+    shapes: dict,  # name -> (M, K, N), from `layer_shapes`
+    seconds: float = 4.0,  # time taken for all of them
+    device='cpu',
+) -> float:  # FLOP/s
     "Measure the best rate of a matrix product among given sizes."
     return float(max(r.max() for r in gemm_rates(dtype, shapes, seconds, device).values()))
 
 # %% ../../nbs/bench/cost.ipynb #e480602e
-def flops_of(encoder:Encoder, spec:EncodeSpec)->int:      # FLOP of one image, 2 per multiply-add
+def flops_of(encoder: Encoder, spec: EncodeSpec) -> int:  # FLOP of one image, 2 per multiply-add
     "Count the multiplications that encoding one image takes, as zsad.encoder.attention walks it."
     v, spec, L = encoder.model.visual, spec.resolved(encoder.blocks), encoder.blocks
     b, N = v.transformer.resblocks[0], math.prod(encoder.grid)
     T, D, C, up = N + 1, b.attn.embed_dim, encoder.dim, b.mlp.c_fc.out_features
-    own = 2*N*3*v.patch_size[0]**2*D + L*(2*T*(4*D*D + 2*D*up) + 4*T*T*D) + 2*T*D*C
+    own = (
+        2 * N * 3 * v.patch_size[0] ** 2 * D
+        + L * (2 * T * (4 * D * D + 2 * D * up) + 4 * T * T * D)
+        + 2 * T * D * C
+    )
     local = 0
     for l in range(L):
         on = [p for p in spec.paths if p.attention != 'qkv' and L - p.depth <= l]
         kinds = {p.attention.split('-')[0] for p in on}
-        local += sum(2*T*D*D + (4*T*T*D if k == 'vv' else 0) for k in kinds) + sum(4*T*D*up for p in on if p.attention == 'v-mlp')
-    read = len(spec.paths)*len(spec.layers)*2*N*D*C if spec.stage == 'proj' else 0
-    return own*(1 if spec.views == 'one' else 22) + local + read
+        local += sum(2 * T * D * D + (4 * T * T * D if k == 'vv' else 0) for k in kinds) + sum(
+            4 * T * D * up for p in on if p.attention == 'v-mlp'
+        )
+    read = len(spec.paths) * len(spec.layers) * 2 * N * D * C if spec.stage == 'proj' else 0
+    return own * (1 if spec.views == 'one' else 22) + local + read
 
 # %% ../../nbs/bench/cost.ipynb #6a348633
-COLUMNS = ('part', 'what', 'dtype', 'batch', 'value', 'unit', 'limit', 'share', 'repeats', 'lo', 'hi', 'note', 'cpu', 'threads', 'flags', 'torch', 'encoder', 'device')
+COLUMNS = (
+    'part',
+    'what',
+    'dtype',
+    'batch',
+    'value',
+    'unit',
+    'limit',
+    'share',
+    'repeats',
+    'lo',
+    'hi',
+    'note',
+    'cpu',
+    'threads',
+    'flags',
+    'torch',
+    'encoder',
+    'device',
+)
 PATHS = {'plain': EncodeSpec((AttentionPath('qkv'),)), 'V-V': EncodeSpec((AttentionPath('vv'),))}
 
-def row(part, what, values, unit, dtype='', batch='', limit=math.nan, share=math.nan, note='')->dict:
+# %% ../../nbs/bench/cost.ipynb #34e14e4c
+def row(
+    part, what, values, unit, dtype='', batch='', limit=math.nan, share=math.nan, note=''
+) -> dict:
     "Make one row of results from the values of all passes: their median, lowest and highest."
     v = np.atleast_1d(values)
-    return dict(part=part, what=what, dtype=dtype, batch=batch, value=float(np.median(v)), unit=unit, limit=limit, share=share, repeats=len(v), lo=float(v.min()), hi=float(v.max()), note=note)
+    return dict(
+        part=part,
+        what=what,
+        dtype=dtype,
+        batch=batch,
+        value=float(np.median(v)),
+        unit=unit,
+        limit=limit,
+        share=share,
+        repeats=len(v),
+        lo=float(v.min()),
+        hi=float(v.max()),
+        note=note,
+    )
 
-def batch_that_fits(encoder:Encoder, batch:int, seconds:float)->int:
+# %% ../../nbs/bench/cost.ipynb #6202ccc4
+def batch_that_fits(encoder: Encoder, batch: int, seconds: float) -> int:
     "Lower a batch until one pass takes no more than `seconds`, judged by one image."
     S = encoder.preprocess.size
-    one = take_turns({'one': lambda: encoder.tokens(torch.zeros(1, 3, S, S), PATHS['V-V'])}, 1, 1, device=encoder.device)['one'][0]
-    return min(batch, max(1, int(seconds/one)))
+    one = take_turns(
+        {'one': lambda: encoder.tokens(torch.zeros(1, 3, S, S), PATHS['V-V'])},
+        1,
+        1,
+        device=encoder.device,
+    )['one'][0]
+    return min(batch, max(1, int(seconds / one)))
 
 # %% ../../nbs/bench/cost.ipynb #d2749cc9
-def encoding_rows(encoder:Encoder, batch:int=16, least:int=3, seconds:float=20.)->list:
+def encoding_rows(encoder: Encoder, batch: int = 16, least: int = 3, seconds: float = 20.0) -> list:
     "Time both passes between two measurements of the matrix products' rate."
     e, name, note = encoder, str(encoder.dtype).removeprefix('torch.'), ''
-    if name == 'bfloat16' and e.device == 'cpu' and not {'amx_bf16', 'avx512_bf16'} & cpu_flags(): note = 'this processor has no bfloat16 instructions'
+    if name == 'bfloat16' and e.device == 'cpu' and not {'amx_bf16', 'avx512_bf16'} & cpu_flags():
+        note = 'this processor has no bfloat16 instructions'
     batch = batch_that_fits(e, batch, seconds)
-    x = torch.from_numpy(seeded_rng(0, 'cost').standard_normal((batch, 3, e.preprocess.size, e.preprocess.size), dtype='f4')).to(e.device)
+    x = torch.from_numpy(
+        seeded_rng(0, 'cost').standard_normal(
+            (batch, 3, e.preprocess.size, e.preprocess.size), dtype='f4'
+        )
+    ).to(e.device)
     shapes = layer_shapes(e, batch)
-    rates = [gemm_rates(e.dtype, shapes, seconds/5, e.device, least)]
-    spent = take_turns({k: lambda s=s: e.tokens(x, s) for k, s in PATHS.items()}, least, 7, 2*seconds, e.device)
-    rates = {k: np.concatenate([rates[0][k], r]) for k, r in gemm_rates(e.dtype, shapes, seconds/5, e.device, least).items()}
-    best, flops = max(r.max() for r in rates.values()), {k: flops_of(e, s) for k, s in PATHS.items()}
-    rows = [row('gemm', k, r/1e9, 'GFLOP/s', name, batch, best/1e9, float(np.median(r)/best), note) for k, r in rates.items()]
-    rows += [row('encoding', f'{k}, to multiply', n/1e9, 'GFLOP/image', name, 1) for k, n in flops.items()]
+    rates = [gemm_rates(e.dtype, shapes, seconds / 5, e.device, least)]
+    spent = take_turns(
+        {k: lambda s=s: e.tokens(x, s) for k, s in PATHS.items()}, least, 7, 2 * seconds, e.device
+    )
+    rates = {
+        k: np.concatenate([rates[0][k], r])
+        for k, r in gemm_rates(e.dtype, shapes, seconds / 5, e.device, least).items()
+    }
+    best, flops = (
+        max(r.max() for r in rates.values()),
+        {k: flops_of(e, s) for k, s in PATHS.items()},
+    )
+    rows = [
+        row(
+            'gemm', k, r / 1e9, 'GFLOP/s', name, batch, best / 1e9, float(np.median(r) / best), note
+        )
+        for k, r in rates.items()
+    ]
+    rows += [
+        row('encoding', f'{k}, to multiply', n / 1e9, 'GFLOP/image', name, 1)
+        for k, n in flops.items()
+    ]
     for k, s in spent.items():
-        ms, limit = 1e3*s/batch, 1e3*flops[k]/best
-        rows.append(row('encoding', k, ms, 'ms/image', name, batch, limit, float(limit/np.median(ms)), note))
-    least_ratio = flops['V-V']/flops['plain']
-    ratios = spent['V-V']/spent['plain']
-    return rows + [row('encoding', 'V-V over plain', ratios, 'ratio', name, batch, least_ratio, float(least_ratio/np.median(ratios)), note)]
+        ms, limit = 1e3 * s / batch, 1e3 * flops[k] / best
+        rows.append(
+            row(
+                'encoding',
+                k,
+                ms,
+                'ms/image',
+                name,
+                batch,
+                limit,
+                float(limit / np.median(ms)),
+                note,
+            )
+        )
+    least_ratio = flops['V-V'] / flops['plain']
+    ratios = spent['V-V'] / spent['plain']
+    return rows + [
+        row(
+            'encoding',
+            'V-V over plain',
+            ratios,
+            'ratio',
+            name,
+            batch,
+            least_ratio,
+            float(least_ratio / np.median(ratios)),
+            note,
+        )
+    ]
 
 # %% ../../nbs/bench/cost.ipynb #d8d33043
 @torch.inference_mode()
-def full_text(encoder:Encoder, texts)->torch.Tensor:     # [K,C] not normalised
+def full_text(encoder: Encoder, texts) -> torch.Tensor:  # [K,C] not normalised
     "Embed sentences at full context, as open_clip does."
     return encoder.model.encode_text(encoder.tokenizer(list(texts)).to(encoder.device)).float()
 
-def text_rows(encoder:Encoder, texts, least:int=3, seconds:float=40.)->list:
+
+def text_rows(encoder: Encoder, texts, least: int = 3, seconds: float = 40.0) -> list:
     "Time one category's sentences, cut and at full context."
-    tasks = {'zsad': lambda: encoder.embed_text(texts), 'open_clip': lambda: full_text(encoder, texts)}
+    tasks = {
+        'zsad': lambda: encoder.embed_text(texts),
+        'open_clip': lambda: full_text(encoder, texts),
+    }
     name = str(encoder.dtype).removeprefix('torch.')
     a, b = (F.normalize(f(), dim=-1) for f in tasks.values())
     spent = take_turns(tasks, least, 7, seconds, encoder.device)
     rows = [row('text', k, s, 's', name, len(texts)) for k, s in spent.items()]
-    rows += [row('text', 'ratio', spent['open_clip']/spent['zsad'], 'ratio', name, len(texts))]
-    return rows + [row('text', 'largest difference', float((a - b).abs().max()), 'entry of a unit vector', name, len(texts))]
+    rows += [row('text', 'ratio', spent['open_clip'] / spent['zsad'], 'ratio', name, len(texts))]
+    return rows + [
+        row(
+            'text',
+            'largest difference',
+            float((a - b).abs().max()),
+            'entry of a unit vector',
+            name,
+            len(texts),
+        )
+    ]
 
 # %% ../../nbs/bench/cost.ipynb #1a34e87e
-def category_maps(kind:str='bottle', good:int=20, bad:int=63, size:int=240, grid:int=15)->tuple:   # maps [M,H,W], masks [M,H,W], scores [M], labels [M]
+def category_maps(
+    kind: str = 'bottle', good: int = 20, bad: int = 63, size: int = 240, grid: int = 15
+) -> tuple:  # maps [M,H,W], masks [M,H,W], scores [M], labels [M]
     "Make one category's maps and masks: rendered defects, noisy patch scores."
     jobs = plan(KINDS[kind], good, bad, 0)
-    masks = np.stack([render(design(kind, 'procad'), number, defect, size).mask if defect != 'good' else np.zeros((size, size), bool) for defect, _, number, _ in jobs])
+    masks = np.stack(
+        [
+            render(design(kind, 'procad'), number, defect, size).mask
+            if defect != 'good'
+            else np.zeros((size, size), bool)
+            for defect, _, number, _ in jobs
+        ]
+    )
     cover = resize(masks.astype('f4'), grid)
     noise = seeded_rng(0, 'cost', kind).standard_normal(cover.shape, dtype='f4')
-    maps = resize(1/(1 + np.exp(-(2*cover + 0.5*noise))), size)
+    maps = resize(1 / (1 + np.exp(-(2 * cover + 0.5 * noise))), size)
     return maps, masks, maps.max((1, 2)), masks.any((1, 2)).astype(int)
 
 # %% ../../nbs/bench/cost.ipynb #f7cff2fe
-def pro_loop(maps, masks, limit:float=.3, steps:int=200)->float:
+def pro_loop(maps, masks, limit: float = 0.3, steps: int = 200) -> float:
     "Compute the field's PRO by its loop over thresholds and masks (slow, for comparison)."
     maps, masks, eight = np.asarray(maps, float), np.asarray(masks, bool), np.ones((3, 3))
     low, high, normal, fpr, cover = maps.min(), maps.max(), ~masks, [], []
-    for t in np.arange(low, high, (high - low)/steps):
+    for t in np.arange(low, high, (high - low) / steps):
         hot, shares = maps > t, []
         for h, m in zip(hot, masks):
             regions, n = ndimage.label(m, eight)
             shares += [h[regions == i].mean() for i in range(1, n + 1)]
-        fpr.append((hot & normal).sum()/normal.sum()); cover.append(np.mean(shares))
+        fpr.append((hot & normal).sum() / normal.sum())
+        cover.append(np.mean(shares))
     keep = np.array(fpr) < limit
     x, y = np.array(fpr)[keep], np.array(cover)[keep]
-    return abs(float(np.trapezoid(y, (x - x.min())/(x.max() - x.min()))))
+    return abs(float(np.trapezoid(y, (x - x.min()) / (x.max() - x.min()))))
 
-def library_values(maps, masks, scores, labels)->dict:
+# %% ../../nbs/bench/cost.ipynb #e6a173c2
+def library_values(maps, masks, scores, labels) -> dict:
     "Compute the six image and pixel metrics with scikit-learn."
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
     out = {}
     for unit, y, s in (('image', labels, scores), ('pixel', np.ravel(masks), np.ravel(maps))):
         p, r, _ = precision_recall_curve(y, s)
-        out |= {f'{unit}_auroc': roc_auc_score(y, s), f'{unit}_ap': average_precision_score(y, s), f'{unit}_f1max': np.max(2*p*r/np.maximum(p + r, 1e-300))}
+        out |= {
+            f'{unit}_auroc': roc_auc_score(y, s),
+            f'{unit}_ap': average_precision_score(y, s),
+            f'{unit}_f1max': np.max(2 * p * r / np.maximum(p + r, 1e-300)),
+        }
     return out
 
 # %% ../../nbs/bench/cost.ipynb #f358ddf3
-def metric_rows(maps, masks, scores, labels, least:int=3, seconds:float=60.)->list:
+def metric_rows(maps, masks, scores, labels, least: int = 3, seconds: float = 60.0) -> list:
     "Time all metrics of one category against scikit-learn and the field's loop, and compare the values."
     given, kept = (maps, masks, scores, labels), {}
-    tasks = {'zsad': lambda: kept.update(zsad=evaluate(*given)), 'scikit-learn': lambda: kept.update(library=library_values(*given)),
-             'PRO loop': lambda: kept.update(loop={'pro_field': pro_loop(maps, masks)})}
-    tasks['zsad'](); library_values(*(a[[0, -1]] for a in given))            # imports and first calls are not timed
+    tasks = {
+        'zsad': lambda: kept.update(zsad=evaluate(*given)),
+        'scikit-learn': lambda: kept.update(library=library_values(*given)),
+        'PRO loop': lambda: kept.update(loop={'pro_field': pro_loop(maps, masks)}),
+    }
+    tasks['zsad']()
+    library_values(*(a[[0, -1]] for a in given))  # imports and first calls are not timed
     spent = take_turns(tasks, least, 5, seconds, warm=False)
     rows = [row('metrics', k, s, 's', batch=len(maps)) for k, s in spent.items()]
-    rows += [row('metrics', 'ratio', (spent['scikit-learn'] + spent['PRO loop'])/spent['zsad'], 'ratio', batch=len(maps)),
-             row('metrics', 'ratio, scikit-learn alone', spent['scikit-learn']/spent['zsad'], 'ratio', batch=len(maps))]
+    rows += [
+        row(
+            'metrics',
+            'ratio',
+            (spent['scikit-learn'] + spent['PRO loop']) / spent['zsad'],
+            'ratio',
+            batch=len(maps),
+        ),
+        row(
+            'metrics',
+            'ratio, scikit-learn alone',
+            spent['scikit-learn'] / spent['zsad'],
+            'ratio',
+            batch=len(maps),
+        ),
+    ]
     apart = {k: abs(kept['zsad'][k] - v) for k, v in (kept['library'] | kept['loop']).items()}
-    return rows + [row('metrics', 'largest difference', max(apart.values()), 'fraction', batch=len(maps), note=f'in {max(apart, key=apart.get)}, of {len(apart)} values')]
+    return rows + [
+        row(
+            'metrics',
+            'largest difference',
+            max(apart.values()),
+            'fraction',
+            batch=len(maps),
+            note=f'in {max(apart, key=apart.get)}, of {len(apart)} values',
+        )
+    ]
 
 # %% ../../nbs/bench/cost.ipynb #206e5a86
-def row_times(encoder:Encoder, batch:int=16, least:int=3, seconds:float=20.)->list:
+def row_times(encoder: Encoder, batch: int = 16, least: int = 3, seconds: float = 20.0) -> list:
     "Time encoding and scoring of the rows of AnoCLIP's Table 7, one image alone and a batch together."
     S, name, texts = encoder.preprocess.size, str(encoder.dtype).removeprefix('torch.'), {}
-    x = torch.from_numpy(seeded_rng(0, 'cost').standard_normal((batch, 3, S, S), dtype='f4')).to(encoder.device)
-    dets = {m.name: build(m, {'bottle': 'object'}, encoder, texts) for m in (r.method for r in EXHIBITS['anoclip-t7'].rows if not r.control)}
-    def spent(sizes): return take_turns({k: lambda d=d, n=sizes[k]: d(x[:n], ['bottle']*n) for k, d in dets.items()}, least, 7, 2*seconds, encoder.device)
+    x = torch.from_numpy(seeded_rng(0, 'cost').standard_normal((batch, 3, S, S), dtype='f4')).to(
+        encoder.device
+    )
+    dets = {
+        m.name: build(m, {'bottle': 'object'}, encoder, texts)
+        for m in (r.method for r in EXHIBITS['anoclip-t7'].rows if not r.control)
+    }
+
+    def spent(sizes):
+        return take_turns(
+            {k: lambda d=d, n=sizes[k]: d(x[:n], ['bottle'] * n) for k, d in dets.items()},
+            least,
+            7,
+            2 * seconds,
+            encoder.device,
+        )
+
     out, sizes = [], dict.fromkeys(dets, 1)
     for how in ('alone', 'together'):
-        took = spent(sizes); out += [row('rows', f'{k}, {how}', 1e3*t/sizes[k], 'ms/image', name, sizes[k]) for k, t in took.items()]
-        sizes = {k: min(batch, max(1, int(seconds/np.median(t)))) for k, t in took.items()}
+        took = spent(sizes)
+        out += [
+            row('rows', f'{k}, {how}', 1e3 * t / sizes[k], 'ms/image', name, sizes[k])
+            for k, t in took.items()
+        ]
+        sizes = {k: min(batch, max(1, int(seconds / np.median(t)))) for k, t in took.items()}
     return out
 
 # %% ../../nbs/bench/cost.ipynb #6dff6824
-def time_step(course:str, backbone:str, size:int, passes:int=3, device='cpu')->tuple:      # seconds of encoding, seconds of each step, peak of memory in bytes
+def time_step(
+    course: str, backbone: str, size: int, passes: int = 3, device='cpu'
+) -> tuple:  # seconds of encoding, seconds of each step, peak of memory in bytes
     "Take steps on one image of noise with random weights."
     import resource
-    keep_memory(); e = load_encoder(backbone, 'random:0', size=size, device=device, dtype='float32'); e.model.requires_grad_(False)
-    c = resolve_config(replace(CONFIGS[course], batch=1), e); student = TrainableModel(c, e)
-    x = torch.from_numpy(seeded_rng(0, 'cost').standard_normal((1, 3, e.preprocess.size, e.preprocess.size), dtype='f4')).to(e.device)
-    wait(device); start = time.perf_counter(); t = e.tokens(x, c.encode); wait(device); encoding = time.perf_counter() - start
-    mask = torch.zeros(1, c.loss_size, c.loss_size, dtype=torch.bool, device=e.device); mask[:, :9, :9] = True
+
+    keep_memory()
+    e = load_encoder(backbone, 'random:0', size=size, device=device, dtype='float32')
+    e.model.requires_grad_(False)
+    c = resolve_config(replace(CONFIGS[course], batch=1), e)
+    student = TrainableModel(c, e)
+    x = torch.from_numpy(
+        seeded_rng(0, 'cost').standard_normal(
+            (1, 3, e.preprocess.size, e.preprocess.size), dtype='f4'
+        )
+    ).to(e.device)
+    wait(device)
+    start = time.perf_counter()
+    t = e.tokens(x, c.encode)
+    wait(device)
+    encoding = time.perf_counter() - start
+    mask = torch.zeros(1, c.loss_size, c.loss_size, dtype=torch.bool, device=e.device)
+    mask[:, :9, :9] = True
     patches = next(iter(t.patches.values())).clone() if c.encode.paths else None
-    b = Batch(t.cls.clone(), patches, x, torch.ones(1, dtype=torch.long, device=e.device), mask, ('bottle',), F.normalize(torch.ones(1, e.dim, device=e.device), dim=-1), t.grid)
+    b = Batch(
+        t.cls.clone(),
+        patches,
+        x,
+        torch.ones(1, dtype=torch.long, device=e.device),
+        mask,
+        ('bottle',),
+        F.normalize(torch.ones(1, e.dim, device=e.device), dim=-1),
+        t.grid,
+    )
     opt, spent = torch.optim.Adam(groups_of(student), lr=c.lr), []
     for _ in range(passes):
-        start = time.perf_counter(); opt.zero_grad(); sum(v for v in student(b).values()).backward(); opt.step(); wait(device); spent.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if str(device).startswith('cuda') else 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        opt.zero_grad()
+        sum(v for v in student(b).values()).backward()
+        opt.step()
+        wait(device)
+        spent.append(time.perf_counter() - start)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if str(device).startswith('cuda')
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     return encoding, spent, peak
 
 # %% ../../nbs/bench/cost.ipynb #630904a2
-def time_steps(courses, backbone:str, size:int, passes:int, device)->dict:      # course -> what `time_step` gives
+def time_steps(
+    courses, backbone: str, size: int, passes: int, device
+) -> dict:  # course -> what `time_step` gives
     "Time steps of some courses in a process of their own, so that the peak of memory is theirs."
     given = (backbone, size, passes, str(device))
     line = f'import json; from zsad.bench.cost import time_step; print(json.dumps({{c: time_step(c, *{given!r}) for c in {list(courses)!r}}}))'
     done = subprocess.run([sys.executable, '-c', line], capture_output=True, text=True)
-    if done.returncode: raise ValueError(f'steps of {list(courses)} ended with code {done.returncode}: {done.stderr[-500:]}')
+    if done.returncode:
+        raise ValueError(
+            f'steps of {list(courses)} ended with code {done.returncode}: {done.stderr[-500:]}'
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
-def step_rows(backbone='ViT-L-14-336-quickgelu', size:int=518, passes:int=3, device='cpu',
-              apart:bool=True       # every course in a process of its own; False, for trials: all in one
-             )->list:
+# %% ../../nbs/bench/cost.ipynb #ee6ef850
+def step_rows(
+    backbone='ViT-L-14-336-quickgelu',
+    size: int = 518,
+    passes: int = 3,
+    device='cpu',
+    apart: bool = True,  # every course in a process of its own; False, for trials: all in one
+) -> list:
     "Time a step of every course on one image, and its peak of memory."
     spent, out, note = {}, [], f'{backbone}, {size} px'
     for group in [[c] for c in CONFIGS] if apart else [list(CONFIGS)]:
         spent |= time_steps(group, backbone, size, passes, device)
     for name, (encoding, steps, peak) in spent.items():
-        out.append(row('training', f'{name}, encode once', encoding, 's/image', 'float32', 1, note=note))
-        out.append(row('training', f'{name}, step', steps[1:] or steps, 's', 'float32', 1, note=note))
-        out.append(row('training', f'{name}, peak of memory', peak/2**30, 'GiB', 'float32', 1, 16., note=note))
+        out.append(
+            row('training', f'{name}, encode once', encoding, 's/image', 'float32', 1, note=note)
+        )
+        out.append(
+            row('training', f'{name}, step', steps[1:] or steps, 's', 'float32', 1, note=note)
+        )
+        out.append(
+            row(
+                'training',
+                f'{name}, peak of memory',
+                peak / 2**30,
+                'GiB',
+                'float32',
+                1,
+                16.0,
+                note=note,
+            )
+        )
     return out
 
 # %% ../../nbs/bench/cost.ipynb #618b3fd0
-def machine(encoder:Encoder)->dict:
+def machine(encoder: Encoder) -> dict:
     "Name what the times were taken on."
     info, have = Path('/proc/cpuinfo'), cpu_flags()
-    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    names = (
+        [
+            l.split(':', 1)[1].strip()
+            for l in info.read_text().splitlines()
+            if l.startswith('model name')
+        ]
+        if info.exists()
+        else []
+    )
     told = ' '.join(f for f in ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2') if f in have)
-    return dict(cpu=(names or [platform.processor() or platform.machine()])[0], threads=torch.get_num_threads(), flags=told, torch=torch.__version__,
-                encoder=f'{encoder.backbone} ({encoder.source})', device=torch.cuda.get_device_name(encoder.device) if encoder.device.startswith('cuda') else encoder.device)
+    return dict(
+        cpu=(names or [platform.processor() or platform.machine()])[0],
+        threads=torch.get_num_threads(),
+        flags=told,
+        torch=torch.__version__,
+        encoder=f'{encoder.backbone} ({encoder.source})',
+        device=torch.cuda.get_device_name(encoder.device)
+        if encoder.device.startswith('cuda')
+        else encoder.device,
+    )
 
-def measure(backbone='ViT-B-16-plus-240',       # as in `load_encoder`
-            weights='random:0',                 # times do not depend on the weights
-            device='auto',
-            dtypes:tuple=('float32', 'bfloat16'),
-            batch:int=16,                       # images per pass, fewer where one pass would take over 20 s
-            quick:bool=False                    # a trial on little work, for tests
-           )->list:                             # rows with the keys of COLUMNS
+# %% ../../nbs/bench/cost.ipynb #7029df8a
+def measure(
+    backbone='ViT-B-16-plus-240',  # as in `load_encoder`
+    weights='random:0',  # times do not depend on the weights
+    device='auto',
+    dtypes: tuple = ('float32', 'bfloat16'),
+    batch: int = 16,  # images per pass, fewer where one pass would take over 20 s
+    quick: bool = False,  # a trial on little work, for tests
+) -> list:  # rows with the keys of COLUMNS
     "Measure encoding, sentences and metrics in one run."
     keep_memory()
-    least, seconds, rows, note = (1, 0.2, [], 'trial') if quick else (3, 20., [], '')
+    least, seconds, rows, note = (1, 0.2, [], 'trial') if quick else (3, 20.0, [], '')
     for dtype in dtypes:
         e = load_encoder(backbone, weights, device=device, dtype=dtype)
         rows += encoding_rows(e, min(batch, 2) if quick else batch, least, seconds)
-        if dtype == 'float32': rows += text_rows(e, sum(sentences('winclip', 'bottle'), [])[::40 if quick else 1], least, 2*seconds) + row_times(e, min(batch, 2) if quick else batch, least, seconds)
-    rows += metric_rows(*(category_maps('bottle', 2, 4, 48, 6) if quick else category_maps()), least, 3*seconds)
+        if dtype == 'float32':
+            rows += text_rows(
+                e,
+                sum(sentences('winclip', 'bottle'), [])[:: 40 if quick else 1],
+                least,
+                2 * seconds,
+            ) + row_times(e, min(batch, 2) if quick else batch, least, seconds)
+    rows += metric_rows(
+        *(category_maps('bottle', 2, 4, 48, 6) if quick else category_maps()), least, 3 * seconds
+    )
     rows += step_rows('mini', None, 1, apart=False) if quick else step_rows(device=e.device)
     return [{**r, 'note': '; '.join(n for n in (r['note'], note) if n), **machine(e)} for r in rows]
 
 # %% ../../nbs/bench/cost.ipynb #84517602
-def write_cost(folder, **settings)->Path:
+def write_cost(folder, **settings) -> Path:
     "Run `measure(**settings)` and write its rows to cost.csv in `folder`."
     rows = pd.DataFrame(measure(**settings))[list(COLUMNS)]
-    return write_atomic(Path(folder)/'cost.csv', rows.to_csv(index=False, float_format='%.5g', lineterminator='\n'))
+    return write_atomic(
+        Path(folder) / 'cost.csv',
+        rows.to_csv(index=False, float_format='%.5g', lineterminator='\n'),
+    )
 
-def read_cost(rows)->pd.DataFrame:       # rows, a frame of them, or the folder of a cost.csv
+
+def read_cost(rows) -> pd.DataFrame:  # rows, a frame of them, or the folder of a cost.csv
     "Give the rows of a measurement as a frame."
-    if isinstance(rows, (list, pd.DataFrame)): return pd.DataFrame(rows)
-    path = Path(rows)/'cost.csv'
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no measurement here; make one with zsad.bench.cost.write_cost('{rows}'), on a machine that does nothing else")
-    return pd.read_csv(path, keep_default_na=False, na_values={k: [''] for k in ('value', 'limit', 'share', 'lo', 'hi')})
+    if isinstance(rows, (list, pd.DataFrame)):
+        return pd.DataFrame(rows)
+    path = Path(rows) / 'cost.csv'
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no measurement here; make one with zsad.bench.cost.write_cost('{rows}'), on a machine that does nothing else"
+        )
+    return pd.read_csv(
+        path,
+        keep_default_na=False,
+        na_values={k: [''] for k in ('value', 'limit', 'share', 'lo', 'hi')},
+    )
 
 # %% ../../nbs/bench/cost.ipynb #034fdbfd
-def targets(rows)->pd.DataFrame:       # one row per target: name, measured, bound, held, said
+def targets(rows) -> pd.DataFrame:  # one row per target: name, measured, bound, held, said
     "Hold a measurement against the four targets."
     d = read_cost(rows)
-    find = lambda part, what, dtype=None, column='value': d[(d.part == part) & d.what.isin(what) & (True if dtype is None else d.dtype == dtype)][column]
+    find = lambda part, what, dtype=None, column='value': d[
+        (d.part == part) & d.what.isin(what) & (True if dtype is None else d.dtype == dtype)
+    ][column]
     ratio = {p: find(p, ['ratio']).min() for p in ('metrics', 'text')}
-    apart, share, vv = find('text', ['largest difference']).max(), find('encoding', ['plain', 'V-V'], 'bfloat16', 'share').min(), find('encoding', ['V-V over plain']).max()
-    parts = [f'{v:.3f} ({t})' for v, t in zip(find('encoding', ['V-V over plain']), find('encoding', ['V-V over plain'], column='dtype'))]
-    out = [('metrics', ratio['metrics'], 20., ratio['metrics'] >= 20, f"all metrics of one category {ratio['metrics']:.1f} times faster than scikit-learn and the threshold loop (target: at least 20)"),
-           ('text', ratio['text'], 5., ratio['text'] >= 5 and apart <= 1e-5, f"one category's sentences {ratio['text']:.1f} times faster than at full context (at least 5), largest difference {apart:.1g} (at most 1e-5)"),
-           ('encoding', share, .45, share >= .45, f'encoding at {100*share:.0f} % of the bfloat16 rate of matrix products (at least 45 %)'),
-           ('V-V', vv, 1.2, vv <= 1.2, f"class token and V-V of all blocks take {' and '.join(parts)} times the plain pass (at most 1.2)")]
-    said = lambda name, value, held, text: f'{name}: not measured' if value != value else f"{text}: {'held' if held else 'missed'}"
-    return pd.DataFrame([dict(name=n, measured=v, bound=b, held=bool(h), said=said(n, v, h, t)) for n, v, b, h, t in out])
+    apart, share, vv = (
+        find('text', ['largest difference']).max(),
+        find('encoding', ['plain', 'V-V'], 'bfloat16', 'share').min(),
+        find('encoding', ['V-V over plain']).max(),
+    )
+    parts = [
+        f'{v:.3f} ({t})'
+        for v, t in zip(
+            find('encoding', ['V-V over plain']),
+            find('encoding', ['V-V over plain'], column='dtype'),
+        )
+    ]
+    out = [
+        (
+            'metrics',
+            ratio['metrics'],
+            20.0,
+            ratio['metrics'] >= 20,
+            f"all metrics of one category {ratio['metrics']:.1f} times faster than scikit-learn and the threshold loop (target: at least 20)",
+        ),
+        (
+            'text',
+            ratio['text'],
+            5.0,
+            ratio['text'] >= 5 and apart <= 1e-5,
+            f"one category's sentences {ratio['text']:.1f} times faster than at full context (at least 5), largest difference {apart:.1g} (at most 1e-5)",
+        ),
+        (
+            'encoding',
+            share,
+            0.45,
+            share >= 0.45,
+            f'encoding at {100 * share:.0f} % of the bfloat16 rate of matrix products (at least 45 %)',
+        ),
+        (
+            'V-V',
+            vv,
+            1.2,
+            vv <= 1.2,
+            f"class token and V-V of all blocks take {' and '.join(parts)} times the plain pass (at most 1.2)",
+        ),
+    ]
+    said = lambda name, value, held, text: (
+        f'{name}: not measured' if value != value else f"{text}: {'held' if held else 'missed'}"
+    )
+    return pd.DataFrame(
+        [
+            dict(name=n, measured=v, bound=b, held=bool(h), said=said(n, v, h, t))
+            for n, v, b, h, t in out
+        ]
+    )
 
-def cost_caption(rows)->str:
+# %% ../../nbs/bench/cost.ipynb #f0b61563
+def cost_caption(rows) -> str:
     "Compute the caption: where it was measured, and which targets were held."
-    d, t = read_cost(rows), targets(rows); r = d.iloc[0]
+    d, t = read_cost(rows), targets(rows)
+    r = d.iloc[0]
     trial = 'A trial on little work, no measurement. ' if d.note.str.contains('trial').any() else ''
-    slow = ' This processor has no bfloat16 instructions.' if d.note.str.contains('no bfloat16').any() else ''
+    slow = (
+        ' This processor has no bfloat16 instructions.'
+        if d.note.str.contains('no bfloat16').any()
+        else ''
+    )
     return f"{trial}{r.encoder} on {r.device if r.device != 'cpu' else r.cpu}, {r.threads} threads ({r['flags'] or 'flags unknown'}), torch {r.torch}.{slow} {t.held.sum()} of {len(t)} targets held. {'; '.join(t.said)}."
 
 # %% ../../nbs/bench/cost.ipynb #d74ec50e
-def cost_table(rows)->pd.DataFrame:
+def cost_table(rows) -> pd.DataFrame:
     "Format a measurement for people."
     d = read_cost(rows)
     f = lambda v: '' if v != v else f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}'
     spread = lambda r: f'{f(r.lo)} to {f(r.hi)}' if r.repeats > 1 else ''
-    out = pd.DataFrame({'type': d.dtype, 'items': d.batch.astype(str), 'median': d.value.map(f), 'unit': d.unit, 'lowest to highest': [spread(r) for r in d.itertuples()], 'passes': d.repeats.astype(str),
-                        'limit': d.limit.map(f), 'share of limit': d.share.map(lambda v: '' if v != v else f'{100*v:.0f} %'), 'note': d.note})
+    out = pd.DataFrame(
+        {
+            'type': d.dtype,
+            'items': d.batch.astype(str),
+            'median': d.value.map(f),
+            'unit': d.unit,
+            'lowest to highest': [spread(r) for r in d.itertuples()],
+            'passes': d.repeats.astype(str),
+            'limit': d.limit.map(f),
+            'share of limit': d.share.map(lambda v: '' if v != v else f'{100 * v:.0f} %'),
+            'note': d.note,
+        }
+    )
     out.index = [f'{r.part}: {r.what}' for r in d.itertuples()]
     return out
 
 # %% ../../nbs/bench/cost.ipynb #15791754
 HELD, MISSED = '#31688e', '#d1495b'
 
+# %% ../../nbs/bench/cost.ipynb #541bae03
 def cost_figure(rows):
     "Draw times per image with the limit as a black mark, and the two ratios with their targets; what missed its target is red."
     d, t = read_cost(rows), targets(rows).set_index('name')
     e = d[(d.part == 'encoding') & (d.unit == 'ms/image')]
-    ratio = {k: d[(d.part == 'encoding') & (d.what == 'V-V over plain') & (d.dtype == k)].value.max() for k in e.dtype}
-    held = [not (r.dtype == 'bfloat16' and r.share < .45) and not (r.what == 'V-V' and ratio[r.dtype] > 1.2) for r in e.itertuples()]
-    fig, (a, b) = plt.subplots(1, 2, figsize=(8.2, 2.3), dpi=72, gridspec_kw=dict(width_ratios=(3, 2)))
+    ratio = {
+        k: d[(d.part == 'encoding') & (d.what == 'V-V over plain') & (d.dtype == k)].value.max()
+        for k in e.dtype
+    }
+    held = [
+        not (r.dtype == 'bfloat16' and r.share < 0.45)
+        and not (r.what == 'V-V' and ratio[r.dtype] > 1.2)
+        for r in e.itertuples()
+    ]
+    fig, (a, b) = plt.subplots(
+        1, 2, figsize=(8.2, 2.3), dpi=72, gridspec_kw=dict(width_ratios=(3, 2))
+    )
     a.barh(range(len(e)), e.value, color=[HELD if h else MISSED for h in held], height=0.62)
     a.plot(e.limit, range(len(e)), '|', color='black', ms=16, mew=2)
-    for y, r in enumerate(e.itertuples()): a.text(r.value, y, f' {r.value:,.4g} ms, {100*r.share:.0f} %', va='center', fontsize=8)
-    a.set(title='encoding, ms per image (mark: at the GEMM rate)', yticks=range(len(e)), yticklabels=[f'{r.what}, {r.dtype}' for r in e.itertuples()], xlim=(0, 1.5*e.value.max()))
+    for y, r in enumerate(e.itertuples()):
+        a.text(r.value, y, f' {r.value:,.4g} ms, {100 * r.share:.0f} %', va='center', fontsize=8)
+    a.set(
+        title='encoding, ms per image (mark: at the GEMM rate)',
+        yticks=range(len(e)),
+        yticklabels=[f'{r.what}, {r.dtype}' for r in e.itertuples()],
+        xlim=(0, 1.5 * e.value.max()),
+    )
     two = t.loc[['metrics', 'text']]
     b.barh(range(2), two.measured, color=[HELD if h else MISSED for h in two.held], height=0.62)
     for y, (m, bound) in enumerate(zip(two.measured, two.bound)):
-        b.plot([bound]*2, [y - 0.45, y + 0.45], '--', color='black'); b.text(1, y, f' {m:.1f}', va='center', fontsize=8, color='white')
-    b.set(title='times faster (dashed: target; logarithmic)', xscale='log', yticks=range(2), yticklabels=two.index, xlim=(1, 1.5*np.nanmax(two[['measured', 'bound']].to_numpy())))
-    for ax in (a, b): ax.invert_yaxis(); ax.tick_params(labelsize=8); ax.title.set_fontsize(9); ax.grid(axis='x', alpha=0.3); ax.set_axisbelow(True)
+        b.plot([bound] * 2, [y - 0.45, y + 0.45], '--', color='black')
+        b.text(1, y, f' {m:.1f}', va='center', fontsize=8, color='white')
+    b.set(
+        title='times faster (dashed: target; logarithmic)',
+        xscale='log',
+        yticks=range(2),
+        yticklabels=two.index,
+        xlim=(1, 1.5 * np.nanmax(two[['measured', 'bound']].to_numpy())),
+    )
+    for ax in (a, b):
+        ax.invert_yaxis()
+        ax.tick_params(labelsize=8)
+        ax.title.set_fontsize(9)
+        ax.grid(axis='x', alpha=0.3)
+        ax.set_axisbelow(True)
     fig.tight_layout()
     return fig

@@ -17,84 +17,154 @@ __all__ = ['TORCH', 'IDENTITY', 'PROFILES', 'SCORING', 'merge_specs', 'Truth', '
            'contrast_rows', 'machine_of', 'run_rows', 'to_csv', 'exhibit_files', 'write_results']
 
 # %% ../../nbs/bench/jobs.ipynb #e343b582
-import csv, io, json, math, os, platform, shutil, sys, time
-
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
 from collections import Counter
-
 from concurrent.futures import ProcessPoolExecutor, as_completed
-
 from dataclasses import dataclass, replace
-
 from functools import lru_cache
-
 from importlib.metadata import version
-
 from multiprocessing import get_context
-
 from pathlib import Path
 
 import numpy as np
-
 import torch
-
 from tqdm.auto import tqdm
 
-from ..evaluation.intervals import interval, resample_weights
-
-from ..encoder.clip import SHIPPED, Encoder, choose_device, choose_dtype, find_config, load_encoder, untrained, vision_weights
-
-from ..core.files import cache_dir, digest, keep_memory, seeded_rng, safe_name, write_atomic
-
-from ..datasets.layouts import SOURCES, ScannedDataset, check_dataset, find_sets, load_dataset, load_image, load_mask, set_name, scan_dataset
-
-from ..methods.dual import draw_references
-
-from ..papers.exhibits import COLUMNS, CONTROLS, STAND_INS, ENCODER_VARIANTS, Exhibit, Row, datasets_of, seeds_of
-
+from ..core.files import cache_dir, digest, keep_memory, safe_name, seeded_rng, write_atomic
 from ..core.identity import PIPELINE_REV, canonical, identity_key
 
-from ..pipeline.detector import Detector, Prediction, Reference, build, fit, local_operations, method_identity, select_images
+# %% ../../nbs/bench/jobs.ipynb #f15cf647
+from zsad.datasets.layouts import (
+    SOURCES,
+    ScannedDataset,
+    check_dataset,
+    find_sets,
+    load_dataset,
+    load_image,
+    load_mask,
+    scan_dataset,
+    set_name,
+)
+from zsad.encoder.clip import (
+    SHIPPED,
+    Encoder,
+    choose_device,
+    choose_dtype,
+    find_config,
+    load_encoder,
+    untrained,
+    vision_weights,
+)
+from ..encoder.store import encode_missing, index, load_or_encode, streams_of
+from ..evaluation.intervals import interval, resample_weights
 
-from ..evaluation.metrics import (METRICS, Protocol, auroc, check_shapes, group_counts, image_counts,
-                          measure_set, metric_unit, pixel_arrays, pro, reason, resize_mask, sorted_counts)
-
+# %% ../../nbs/bench/jobs.ipynb #5b22e726
+from zsad.evaluation.metrics import (
+    METRICS,
+    Protocol,
+    auroc,
+    check_shapes,
+    group_counts,
+    image_counts,
+    measure_set,
+    metric_unit,
+    pixel_arrays,
+    pro,
+    reason,
+    resize_mask,
+    sorted_counts,
+)
+from ..learned.artifacts import HEAD_REVS
+from ..methods.dual import draw_references
 from ..methods.prompts import sentences
 
-from ..encoder.store import encode_missing, index, load_or_encode, streams_of
-
-from ..learned.artifacts import HEAD_REVS
+# %% ../../nbs/bench/jobs.ipynb #84ef6228
+from zsad.papers.exhibits import (
+    COLUMNS,
+    CONTROLS,
+    ENCODER_VARIANTS,
+    STAND_INS,
+    Exhibit,
+    Row,
+    seeds_of,
+)
+from zsad.pipeline.detector import (
+    Detector,
+    Prediction,
+    Reference,
+    build,
+    fit,
+    local_operations,
+    method_identity,
+    select_images,
+)
 
 # %% ../../nbs/bench/jobs.ipynb #605763dc
 from ..methods.windows import choose_references
 
 # %% ../../nbs/bench/jobs.ipynb #c8667495
-def merge_specs(methods, blocks:int)->list:
+def merge_specs(methods, blocks: int) -> list:
     "Group methods by what cannot share a pass of an encoder with `blocks` blocks: [(interpolation, EncodeSpec, methods)]; those of one stage join their paths, or their layers where the paths are the same."
     asked = [(m, m.encode.resolved(blocks)) for m in methods]
+
     def join(groups, same, parts):
         out = {}
-        for ms, i, e in groups: out.setdefault((i, e.stage, e.views, *(getattr(e, p) for p in same)), []).append((ms, i, e))
+        for ms, i, e in groups:
+            out.setdefault((i, e.stage, e.views, *(getattr(e, p) for p in same)), []).append(
+                (ms, i, e)
+            )
         every = lambda g, part: tuple(dict.fromkeys(p for _, _, e in g for p in getattr(e, part)))
-        return [([m for ms, _, _ in g for m in ms], g[0][1], replace(g[0][2], **{p: every(g, p) for p in parts})) for g in out.values()]
-    groups = join(join([([m], m.interpolation, e) for m, e in asked], ('layers',), ('paths', 'windows')), ('paths',), ('layers', 'windows'))
+        return [
+            (
+                [m for ms, _, _ in g for m in ms],
+                g[0][1],
+                replace(g[0][2], **{p: every(g, p) for p in parts}),
+            )
+            for g in out.values()
+        ]
+
+    groups = join(
+        join([([m], m.interpolation, e) for m, e in asked], ('layers',), ('paths', 'windows')),
+        ('paths',),
+        ('layers', 'windows'),
+    )
     return [(i, replace(e, layers=tuple(sorted(e.layers))), ms) for ms, i, e in groups]
 
 # %% ../../nbs/bench/jobs.ipynb #7ebe9dc6
 @dataclass(frozen=True)
 class Truth:
     "Ground truth of one category at map size."
-    samples: tuple
-    labels: np.ndarray        # [M]
-    masks: np.ndarray         # [M,H,W] bool
-    foreground: np.ndarray    # [M,H,W] bool, None if the set has none or the category is a texture
 
-def read_truth(samples, size:int, rule:str='bilinear>0.5')->Truth:
+    samples: tuple
+    labels: np.ndarray  # [M]
+    masks: np.ndarray  # [M,H,W] bool
+    foreground: np.ndarray  # [M,H,W] bool, None if the set has none or the category is a texture
+
+
+def read_truth(samples, size: int, rule: str = 'bilinear>0.5') -> Truth:
     "Read masks and outlines of samples."
-    fg = np.stack([load_mask(s.foreground, size, 'nearest') for s in samples]) if all(s.foreground for s in samples) else None
-    return Truth(tuple(samples), np.array([s.label for s in samples]), np.stack([load_mask(s.mask, size, rule) for s in samples]), fg)
+    fg = (
+        np.stack([load_mask(s.foreground, size, 'nearest') for s in samples])
+        if all(s.foreground for s in samples)
+        else None
+    )
+    return Truth(
+        tuple(samples),
+        np.array([s.label for s in samples]),
+        np.stack([load_mask(s.mask, size, rule) for s in samples]),
+        fg,
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #a51424e4
-def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
+def measure_row(maps, scores, t: Truth, key, protocol=Protocol()) -> tuple:
     """Compute the metrics of one category from maps [M,H,W] and scores [M].
 
     Returns values {metric: value}, those of draws of the images {metric: [R]} (the first is the set
@@ -112,26 +182,30 @@ def measure_row(maps, scores, t:Truth, key, protocol=Protocol())->tuple:
     values, why, again = measure_set(pixels, scores, t.labels, p, weights, counted)
     if set(p.metrics) == set(METRICS):
         values['pixel_auroc_within'], reason_ = measure_within(pixels, t, p)
-        if reason_: why['pixel_auroc_within'] = reason_
+        if reason_:
+            why['pixel_auroc_within'] = reason_
     return values, again, why, measure_defects(kinds, each, scores, t, p)
 
 # %% ../../nbs/bench/jobs.ipynb #3c0357b1
-def measure_within(pixels, t:Truth, protocol)->tuple:      # value, reason of NaN
+def measure_within(pixels, t: Truth, protocol) -> tuple:  # value, reason of NaN
     "Compute pixel AUROC over the pixels of the object."
-    if t.foreground is None: return float('nan'), 'no outline of an object here'
-    if isinstance(pixels, str): return float('nan'), pixels
+    if t.foreground is None:
+        return float('nan'), 'no outline of an object here'
+    if isinstance(pixels, str):
+        return float('nan'), pixels
     inside = resize_mask(t.foreground, protocol.size, 'nearest')
     c = sorted_counts(pixels.maps, pixels.regions, inside)
     return auroc(c), reason(c)
 
 # %% ../../nbs/bench/jobs.ipynb #d2f08e61
-def defect_groups(t:Truth)->dict:      # {kind: its images}
+def defect_groups(t: Truth) -> dict:  # {kind: its images}
     "List the anomalous images of every kind of defect."
     defects = np.array([s.defect for s in t.samples])
     anomalous = np.flatnonzero(t.labels == 1)
     return {str(k): anomalous[defects[anomalous] == k] for k in sorted(set(defects[anomalous]))}
 
-def measure_defects(kinds:dict, counts, scores, t:Truth, protocol=Protocol())->dict:
+
+def measure_defects(kinds: dict, counts, scores, t: Truth, protocol=Protocol()) -> dict:
     """Compute image AUROC, pixel AUROC and PRO of every kind of defect beside all normal images.
 
     `counts` holds the pixels' Counts of every kind, or why there are none. The values are exact, and
@@ -144,279 +218,482 @@ def measure_defects(kinds:dict, counts, scores, t:Truth, protocol=Protocol())->d
         if 'image' in units:
             image = image_counts(None if scores is None else np.asarray(scores)[own], t.labels[own])
             out[k]['image_auroc'] = auroc(image)
-        if 'pixel' in units: out[k] |= dict(pixel_auroc=auroc(c), pro=pro(c, protocol.pro_limit))
+        if 'pixel' in units:
+            out[k] |= dict(pixel_auroc=auroc(c), pro=pro(c, protocol.pro_limit))
     return out
 
 # %% ../../nbs/bench/jobs.ipynb #27c6bcb9
-TORCH = '.'.join(torch.__version__.split('.')[:2])      # minor version; stored results are kept apart by it
-IDENTITY = ('method_key', 'revs', 'pipeline_rev', 'data', 'references', 'weights', 'artifact',
-            'size', 'dtype', 'device_kind', 'protocol', 'seed')      # columns that make a run's key
+TORCH = '.'.join(
+    torch.__version__.split('.')[:2]
+)  # minor version; stored results are kept apart by it
+IDENTITY = (
+    'method_key',
+    'revs',
+    'pipeline_rev',
+    'data',
+    'references',
+    'weights',
+    'artifact',
+    'size',
+    'dtype',
+    'device_kind',
+    'protocol',
+    'seed',
+)  # columns that make a run's key
 
-def revisions(rows)->dict:
+# %% ../../nbs/bench/jobs.ipynb #eabbc0da
+def revisions(rows) -> dict:
     "List what has to be the same in every process that computes `rows`: {name: revision}, with torch's minor version."
     revs = {'torch': TORCH, 'pipeline': PIPELINE_REV}
     for row in rows:
-        if row.method is None: continue
-        known = {h: method_identity(row.method, h)['revs'] for h in ([''] if row.method.terms else HEAD_REVS)}
-        for found in known.values(): revs |= found
+        if row.method is None:
+            continue
+        known = {
+            h: method_identity(row.method, h)['revs']
+            for h in ([''] if row.method.terms else HEAD_REVS)
+        }
+        for found in known.values():
+            revs |= found
     return revs
 
-def run_key(record:dict, *without)->str:
+
+def run_key(record: dict, *without) -> str:
     "Hash the identity of a run from its columns, read as text; `without` leaves some out."
     return identity_key({k: str(record[k]) for k in IDENTITY if k not in without})
 
-def rules_of(protocol:Protocol)->str:
+
+def rules_of(protocol: Protocol) -> str:
     "Write the rules of an evaluation as canonical JSON, without its name and its list of metrics."
     return canonical({k: v for k, v in vars(protocol).items() if k not in ('name', 'metrics')})
 
 # %% ../../nbs/bench/jobs.ipynb #a7f92711
-def method_record(row:Row, method, trained=None)->dict:
+def method_record(row: Row, method, trained=None) -> dict:
     "Describe the method of a run: `method` is resolved for an encoder (None for the outline), `trained` what its artifact holds."
     if method is None:
         return dict(method_key=identity_key(row.control), revs='{}', artifact='', seed=0)
     what = method_identity(method, head_of(trained))
     artifact = trained.hash if trained else ''
-    return dict(method_key=identity_key(what), revs=canonical(what['revs']), artifact=artifact, seed=method.seed)
+    return dict(
+        method_key=identity_key(what),
+        revs=canonical(what['revs']),
+        artifact=artifact,
+        seed=method.seed,
+    )
 
-def head_of(trained)->str:
+
+def head_of(trained) -> str:
     "Name the head of what was trained, '' where there is none."
     return (trained and trained.about['head']) or ''
 
-def encoder_record(row:Row, encoder:Encoder)->dict:
+# %% ../../nbs/bench/jobs.ipynb #baf1f31a
+def encoder_record(row: Row, encoder: Encoder) -> dict:
     "Describe the encoder of a run; the outline has none."
     size = encoder.preprocess.size
     if row.method is None:
         return dict(encoder='-', weights='-', source='-', size=size, dtype='-', device_kind='-')
-    return dict(encoder=encoder.backbone, weights=encoder.weights, source=encoder.source, size=size,
-                dtype=str(encoder.dtype).removeprefix('torch.'), device_kind=encoder.device.split(':')[0])
+    return dict(
+        encoder=encoder.backbone,
+        weights=encoder.weights,
+        source=encoder.source,
+        size=size,
+        dtype=str(encoder.dtype).removeprefix('torch.'),
+        device_kind=encoder.device.split(':')[0],
+    )
 
-def run_record(row:Row, method, trained, encoder:Encoder, s:ScannedDataset, shots:dict={}, protocol=Protocol())->dict:
+# %% ../../nbs/bench/jobs.ipynb #66c8bf17
+def run_record(
+    row: Row,
+    method,
+    trained,
+    encoder: Encoder,
+    s: ScannedDataset,
+    shots: dict = {},
+    protocol=Protocol(),
+) -> dict:
     "Describe a run that is shown few-shot references {category: ((hash, file), ...)}; `run` is its key, `row_key` what its seeds share."
-    shown = digest(*(i for c, found in shots.items() for i in (c, *(h for h, _ in found))), n=16) if shots else ''
-    record = dict(control=row.control, dataset=s.dataset.name, data=s.hash, references=shown,
-                  complete=complete(s.dataset), left_out=len(s.dataset.skipped), pipeline_rev=PIPELINE_REV,
-                  protocol=rules_of(protocol), **encoder_record(row, encoder), **method_record(row, method, trained))
+    shown = (
+        digest(*(i for c, found in shots.items() for i in (c, *(h for h, _ in found))), n=16)
+        if shots
+        else ''
+    )
+    record = dict(
+        control=row.control,
+        dataset=s.dataset.name,
+        data=s.hash,
+        references=shown,
+        complete=complete(s.dataset),
+        left_out=len(s.dataset.skipped),
+        pipeline_rev=PIPELINE_REV,
+        protocol=rules_of(protocol),
+        **encoder_record(row, encoder),
+        **method_record(row, method, trained),
+    )
     return dict(run=run_key(record), row_key=row_key(row, trained, record), **record)
 
 # %% ../../nbs/bench/jobs.ipynb #41056d1c
-def row_key(row:Row, trained, record:dict)->str:
+def row_key(row: Row, trained, record: dict) -> str:
     "Hash what all seeds of a row on a data set have in common; `row` still has the pattern of its artifact's name."
     pattern = row.method and row.method.artifact
     method = row.method and method_identity(row.method, head_of(trained))
-    rest = {k: str(record[k]) for k in IDENTITY if k not in ('method_key', 'seed', 'artifact', 'references')}
+    rest = {
+        k: str(record[k])
+        for k in IDENTITY
+        if k not in ('method_key', 'seed', 'artifact', 'references')
+    }
     return identity_key([method, pattern, row.control, rest])
 
 # %% ../../nbs/bench/jobs.ipynb #b1c2d301
-def complete(ds)->str:
+def complete(ds) -> str:
     "Tell whether a published set is there as published: 'yes', 'no', or '' for sets without published counts."
     remarks = [row[-1] for row in check_dataset(ds.name, ds)]
     return '' if not any(remarks) else 'yes' if set(remarks) == {'complete'} else 'no'
 
-def machine(encoder:Encoder)->dict:
+
+def machine(encoder: Encoder) -> dict:
     "Describe what computes: package versions and device."
-    device = torch.cuda.get_device_name(encoder.device) if encoder.device.startswith('cuda') else f'{platform.machine()} CPU'
-    return dict(zsad=version('zsad'), torch=torch.__version__, open_clip=version('open_clip_torch'), device=device)
+    device = (
+        torch.cuda.get_device_name(encoder.device)
+        if encoder.device.startswith('cuda')
+        else f'{platform.machine()} CPU'
+    )
+    return dict(
+        zsad=version('zsad'),
+        torch=torch.__version__,
+        open_clip=version('open_clip_torch'),
+        device=device,
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #433eed95
 @dataclass(frozen=True)
 class Model:
     "How a process gets an encoder."
+
     backbone: str = 'mini'
     weights: str = None
-    twin: str = ''               # one of TWINS instead of the encoder itself
+    twin: str = ''  # one of TWINS instead of the encoder itself
     dtype: str = 'auto'
-    expect: str = ''             # hash its weights must have, '' if not known yet
-    size: int = None             # pixels per side; None: the configuration's
+    expect: str = ''  # hash its weights must have, '' if not known yet
+    size: int = None  # pixels per side; None: the configuration's
     device: str = 'auto'
 
+
 @lru_cache(3)
-def load_model(backbone, weights, dtype, twin, size, device)->Encoder:
+def load_model(backbone, weights, dtype, twin, size, device) -> Encoder:
     "Load an encoder or a variant of it, once per process."
     keep_memory()
-    if twin == 'plain training': return load_encoder(f'{backbone}-plain', size=size, device=device, dtype=dtype)
-    if twin: return untrained(load_model(backbone, weights, dtype, '', size, device))
+    if twin == 'plain training':
+        return load_encoder(f'{backbone}-plain', size=size, device=device, dtype=dtype)
+    if twin:
+        return untrained(load_model(backbone, weights, dtype, '', size, device))
     return load_encoder(backbone, weights, size=size, device=device, dtype=dtype)
 
 # %% ../../nbs/bench/jobs.ipynb #8deaf962
-def open_model(m:Model)->Encoder:
+def open_model(m: Model) -> Encoder:
     "Give the encoder of a recipe and make sure of its weights."
     device = choose_device(m.device)
     dtype = choose_dtype(m.dtype, device, vision_weights(find_config(m.backbone)[1]))
-    enc = load_model(m.backbone, m.weights, str(dtype).removeprefix('torch.'), m.twin, m.size, device)
+    enc = load_model(
+        m.backbone, m.weights, str(dtype).removeprefix('torch.'), m.twin, m.size, device
+    )
     if m.expect and enc.weights != m.expect:
-        raise ValueError(f'{m.backbone}, weights {m.weights}: hash {enc.weights}, but the run began with {m.expect}; give every process the same file')
+        raise ValueError(
+            f'{m.backbone}, weights {m.weights}: hash {enc.weights}, but the run began with {m.expect}; give every process the same file'
+        )
     return enc
 
 # %% ../../nbs/bench/jobs.ipynb #f0416561
 @dataclass(frozen=True, eq=False)
 class Job:
     "All rows of one encoder on one category."
-    cache: str         # folder of tokens and results
+
+    cache: str  # folder of tokens and results
     model: Model
-    rows: tuple        # (key of the run without its data, Row)
+    rows: tuple  # (key of the run without its data, Row)
     dataset: str
     category: str
-    part: str          # hash of the category's data
+    part: str  # hash of the category's data
     kind: str
     samples: tuple
-    pixels: tuple      # hash of each sample's image
-    shots: dict        # key of a row -> ((hash, file), ...) of its few-shot references
-    protocols: dict    # key of a row -> what is measured at least
-    revs: dict         # revisions that the run began with
+    pixels: tuple  # hash of each sample's image
+    shots: dict  # key of a row -> ((hash, file), ...) of its few-shot references
+    protocols: dict  # key of a row -> what is measured at least
+    revs: dict  # revisions that the run began with
     batch: int = 16
 
     @property
-    def files(self)->dict: return dict(zip(self.pixels, (str(s.path) for s in self.samples)))
+    def files(self) -> dict:
+        return dict(zip(self.pixels, (str(s.path) for s in self.samples)))
+
     @property
-    def tokens(self)->Path: return Path(self.cache)/'tokens'
-    def result(self, key)->Path:
+    def tokens(self) -> Path:
+        return Path(self.cache) / 'tokens'
+
+    def result(self, key) -> Path:
         "Give the file of a row's result."
         shown = digest(*(i for i, _ in self.shots[key]), n=12) if key in self.shots else ''
         name = f"{safe_name(self.category)}-{self.part}{shown and f'-{shown}'}.json"
-        return Path(self.cache)/'runs'/f'torch-{TORCH}'/key/name
+        return Path(self.cache) / 'runs' / f'torch-{TORCH}' / key / name
 
 # %% ../../nbs/bench/jobs.ipynb #2397856c
-def read_result(file)->dict:
+def read_result(file) -> dict:
     "Read a stored result; None if there is none, or none that can be read."
-    try: return json.loads(Path(file).read_text())
-    except (OSError, ValueError): return None
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError):
+        return None
 
-def stored_result(job:Job, key)->dict:
+
+def stored_result(job: Job, key) -> dict:
     "Read a row's stored result; None if there is none or if it lacks a requested metric."
     found = read_result(job.result(key))
     return found if found and set(job.protocols[key].metrics) <= set(found['values']) else None
 
-def protocol_of(job:Job, key)->Protocol:
+
+def protocol_of(job: Job, key) -> Protocol:
     "List what to measure of a row: the requested metrics, and those that a stored result has besides."
     asked, found = job.protocols[key], read_result(job.result(key))
     have = {*asked.metrics, *(found['values'] if found else ())}
     return replace(asked, metrics=tuple(m for m in METRICS if m in have))
 
 # %% ../../nbs/bench/jobs.ipynb #7a9c2e08
-def predictions(job:Job, rows, encoder:Encoder, truth:Truth):
+def predictions(job: Job, rows, encoder: Encoder, truth: Truth):
     "Yield (key, maps [M,H,W], scores [M] or None, (seconds of the shared encoding pass, seconds of this row)), encoding once per group."
     for key, r in rows:
-        if r.method is None: yield key, (truth.masks*0. + (1 if truth.foreground is None else truth.foreground)).astype('f4'), None, (0., 0.)
+        if r.method is None:
+            yield (
+                key,
+                (truth.masks * 0.0 + (1 if truth.foreground is None else truth.foreground)).astype(
+                    'f4'
+                ),
+                None,
+                (0.0, 0.0),
+            )
     own, texts = [(key, r.method) for key, r in rows if r.method is not None], {}
     for interpolation, spec, methods in merge_specs([m for _, m in own], encoder.blocks):
-        t = time.time(); encode_missing(job.tokens, encoder, spec, interpolation, job.files, job.batch); encoding = time.time() - t
+        t = time.time()
+        encode_missing(job.tokens, encoder, spec, interpolation, job.files, job.batch)
+        encoding = time.time() - t
         for key, m in [(key, m) for key, m in own if m in methods]:
-            t = time.time(); det = build(m, {job.category: job.kind}, encoder, texts)
+            t = time.time()
+            det = build(m, {job.category: job.kind}, encoder, texts)
             tokens = all_tokens(job, encoder, m, job.pixels, job.files)
             p = predict_job(job, det, tokens, reference_of(job, key, m, encoder, tokens))
             yield key, p.map.numpy(), p.score.numpy(), (encoding, time.time() - t)
 
 # %% ../../nbs/bench/jobs.ipynb #ce33a6c8
-def predict_job(job:Job, det:Detector, tokens, reference)->Prediction:
+def predict_job(job: Job, det: Detector, tokens, reference) -> Prediction:
     "Predict the images of a job: together, or in batches where the row needs them as pixels."
+
     def part(at, x=None):
         own = reference and replace(reference, rows=reference.rows[at])
-        return det.predict(tokens if x is None else select_images(tokens, at), [job.category]*len(job.samples[at]), {job.category: own}, x, [s.id for s in job.samples[at]])
-    if not det.method.needs_images: return part(slice(None))
+        return det.predict(
+            tokens if x is None else select_images(tokens, at),
+            [job.category] * len(job.samples[at]),
+            {job.category: own},
+            x,
+            [s.id for s in job.samples[at]],
+        )
+
+    if not det.method.needs_images:
+        return part(slice(None))
     prep = replace(det.encoder.preprocess, interpolation=det.method.interpolation)
-    parts = [part(at, prep([load_image(s.path) for s in job.samples[at]])) for at in (slice(i, i + job.batch) for i in range(0, len(job.samples), job.batch))]
+    parts = [
+        part(at, prep([load_image(s.path) for s in job.samples[at]]))
+        for at in (slice(i, i + job.batch) for i in range(0, len(job.samples), job.batch))
+    ]
     return Prediction(*(torch.cat([getattr(p, k) for p in parts]) for k in ('score', 'map')))
 
-def all_tokens(job:Job, encoder:Encoder, m, pixels, files:dict):
+# %% ../../nbs/bench/jobs.ipynb #2be18b3f
+def all_tokens(job: Job, encoder: Encoder, m, pixels, files: dict):
     "Recall the tokens of images by their hashes, on the encoder's device; an image that is there twice was encoded once."
-    t, place = load_or_encode(job.tokens, encoder, m.encode, m.interpolation, files, job.batch), {i: k for k, i in enumerate(files)}
-    return (t if len(files) == len(pixels) else select_images(t, [place[i] for i in pixels])).to(encoder.device)
+    t, place = (
+        load_or_encode(job.tokens, encoder, m.encode, m.interpolation, files, job.batch),
+        {i: k for k, i in enumerate(files)},
+    )
+    return (t if len(files) == len(pixels) else select_images(t, [place[i] for i in pixels])).to(
+        encoder.device
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #9ee941fb
-def reference_of(job:Job, key, m, encoder:Encoder, tokens):
+def reference_of(job: Job, key, m, encoder: Encoder, tokens):
     "Give the references of a job's images for a row: drawn shots, or other images of the category; None if it has none."
     if key in job.shots:
         t = all_tokens(job, encoder, m, [i for i, _ in job.shots[key]], dict(job.shots[key]))
         return Reference(t, torch.arange(len(t.cls)).expand(len(job.samples), -1))
-    if not m.reference: return None
-    return Reference(tokens, draw_references([s.id for s in job.samples], m.seed, labels=[s.label for s in job.samples], category=job.category, **m.reference[1]))
+    if not m.reference:
+        return None
+    return Reference(
+        tokens,
+        draw_references(
+            [s.id for s in job.samples],
+            m.seed,
+            labels=[s.label for s in job.samples],
+            category=job.category,
+            **m.reference[1],
+        ),
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #fab5991a
-def check_revisions(job:Job):
+def check_revisions(job: Job):
     "Refuse a job that began with other revisions than this process has; the error names them."
     own = revisions([r for _, r in job.rows])
-    if job.revs == own: return
-    other = [f'{k} {job.revs.get(k)} there, {own.get(k)} here' for k in sorted({*job.revs, *own}) if job.revs.get(k) != own.get(k)]
-    raise ValueError(f"the run began with other revisions: {'; '.join(other)}; give every process the same version of zsad and of torch")
+    if job.revs == own:
+        return
+    other = [
+        f'{k} {job.revs.get(k)} there, {own.get(k)} here'
+        for k in sorted({*job.revs, *own})
+        if job.revs.get(k) != own.get(k)
+    ]
+    raise ValueError(
+        f"the run began with other revisions: {'; '.join(other)}; give every process the same version of zsad and of torch"
+    )
 
-def run_job(job:Job)->dict:      # {key: result}
+# %% ../../nbs/bench/jobs.ipynb #5c3b1c46
+def run_job(job: Job) -> dict:  # {key: result}
     "Compute what the cache lacks of a job."
     check_revisions(job)
     todo = [(key, r) for key, r in job.rows if stored_result(job, key) is None]
     if todo:
         encoder = open_model(job.model)
-        truth = {rule: read_truth(job.samples, encoder.preprocess.size, rule) for rule in {p.mask_rule for p in job.protocols.values()}}
-        for key, maps, scores, seconds in predictions(job, todo, encoder, next(iter(truth.values()))):
-            measured = measure_row(maps, scores, truth[job.protocols[key].mask_rule], (job.dataset, job.category), protocol_of(job, key))
+        truth = {
+            rule: read_truth(job.samples, encoder.preprocess.size, rule)
+            for rule in {p.mask_rule for p in job.protocols.values()}
+        }
+        for key, maps, scores, seconds in predictions(
+            job, todo, encoder, next(iter(truth.values()))
+        ):
+            measured = measure_row(
+                maps,
+                scores,
+                truth[job.protocols[key].mask_rule],
+                (job.dataset, job.category),
+                protocol_of(job, key),
+            )
             write_atomic(job.result(key), json.dumps(result_of(job, measured, seconds, encoder)))
     return {key: read_result(job.result(key)) for key, _ in job.rows}
 
-def result_of(job:Job, measured:tuple, seconds:tuple, encoder:Encoder)->dict:
+# %% ../../nbs/bench/jobs.ipynb #f53eb0f6
+def result_of(job: Job, measured: tuple, seconds: tuple, encoder: Encoder) -> dict:
     "Collect what is stored of one row on one category."
     values, bootstrap_values, why, defects = measured
-    return dict(values={k: float(v) for k, v in values.items()},
-                bootstrap_values={k: list(map(float, v)) for k, v in bootstrap_values.items()},
-                why=why, defects=defects, n=len(job.samples), kind=job.kind, seconds=seconds, machine=machine(encoder))
+    return dict(
+        values={k: float(v) for k, v in values.items()},
+        bootstrap_values={k: list(map(float, v)) for k, v in bootstrap_values.items()},
+        why=why,
+        defects=defects,
+        n=len(job.samples),
+        kind=job.kind,
+        seconds=seconds,
+        machine=machine(encoder),
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #85e9356d
-def bare(e)->Exception:
+def bare(e) -> Exception:
     "Strip an exception of the frames it holds, and with them of their tensors."
     e.__cause__ = e.__context__ = None
     return e.with_traceback(None)
 
+
 def run_local(jobs):
     "Yield (job number, answer or exception) one after the other in this process."
     for i, job in enumerate(jobs):
-        try: yield i, run_job(job)
-        except Exception as e: yield i, bare(e)
+        try:
+            yield i, run_job(job)
+        except Exception as e:
+            yield i, bare(e)
 
-def run_processes(jobs, workers:int):
+
+def run_processes(jobs, workers: int):
     "Yield (job number, answer or exception) as processes of one thread each finish them."
     with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(run_job, job): i for i, job in enumerate(jobs)}
         for f in as_completed(futures):
-            try: yield futures[f], f.result()
-            except Exception as e: yield futures[f], bare(e)
+            try:
+                yield futures[f], f.result()
+            except Exception as e:
+                yield futures[f], bare(e)
 
 # %% ../../nbs/bench/jobs.ipynb #d1864b5e
 def run_cluster(jobs, scheduler):
     "Yield (job number, answer or exception) as a Dask cluster finishes them."
-    try: from distributed import Client, LocalCluster, as_completed as finished
-    except ImportError as e: raise ValueError(f'--scheduler {scheduler}: Dask is not installed; pip install "zsad[cluster]"') from e
+    try:
+        from distributed import Client, LocalCluster, as_completed as finished
+    except ImportError as e:
+        raise ValueError(
+            f'--scheduler {scheduler}: Dask is not installed; pip install "zsad[cluster]"'
+        ) from e
     n = int(scheduler) if str(scheduler).isdigit() else 0
-    local = LocalCluster(n, threads_per_worker=1, processes=True, memory_limit=None, dashboard_address=None) if n else None
+    local = (
+        LocalCluster(
+            n, threads_per_worker=1, processes=True, memory_limit=None, dashboard_address=None
+        )
+        if n
+        else None
+    )
     try:
         with Client(local or scheduler, timeout=10) as client:
-            futures = {client.submit(run_job, job, key=f'{job.dataset}-{job.category}-{digest(vars(job))}'): i for i, job in enumerate(jobs)}
+            futures = {
+                client.submit(
+                    run_job, job, key=f'{job.dataset}-{job.category}-{digest(vars(job))}'
+                ): i
+                for i, job in enumerate(jobs)
+            }
             for f in finished(futures):
-                try: yield futures[f], f.result()
-                except Exception as e: yield futures[f], bare(e)
-    except OSError as e: raise ValueError(f'--scheduler {scheduler}: no Dask scheduler answers there ({e}); start one with `dask scheduler`') from e
+                try:
+                    yield futures[f], f.result()
+                except Exception as e:
+                    yield futures[f], bare(e)
+    except OSError as e:
+        raise ValueError(
+            f'--scheduler {scheduler}: no Dask scheduler answers there ({e}); start one with `dask scheduler`'
+        ) from e
     finally:
-        if local: local.close()
+        if local:
+            local.close()
 
 # %% ../../nbs/bench/jobs.ipynb #d4bbbad9
-def keep_here(jobs, elsewhere:bool, scheduler=None)->tuple:      # jobs to hand out, jobs of this process, in the same order
+def keep_here(
+    jobs, elsewhere: bool, scheduler=None
+) -> tuple:  # jobs to hand out, jobs of this process, in the same order
     "Split jobs by what another process can compute; a scheduler refuses rows that it cannot."
-    home = {(n, key): names for n, j in enumerate(jobs) for key, r in j.rows if elsewhere and r.method and (names := local_operations(r.method))}
+    home = {
+        (n, key): names
+        for n, j in enumerate(jobs)
+        for key, r in j.rows
+        if elsewhere and r.method and (names := local_operations(r.method))
+    }
     if home and scheduler:
-        raise ValueError(f'--scheduler {scheduler}: {sorted({n for names in home.values() for n in names})} were registered outside a module that can be imported, and other processes do not have them: move them to a module, or leave the scheduler out')
-    if home: print(f'computed in this process: rows that use {sorted({n for names in home.values() for n in names})}, which no module holds', file=sys.stderr)
-    part = lambda own: [with_rows(j, tuple((k, r) for k, r in j.rows if ((n, k) in home) == own)) for n, j in enumerate(jobs)]
+        raise ValueError(
+            f'--scheduler {scheduler}: {sorted({n for names in home.values() for n in names})} were registered outside a module that can be imported, and other processes do not have them: move them to a module, or leave the scheduler out'
+        )
+    if home:
+        print(
+            f'computed in this process: rows that use {sorted({n for names in home.values() for n in names})}, which no module holds',
+            file=sys.stderr,
+        )
+    part = lambda own: [
+        with_rows(j, tuple((k, r) for k, r in j.rows if ((n, k) in home) == own))
+        for n, j in enumerate(jobs)
+    ]
     return part(False), part(True)
 
-def with_rows(job:Job, rows:tuple)->Job:
+# %% ../../nbs/bench/jobs.ipynb #4455817b
+def with_rows(job: Job, rows: tuple) -> Job:
     "Give a job for some of its rows, with the revisions that they use."
     used = revisions([r for _, r in rows])
     return replace(job, rows=rows, revs={k: rev for k, rev in job.revs.items() if k in used})
 
-def run_on(jobs, scheduler, workers:int):
+
+def run_on(jobs, scheduler, workers: int):
     "Yield (job number, answer or exception) from wherever jobs are to run."
-    if scheduler: return run_cluster(jobs, scheduler)
+    if scheduler:
+        return run_cluster(jobs, scheduler)
     return run_processes(jobs, workers) if min(workers, len(jobs)) > 1 else run_local(jobs)
 
 # %% ../../nbs/bench/jobs.ipynb #095d74f1
-def run_all(jobs, scheduler=None, show=True, workers:int=1)->list:      # answers, in the order of the jobs
+def run_all(
+    jobs, scheduler=None, show=True, workers: int = 1
+) -> list:  # answers, in the order of the jobs
     "Run jobs; errors are raised when all others are done."
     away, here = keep_here(jobs, scheduler or min(workers, len(jobs)) > 1, scheduler)
     parts = [(away, run_on, (scheduler, workers)), (here, run_on, (None, 1))]
@@ -425,58 +702,105 @@ def run_all(jobs, scheduler=None, show=True, workers:int=1)->list:      # answer
         for part, run, how in parts:
             at = [i for i, j in enumerate(part) if j.rows]
             for k, a in run([part[i] for i in at], *how):
-                bar.update(); bar.set_postfix_str(jobs[at[k]].category)
-                if isinstance(a, BaseException): failed[at[k]] = a
-                else: answers[at[k]] |= keep_answer(jobs[at[k]], a)
+                bar.update()
+                bar.set_postfix_str(jobs[at[k]].category)
+                if isinstance(a, BaseException):
+                    failed[at[k]] = a
+                else:
+                    answers[at[k]] |= keep_answer(jobs[at[k]], a)
     if failed:
-        said = [f'{jobs[i].dataset}/{jobs[i].category}: {type(a).__name__}: {a}' for i, a in sorted(failed.items())]
-        raise ValueError(f'{len(failed)} of {len(jobs)} jobs failed; what the others computed is kept:\n' + '\n'.join(said[:10]))
+        said = [
+            f'{jobs[i].dataset}/{jobs[i].category}: {type(a).__name__}: {a}'
+            for i, a in sorted(failed.items())
+        ]
+        raise ValueError(
+            f'{len(failed)} of {len(jobs)} jobs failed; what the others computed is kept:\n'
+            + '\n'.join(said[:10])
+        )
     return [{key: a[key] for key, _ in j.rows} for j, a in zip(jobs, answers)]
 
-def keep_answer(job:Job, answer:dict)->dict:
+# %% ../../nbs/bench/jobs.ipynb #5f5b3732
+def keep_answer(job: Job, answer: dict) -> dict:
     "Store the results of another process where they are not stored yet: a worker's disk may be another one."
     for key, result in answer.items():
-        if stored_result(job, key) is None: write_atomic(job.result(key), json.dumps(result))
+        if stored_result(job, key) is None:
+            write_atomic(job.result(key), json.dumps(result))
     return answer
 
 # %% ../../nbs/bench/jobs.ipynb #e224fd85
 @dataclass(frozen=True)
 class Profile:
     "Where encoder and data come from."
+
     name: str
     backbone: str
     weights: str
-    roles: dict           # role -> data set name
+    roles: dict  # role -> data set name
 
-PROFILES = dict(mini=Profile('mini', 'mini', None, STAND_INS), paper=Profile('paper', 'ViT-B-16-plus-240', 'laion400m_e32', {n: n for n in SOURCES}))
 
-def open_sets(profile:Profile, root=None, roles=None)->tuple:      # {role: Survey}, {role: why it is not there}
+PROFILES = dict(
+    mini=Profile('mini', 'mini', None, STAND_INS),
+    paper=Profile('paper', 'ViT-B-16-plus-240', 'laion400m_e32', {n: n for n in SOURCES}),
+)
+
+# %% ../../nbs/bench/jobs.ipynb #2bf6aa59
+def open_sets(
+    profile: Profile, root=None, roles=None
+) -> tuple:  # {role: Survey}, {role: why it is not there}
     "Find and read the data sets of a profile, for some roles or all; every file is decoded once, and what cannot be used is left out and named."
     wanted = {r: n for r, n in profile.roles.items() if roles is None or r in roles}
-    origin = lambda n: f'it comes from {SOURCES[n].page} ({SOURCES[n].terms})' if n in SOURCES else 'it is rendered when no --data is given'
+    origin = lambda n: (
+        f'it comes from {SOURCES[n].page} ({SOURCES[n].terms})'
+        if n in SOURCES
+        else 'it is rendered when no --data is given'
+    )
     if profile.name == 'paper' and root is None:
-        raise ValueError('the paper profile needs --data, the folder that is or holds the data sets: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
+        raise ValueError(
+            'the paper profile needs --data, the folder that is or holds the data sets: '
+            + '; '.join(f'{n}: {origin(n)}' for n in wanted.values())
+        )
     root = None if root is None else Path(root).expanduser().absolute()
-    found = find_sets(root) if profile.name == 'paper' else {r: root for r, n in wanted.items() if root is None or set_name(root) == n}
-    if not found: raise ValueError(f'{root}: not a rendered benchmark (its dataset.json names none of {list(wanted.values())}); real data belong to --profile paper')
-    sets = {role: scan_dataset(load_dataset(n, found[role])) for role, n in wanted.items() if role in found}
-    for f, why in [k for s in sets.values() for k in s.dataset.skipped]: print(f'left out: {f}: {why}', file=sys.stderr)
-    if not sets: raise ValueError(f'{root}: holds none of {list(wanted)}: ' + '; '.join(f'{n}: {origin(n)}' for n in wanted.values()))
-    return sets, {r: f'not found in {root}; {origin(n)}' for r, n in wanted.items() if r not in sets}
+    found = (
+        find_sets(root)
+        if profile.name == 'paper'
+        else {r: root for r, n in wanted.items() if root is None or set_name(root) == n}
+    )
+    if not found:
+        raise ValueError(
+            f'{root}: not a rendered benchmark (its dataset.json names none of {list(wanted.values())}); real data belong to --profile paper'
+        )
+    sets = {
+        role: scan_dataset(load_dataset(n, found[role]))
+        for role, n in wanted.items()
+        if role in found
+    }
+    for f, why in [k for s in sets.values() for k in s.dataset.skipped]:
+        print(f'left out: {f}: {why}', file=sys.stderr)
+    if not sets:
+        raise ValueError(
+            f'{root}: holds none of {list(wanted)}: '
+            + '; '.join(f'{n}: {origin(n)}' for n in wanted.values())
+        )
+    return sets, {
+        r: f'not found in {root}; {origin(n)}' for r, n in wanted.items() if r not in sets
+    }
 
 # %% ../../nbs/bench/jobs.ipynb #293590b1
 @dataclass(frozen=True)
 class RequestedRow:
     "A row that exhibits request, with one of its seeds."
-    row: Row
-    metrics: tuple        # measured at least
-    places: tuple         # (exhibit, label) of the rows that show it
 
-def content(row:Row)->tuple:
+    row: Row
+    metrics: tuple  # measured at least
+    places: tuple  # (exhibit, label) of the rows that show it
+
+
+def content(row: Row) -> tuple:
     "Tell rows apart by what they are, not by their names."
     return repr(row.method and replace(row.method, name='', source='')), row.control
 
-def gather_rows(exhibits, role:str, seeds:int=1)->list:      # of Asked
+
+def gather_rows(exhibits, role: str, seeds: int = 1) -> list:  # of Asked
     "List the distinct rows that exhibits run on a role, each with all its seeds; of a row that only curves show, their metrics alone are measured."
     found = {}
     for e, r in ((e, r) for e in exhibits if role in e.roles for r in e.rows if not r.state):
@@ -485,194 +809,359 @@ def gather_rows(exhibits, role:str, seeds:int=1)->list:      # of Asked
             _, metrics, places = found.setdefault(content(own), (own, set(), []))
             metrics.update(e.metrics if e.form == 'curve' else METRICS)
             places.append((e.name, r.label))
-    return [RequestedRow(row, tuple(m for m in METRICS if m in metrics), tuple(places)) for row, metrics, places in found.values()]
+    return [
+        RequestedRow(row, tuple(m for m in METRICS if m in metrics), tuple(places))
+        for row, metrics, places in found.values()
+    ]
 
 # %% ../../nbs/bench/jobs.ipynb #0c5c8d5c
 @lru_cache(None)
-def image_hash(path, changed)->str:
+def image_hash(path, changed) -> str:
     "Hash an image's pixels, once per process as long as the file does not change."
     return digest(load_image(path), n=24)
 
-def shots_of(m, ds, category:str)->tuple:      # ((hash, file), ...)
+
+def shots_of(m, ds, category: str) -> tuple:  # ((hash, file), ...)
     "Draw a row's few-shot references for a category."
     own = {s.id: str(s.path) for s in ds.train if s.category == category}
-    return tuple((image_hash(own[i], os.stat(own[i]).st_mtime_ns), own[i]) for i in choose_references(list(own), seed=m.seed, category=category, **m.reference[1]))
+    return tuple(
+        (image_hash(own[i], os.stat(own[i]).st_mtime_ns), own[i])
+        for i in choose_references(list(own), seed=m.seed, category=category, **m.reference[1])
+    )
 
-def encoder_variant_of(row:Row)->str:
+
+def encoder_variant_of(row: Row) -> str:
     "Name the encoder variant that a row runs on, '' for the encoder itself."
     return row.control if row.control in ENCODER_VARIANTS else ''
 
 # %% ../../nbs/bench/jobs.ipynb #2f74afa4
-def possible(row:Row, encoder:Encoder, ds)->bool:
+def possible(row: Row, encoder: Encoder, ds) -> bool:
     "Check whether a row can be run: depths, windows and variants the encoder has, outlines and training images the set has. What cannot is shown as missing."
     objects = [s for s in ds.samples if ds.kinds[s.category] == 'object']
-    if encoder_variant_of(row) == 'plain training' and (encoder.source != 'shipped' or f'{encoder.backbone}-plain' not in SHIPPED): return False
-    if row.method is None: return bool(objects) and all(s.foreground for s in objects)
+    if encoder_variant_of(row) == 'plain training' and (
+        encoder.source != 'shipped' or f'{encoder.backbone}-plain' not in SHIPPED
+    ):
+        return False
+    if row.method is None:
+        return bool(objects) and all(s.foreground for s in objects)
     m, side = row.method, min(encoder.grid)
-    near = max([r for name, params in m.terms if name == 'mutual' for r in params.get('scales', (1, 3, 5))], default=0)
-    return enough(m, ds) and max([p.depth or 0 for p in m.encode.paths], default=0) <= encoder.blocks and max(m.encode.windows, default=0) <= side and near <= side
+    near = max(
+        [
+            r
+            for name, params in m.terms
+            if name == 'mutual'
+            for r in params.get('scales', (1, 3, 5))
+        ],
+        default=0,
+    )
+    return (
+        enough(m, ds)
+        and max([p.depth or 0 for p in m.encode.paths], default=0) <= encoder.blocks
+        and max(m.encode.windows, default=0) <= side
+        and near <= side
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #7d2f82ca
-def fitted(row:Row, encoder:Encoder, ds)->Row:      # None where it cannot be run
+def fitted(row: Row, encoder: Encoder, ds) -> Row:  # None where it cannot be run
     "Give a row the artifact it means on a data set; one that is not there, does not fit the encoder or has learned from this very set is named and left out."
-    if row.method is None or not row.method.artifact: return row
+    if row.method is None or not row.method.artifact:
+        return row
     try:
         m, trained = fit(row.method, encoder, ds.name)
-        if trained.about.get('dataset') != ds.name: return replace(row, method=m)
-        print(f'{m.name} on {ds.name} left out: {m.artifact} has learned from this set', file=sys.stderr)
-    except (OSError, ValueError) as e: print(f'{row.method.name} left out: {e}', file=sys.stderr)
+        if trained.about.get('dataset') != ds.name:
+            return replace(row, method=m)
+        print(
+            f'{m.name} on {ds.name} left out: {m.artifact} has learned from this set',
+            file=sys.stderr,
+        )
+    except (OSError, ValueError) as e:
+        print(f'{row.method.name} left out: {e}', file=sys.stderr)
 
-def enough(m, ds)->bool:
+# %% ../../nbs/bench/jobs.ipynb #09fb8253
+def enough(m, ds) -> bool:
     "Tell whether every category has as many images as a row draws references."
-    if not m.reference: return True
+    if not m.reference:
+        return True
     (kind, how), trained = m.reference, Counter(s.category for s in ds.train)
-    if kind == 'shots': return all(trained[c] >= how['k'] or trained[c] and how.get('replace') for c in ds.categories)
+    if kind == 'shots':
+        return all(
+            trained[c] >= how['k'] or trained[c] and how.get('replace') for c in ds.categories
+        )
     want = dict(normal=(0,), anomalous=(1,)).get(how.get('policy'), (0, 1))
-    return how.get('policy') == 'same' or all(sum(s.label in want for s in ds.of(c)) > how.get('count', 1) for c in ds.categories)
+    return how.get('policy') == 'same' or all(
+        sum(s.label in want for s in ds.of(c)) > how.get('count', 1) for c in ds.categories
+    )
 
-def readable_shots(row:Row, ds)->dict:      # {category: ((hash, file), ...)}, None if a drawn image cannot be read
+
+def readable_shots(
+    row: Row, ds
+) -> dict:  # {category: ((hash, file), ...)}, None if a drawn image cannot be read
     "Draw a row's few-shot references for all categories; a row whose references cannot be read is named and left out."
-    if row.method is None or row.method.reference[:1] != ('shots',): return {}
-    try: return {c: shots_of(row.method, ds, c) for c in ds.categories}
-    except (OSError, ValueError) as e: print(f'{row.method.name} left out: {e}', file=sys.stderr)
+    if row.method is None or row.method.reference[:1] != ('shots',):
+        return {}
+    try:
+        return {c: shots_of(row.method, ds, c) for c in ds.categories}
+    except (OSError, ValueError) as e:
+        print(f'{row.method.name} left out: {e}', file=sys.stderr)
 
 # %% ../../nbs/bench/jobs.ipynb #90a4225f
 @dataclass(frozen=True, eq=False)
 class Plan:
     "What exhibits need: the object that is printed, run, written and accepted."
-    exhibits: tuple
-    runs: dict        # key of a run -> its record
-    jobs: tuple
-    keys: dict        # (data set, key of a run without its data) -> key of the run
-    shown: dict       # (exhibit, data set, label of a row) -> keys of its runs, one for each seed
 
-def runnable(asked, ds, model:Model)->list:      # (Asked, Row with its artifact, shots)
+    exhibits: tuple
+    runs: dict  # key of a run -> its record
+    jobs: tuple
+    keys: dict  # (data set, key of a run without its data) -> key of the run
+    shown: dict  # (exhibit, data set, label of a row) -> keys of its runs, one for each seed
+
+
+def runnable(asked, ds, model: Model) -> list:  # (Asked, Row with its artifact, shots)
     "Keep the rows that can be run on a data set; what is left out is named."
     can = [a for a in asked if possible(a.row, open_model(model), ds)]
-    fits = [(a, fitted(a.row, open_model(replace(model, twin=encoder_variant_of(a.row))), ds)) for a in can]
+    fits = [
+        (a, fitted(a.row, open_model(replace(model, twin=encoder_variant_of(a.row))), ds))
+        for a in can
+    ]
     drawn = [(a, row, readable_shots(row, ds)) for a, row in fits if row]
     return [(a, row, shots) for a, row, shots in drawn if shots is not None]
 
-def record_of(a:RequestedRow, row:Row, shots:dict, encoder:Encoder, s:ScannedDataset)->dict:
+
+def record_of(a: RequestedRow, row: Row, shots: dict, encoder: Encoder, s: ScannedDataset) -> dict:
     "Describe the run of a row on a data set; `row` has the artifact that it means."
     det = None if row.method is None else build(row.method, (), encoder)
     return run_record(a.row, det and det.method, det and det.trained, encoder, s, shots)
 
 # %% ../../nbs/bench/jobs.ipynb #9f25502a
-def plan_jobs(exhibits, sets:dict, model:Model, batch:int=16, cache=None, seeds:int=1)->Plan:
+def plan_jobs(
+    exhibits, sets: dict, model: Model, batch: int = 16, cache=None, seeds: int = 1
+) -> Plan:
     "Expand exhibits on data sets ({role: Survey}) into runs and jobs."
     cache, plan = str(Path(cache or cache_dir()).absolute()), Plan(tuple(exhibits), {}, [], {}, {})
     for role, s in sets.items():
         ready = runnable(gather_rows(exhibits, role, seeds), s.dataset, model)
         for twin in dict.fromkeys(encoder_variant_of(a.row) for a, *_ in ready):
-            plan_encoder(plan, replace(model, twin=twin), [r for r in ready if encoder_variant_of(r[0].row) == twin], s, batch, cache)
-    order = {key: sorted(dict.fromkeys(runs), key=lambda r: int(plan.runs[r]['seed'])) for key, runs in plan.shown.items()}
+            plan_encoder(
+                plan,
+                replace(model, twin=twin),
+                [r for r in ready if encoder_variant_of(r[0].row) == twin],
+                s,
+                batch,
+                cache,
+            )
+    order = {
+        key: sorted(dict.fromkeys(runs), key=lambda r: int(plan.runs[r]['seed']))
+        for key, runs in plan.shown.items()
+    }
     return replace(plan, jobs=tuple(plan.jobs), shown=order)
 
 # %% ../../nbs/bench/jobs.ipynb #b1c2d302
-def plan_encoder(plan:Plan, model:Model, ready:list, s:ScannedDataset, batch:int, cache:str):
+def plan_encoder(plan: Plan, model: Model, ready: list, s: ScannedDataset, batch: int, cache: str):
     "Add the runs and jobs of one encoder on one data set to a plan."
     encoder = open_model(model)
     device = encoder.device.split(':')[0] if model.device == 'auto' else model.device
-    model = replace(model, dtype=str(encoder.dtype).removeprefix('torch.'), expect=encoder.weights, device=device)
+    model = replace(
+        model,
+        dtype=str(encoder.dtype).removeprefix('torch.'),
+        expect=encoder.weights,
+        device=device,
+    )
     rows, shown, metrics = {}, {}, {}
     for a, row, shots in ready:
         record = record_of(a, row, shots, encoder, s)
         key = run_key(record, 'data', 'references')
         plan.runs.setdefault(record['run'], record)
         plan.keys[s.dataset.name, key] = record['run']
-        for place in a.places: plan.shown.setdefault((place[0], s.dataset.name, place[1]), []).append(record['run'])
+        for place in a.places:
+            plan.shown.setdefault((place[0], s.dataset.name, place[1]), []).append(record['run'])
         rows.setdefault(key, row)
         metrics.setdefault(key, set()).update(a.metrics)
-        if shots: shown[key] = shots
-    measured = {key: Protocol(metrics=tuple(m for m in METRICS if m in names)) for key, names in metrics.items()}
+        if shots:
+            shown[key] = shots
+    measured = {
+        key: Protocol(metrics=tuple(m for m in METRICS if m in names))
+        for key, names in metrics.items()
+    }
     add_jobs(plan, model, tuple(rows.items()), shown, measured, s, batch, cache)
 
 # %% ../../nbs/bench/jobs.ipynb #3133482e
-def add_jobs(plan:Plan, model:Model, rows:tuple, shown:dict, measured:dict, s:ScannedDataset, batch:int, cache:str):
+def add_jobs(
+    plan: Plan,
+    model: Model,
+    rows: tuple,
+    shown: dict,
+    measured: dict,
+    s: ScannedDataset,
+    batch: int,
+    cache: str,
+):
     "Add one job for each category."
     revs = revisions([r for _, r in rows])
     for c in s.dataset.categories:
         samples = s.dataset.of(c)
         pixels = tuple(s.pixels[x.id] for x in samples)
         shots = {key: found[c] for key, found in shown.items()}
-        plan.jobs.append(Job(cache, model, rows, s.dataset.name, c, s.parts[c], s.dataset.kinds[c], samples, pixels, shots, measured, revs, batch))
+        plan.jobs.append(
+            Job(
+                cache,
+                model,
+                rows,
+                s.dataset.name,
+                c,
+                s.parts[c],
+                s.dataset.kinds[c],
+                samples,
+                pixels,
+                shots,
+                measured,
+                revs,
+                batch,
+            )
+        )
 
-def collect(plan:Plan, answers)->dict:      # {run: {category: result}}
+# %% ../../nbs/bench/jobs.ipynb #2fd33cc4
+def collect(plan: Plan, answers) -> dict:  # {run: {category: result}}
     "Sort results by run and category, in the order of the plan's jobs."
     out = {}
     for job, answer in zip(plan.jobs, answers):
-        for key, result in answer.items(): out.setdefault(plan.keys[job.dataset, key], {})[job.category] = result
+        for key, result in answer.items():
+            out.setdefault(plan.keys[job.dataset, key], {})[job.category] = result
     return out
 
 # %% ../../nbs/bench/jobs.ipynb #632d5916
-SCORING = 0.016        # seconds of one core to score one image for one row and to draw its intervals, measured once over the default exhibits at 240 pixels
+SCORING = 0.016  # seconds of one core to score one image for one row and to draw its intervals, measured once over the default exhibits at 240 pixels
 
 # %% ../../nbs/bench/jobs.ipynb #1b9b92a6
 @dataclass(frozen=True)
 class Forecast:
     "What a list of jobs will cost."
-    images: int        # images to encode (an image that two encoders need counts twice)
-    stored: int        # images whose tokens are all there
-    results: int       # results of a row on a category to compute
-    bytes: int         # to be written to the token store
-    free: int          # bytes free where the cache is
-    scored: int        # images times rows to be scored
-    seconds: float     # in one process, estimated from two images and some sentences; nan if not measured
+
+    images: int  # images to encode (an image that two encoders need counts twice)
+    stored: int  # images whose tokens are all there
+    results: int  # results of a row on a category to compute
+    bytes: int  # to be written to the token store
+    free: int  # bytes free where the cache is
+    scored: int  # images times rows to be scored
+    seconds: (
+        float  # in one process, estimated from two images and some sentences; nan if not measured
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #85e30e48
-def forecast(jobs, measure:bool=False)->Forecast:
+def forecast(jobs, measure: bool = False) -> Forecast:
     "Count what jobs still have to do."
-    images = stored = results = size = scored = 0; seconds = 0. if measure else float('nan'); pace = {}
-    def paced(key, f, *args): return pace[key] if key in pace else pace.setdefault(key, f(*args))
+    images = stored = results = size = scored = 0
+    seconds = 0.0 if measure else float('nan')
+    pace = {}
+
+    def paced(key, f, *args):
+        return pace[key] if key in pace else pace.setdefault(key, f(*args))
+
     for job in jobs:
-        todo = {key: r.method for key, r in job.rows if stored_result(job, key) is None}; results += len(todo); scored += len(todo)*len(job.samples)
+        todo = {key: r.method for key, r in job.rows if stored_result(job, key) is None}
+        results += len(todo)
+        scored += len(todo) * len(job.samples)
         own = [m for m in todo.values() if m]
-        for interpolation, spec, methods in merge_specs(own, open_model(job.model).blocks) if own else ():
-            encoder = open_model(job.model); streams = streams_of(encoder, spec, interpolation)
-            needed = {*job.files, *(i for key, m in todo.items() if m in methods for i, _ in job.shots.get(key, ()))}
-            lacks = [[i for i in needed if i not in h] for h in (index(job.tokens, s) for s in streams)]
-            new = len(set().union(*lacks)); images += new; stored += len(needed) - new
-            size += sum(len(l)*bytes_of(encoder, s) for l, s in zip(lacks, streams))
-            if measure and new: seconds += new*paced((job.model, interpolation, spec), seconds_per_image, encoder, spec)
-        if measure and own: seconds += sentence_count(own, job)*paced(job.model, seconds_per_sentence, open_model(job.model))
-    return Forecast(images, stored, results, size, shutil.disk_usage(jobs[0].cache).free if jobs else 0, scored, seconds + SCORING*scored)
+        for interpolation, spec, methods in (
+            merge_specs(own, open_model(job.model).blocks) if own else ()
+        ):
+            encoder = open_model(job.model)
+            streams = streams_of(encoder, spec, interpolation)
+            needed = {
+                *job.files,
+                *(i for key, m in todo.items() if m in methods for i, _ in job.shots.get(key, ())),
+            }
+            lacks = [
+                [i for i in needed if i not in h] for h in (index(job.tokens, s) for s in streams)
+            ]
+            new = len(set().union(*lacks))
+            images += new
+            stored += len(needed) - new
+            size += sum(len(l) * bytes_of(encoder, s) for l, s in zip(lacks, streams))
+            if measure and new:
+                seconds += new * paced(
+                    (job.model, interpolation, spec), seconds_per_image, encoder, spec
+                )
+        if measure and own:
+            seconds += sentence_count(own, job) * paced(
+                job.model, seconds_per_sentence, open_model(job.model)
+            )
+    return Forecast(
+        images,
+        stored,
+        results,
+        size,
+        shutil.disk_usage(jobs[0].cache).free if jobs else 0,
+        scored,
+        seconds + SCORING * scored,
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #3163c54d
-def bytes_of(encoder:Encoder, s)->int:
+def bytes_of(encoder: Encoder, s) -> int:
     "Count the bytes one image takes in a stream."
     (h, w), (kind, *k) = encoder.grid, s.part.split()
-    rows = 22 if kind == 'views' else (h - int(k[0]) + 1)*(w - int(k[0]) + 1) if kind == 'windows' else 1 if kind == 'cls' else h*w
-    return 4*rows*(encoder.dim if s.stage == 'proj' else encoder.model.visual.proj.shape[0])
+    rows = (
+        22
+        if kind == 'views'
+        else (h - int(k[0]) + 1) * (w - int(k[0]) + 1)
+        if kind == 'windows'
+        else 1
+        if kind == 'cls'
+        else h * w
+    )
+    return 4 * rows * (encoder.dim if s.stage == 'proj' else encoder.model.visual.proj.shape[0])
 
-def seconds_per_image(encoder:Encoder, spec)->float:
+
+def seconds_per_image(encoder: Encoder, spec) -> float:
     "Time two images, the better of two passes after one that warms up."
-    x, took = torch.zeros(2, 3, encoder.preprocess.size, encoder.preprocess.size, device=encoder.device), []
-    for _ in range(3): t = time.time(); encoder.tokens(x, spec).cls.cpu(); took.append(time.time() - t)
-    return min(took[1:])/2
+    x, took = (
+        torch.zeros(2, 3, encoder.preprocess.size, encoder.preprocess.size, device=encoder.device),
+        [],
+    )
+    for _ in range(3):
+        t = time.time()
+        encoder.tokens(x, spec).cls.cpu()
+        took.append(time.time() - t)
+    return min(took[1:]) / 2
 
-def seconds_per_sentence(encoder:Encoder)->float:
+# %% ../../nbs/bench/jobs.ipynb #330262f2
+def seconds_per_sentence(encoder: Encoder) -> float:
     "Time sixteen sentences, after a first one that warms up."
-    encoder.embed_text(['one']); t = time.time(); encoder.embed_text(['a photo of a bottle without defect for visual inspection']*16)
-    return (time.time() - t)/16
+    encoder.embed_text(['one'])
+    t = time.time()
+    encoder.embed_text(['a photo of a bottle without defect for visual inspection'] * 16)
+    return (time.time() - t) / 16
 
-def sentence_count(methods, job)->int:
+
+def sentence_count(methods, job) -> int:
     "Count the sentences that rows need for a job's category, each set once."
-    return sum(sum(map(len, sentences(text, job.category, job.kind))) for text in {repr(m.prompts): m.prompts for m in methods if m.prompts}.values())
+    return sum(
+        sum(map(len, sentences(text, job.category, job.kind)))
+        for text in {repr(m.prompts): m.prompts for m in methods if m.prompts}.values()
+    )
 
 # %% ../../nbs/bench/jobs.ipynb #2958207a
-def compute(exhibits, sets:dict, model:Model, batch:int=16, scheduler=None, show=True, seeds:int=1, workers:int=1)->tuple:
+def compute(
+    exhibits,
+    sets: dict,
+    model: Model,
+    batch: int = 16,
+    scheduler=None,
+    show=True,
+    seeds: int = 1,
+    workers: int = 1,
+) -> tuple:
     "Run all rows of exhibits on data sets {role: Survey}; gives (Plan, {run: {category: result}})."
     plan = plan_jobs(exhibits, sets, model, batch, seeds=seeds)
     return plan, collect(plan, run_all(plan.jobs, scheduler, show, workers))
 
 # %% ../../nbs/bench/jobs.ipynb #9e6b38ab
-def defined(result, metric)->bool:
+def defined(result, metric) -> bool:
     "Tell whether a category's metric was measured and is a number."
     v = result['values'].get(metric, math.nan)
     return v == v
 
-def seed_draws(seeds, resamples:int)->np.ndarray:      # [resamples,S] places in `seeds`
+
+def seed_draws(seeds, resamples: int) -> np.ndarray:  # [resamples,S] places in `seeds`
     "Draw seeds with replacement, each once in the first draw; rows with the same seeds get the same draws."
     n = len(seeds)
     picks = seeded_rng(0, 'bootstrap', 'seeds', *seeds).integers(n, size=(resamples - 1, n))
@@ -682,83 +1171,112 @@ def seed_draws(seeds, resamples:int)->np.ndarray:      # [resamples,S] places in
 @dataclass(frozen=True)
 class RowResults:
     "Results of one row of an exhibit on a data set."
+
     label: str
     seeds: tuple
-    runs: tuple           # key of the run of each seed
-    by_seed: tuple        # for each seed {category: result}
+    runs: tuple  # key of the run of each seed
+    by_seed: tuple  # for each seed {category: result}
 
     @property
-    def first(self)->dict: return self.by_seed[0]
+    def first(self) -> dict:
+        return self.by_seed[0]
 
-    def has(self, category:str, metric:str)->bool:
+    def has(self, category: str, metric: str) -> bool:
         "Tell whether a metric of a category is a number for every seed."
         return all(category in by and defined(by[category], metric) for by in self.by_seed)
 
-    def values(self, category:str, metric:str)->np.ndarray:      # [S]
+    def values(self, category: str, metric: str) -> np.ndarray:  # [S]
         "Give the value of each seed."
         return np.array([by[category]['values'][metric] for by in self.by_seed])
 
-    def bootstrap(self, category:str, metric:str):      # [R], None for metrics that are not resampled
+    def bootstrap(self, category: str, metric: str):  # [R], None for metrics that are not resampled
         "Give the mean over seeds of every draw of seeds and images; the first is the value itself."
         each = [by[category]['bootstrap_values'].get(metric) for by in self.by_seed]
-        if not all(each): return None
+        if not all(each):
+            return None
         each = np.array(each)
         picks = seed_draws(self.seeds, each.shape[1])
         return each[picks, np.arange(each.shape[1])[:, None]].mean(1)
 
 # %% ../../nbs/bench/jobs.ipynb #47eb4b73
-def rows_of(plan:Plan, results:dict, e:Exhibit, dataset:str)->dict:      # {label: RowResults}
+def rows_of(plan: Plan, results: dict, e: Exhibit, dataset: str) -> dict:  # {label: RowResults}
     "Collect the results of an exhibit's rows on a data set, by the runs that the plan says they have."
     out = {}
     for r in e.rows:
         runs = [k for k in plan.shown.get((e.name, dataset, r.label), ()) if k in results]
-        if not runs: continue
+        if not runs:
+            continue
         seeds = tuple(int(plan.runs[k]['seed']) for k in runs)
         out[r.label] = RowResults(r.label, seeds, tuple(runs), tuple(results[k] for k in runs))
     return out
 
-def datasets_shown(plan:Plan, e:Exhibit)->list:
+
+def datasets_shown(plan: Plan, e: Exhibit) -> list:
     "List the data sets on which an exhibit was run."
     return list(dict.fromkeys(d for name, d, _ in plan.shown if name == e.name))
 
-def metrics_of(e:Exhibit)->list:
-    "List the metrics in an exhibit's results: those of a curve, or all."
-    return [m for m in METRICS if m in e.metrics] if e.form == 'curve' else [*METRICS, 'pixel_auroc_within']
 
-def spans_of(by:dict)->dict:      # name -> categories
+def metrics_of(e: Exhibit) -> list:
+    "List the metrics in an exhibit's results: those of a curve, or all."
+    return (
+        [m for m in METRICS if m in e.metrics]
+        if e.form == 'curve'
+        else [*METRICS, 'pixel_auroc_within']
+    )
+
+
+def spans_of(by: dict) -> dict:  # name -> categories
     "List categories, and what means are taken over."
     kinds = {f'mean {k}s': [c for c in by if by[c]['kind'] == k] for k in ('object', 'texture')}
     return {c: [c] for c in by} | {'mean': list(by), **kinds}
 
 # %% ../../nbs/bench/jobs.ipynb #b1c2d303
-def decimals(*values)->tuple:
+def decimals(*values) -> tuple:
     "Write numbers with four decimals, '' for NaN."
     return tuple(f'{v:.4f}' if v == v else '' for v in values)
 
-def percent_of(row:RowResults, metric:str, categories:list)->np.ndarray:      # [S]
-    "Give the mean over categories of each seed, in percent."
-    return 100*np.mean([row.values(c, metric) for c in categories], 0)
 
-def metric_line(row:RowResults, metric:str, span:str, categories:list)->tuple:      # () where nothing is known
+def percent_of(row: RowResults, metric: str, categories: list) -> np.ndarray:  # [S]
+    "Give the mean over categories of each seed, in percent."
+    return 100 * np.mean([row.values(c, metric) for c in categories], 0)
+
+# %% ../../nbs/bench/jobs.ipynb #e3b692c6
+def metric_line(
+    row: RowResults, metric: str, span: str, categories: list
+) -> tuple:  # () where nothing is known
     "Summarise a metric over categories: category, metric, value, low, high, spread, seeds, n, why, seed_values (percent; a mean counts only categories where the metric is defined)."
     fine = [c for c in categories if row.has(c, metric)]
     why = '' if fine or span not in row.first else row.first[span]['why'].get(metric, '')
-    if not fine: return (span, metric, '', '', '', '', len(row.seeds), 0, why, '') if why else ()
+    if not fine:
+        return (span, metric, '', '', '', '', len(row.seeds), 0, why, '') if why else ()
     each, draws_of = percent_of(row, metric, fine), [row.bootstrap(c, metric) for c in fine]
     low, high = interval(draws_of) if all(d is not None for d in draws_of) else (np.nan, np.nan)
     several = len(row.seeds) > 1
     spread = np.std(each, ddof=1) if several else np.nan
-    return (span, metric, *decimals(each.mean(), low, high, spread), len(row.seeds),
-            sum(row.first[c]['n'] for c in fine), why, ' '.join(decimals(*each)) if several else '')
+    return (
+        span,
+        metric,
+        *decimals(each.mean(), low, high, spread),
+        len(row.seeds),
+        sum(row.first[c]['n'] for c in fine),
+        why,
+        ' '.join(decimals(*each)) if several else '',
+    )
 
-def metric_rows(e:Exhibit, dataset:str, rows:dict)->list:
+# %% ../../nbs/bench/jobs.ipynb #e6816c33
+def metric_rows(e: Exhibit, dataset: str, rows: dict) -> list:
     "List an exhibit's metrics on a data set: dataset, row, and what `metric_line` gives."
-    lines = [(dataset, row.label, *line) for row in rows.values() for span, cats in spans_of(row.first).items()
-             for m in metrics_of(e) if (line := metric_line(row, m, span, cats))]
+    lines = [
+        (dataset, row.label, *line)
+        for row in rows.values()
+        for span, cats in spans_of(row.first).items()
+        for m in metrics_of(e)
+        if (line := metric_line(row, m, span, cats))
+    ]
     return lines
 
 # %% ../../nbs/bench/jobs.ipynb #f7f0981c
-def defect_rows(dataset:str, rows:dict)->list:
+def defect_rows(dataset: str, rows: dict) -> list:
     "List values by kind of defect: dataset, row, defect, metric, value (percent, mean over seeds and the categories that have it), number of categories, defective images."
     out = []
     for row in rows.values():
@@ -768,61 +1286,109 @@ def defect_rows(dataset:str, rows:dict)->list:
                 out += defect_line(dataset, row, kind, m, have)
     return out
 
-def defect_line(dataset:str, row:RowResults, kind:str, metric:str, categories:list)->list:
+# %% ../../nbs/bench/jobs.ipynb #96ba1bc4
+def defect_line(dataset: str, row: RowResults, kind: str, metric: str, categories: list) -> list:
     "Summarise a metric of one kind of defect; nothing where it is not defined."
-    each = {c: np.mean([by[c]['defects'][kind].get(metric, np.nan) for by in row.by_seed]) for c in categories}
+    each = {
+        c: np.mean([by[c]['defects'][kind].get(metric, np.nan) for by in row.by_seed])
+        for c in categories
+    }
     fine = [c for c in categories if each[c] == each[c]]
-    if not fine: return []
+    if not fine:
+        return []
     count = sum(row.first[c]['defects'][kind]['n'] for c in fine)
-    return [(dataset, row.label, kind, metric, *decimals(100*np.mean([each[c] for c in fine])), len(fine), count)]
+    return [
+        (
+            dataset,
+            row.label,
+            kind,
+            metric,
+            *decimals(100 * np.mean([each[c] for c in fine])),
+            len(fine),
+            count,
+        )
+    ]
 
 # %% ../../nbs/bench/jobs.ipynb #afafd075
-def contrasts_of(e:Exhibit)->list:
+def contrasts_of(e: Exhibit) -> list:
     "List an exhibit's contrasts, and the row of its claim against each control: (better, worse, metric, over which categories)."
-    if not (e.claim and e.contrasts): return [(*c, 'all') for c in e.contrasts]
+    if not (e.claim and e.contrasts):
+        return [(*c, 'all') for c in e.contrasts]
     best, metric = e.contrasts[0][0], 'pixel_auroc' if 'pixel_auroc' in e.metrics else e.metrics[0]
-    return [(b, w, m, 'all') for b, w, m in e.contrasts] + [(best, r.label, metric, 'objects' if r.method is None else 'all') for r in e.rows if r in CONTROLS]
+    return [(b, w, m, 'all') for b, w, m in e.contrasts] + [
+        (best, r.label, metric, 'objects' if r.method is None else 'all')
+        for r in e.rows
+        if r in CONTROLS
+    ]
 
-def contrast_line(a:RowResults, b:RowResults, metric:str, over:str)->tuple:      # () where there is nothing to compare
+
+def contrast_line(
+    a: RowResults, b: RowResults, metric: str, over: str
+) -> tuple:  # () where there is nothing to compare
     "Compare two rows over the categories where both have a value: difference of the values as tables print them, low, high, seeds of both (points)."
     kind = lambda c: over == 'all' or a.first[c]['kind'] == 'object'
-    cats = [c for c in a.first if kind(c) and a.has(c, metric) and b.has(c, metric) and a.bootstrap(c, metric) is not None]
-    if not cats: return ()
+    cats = [
+        c
+        for c in a.first
+        if kind(c) and a.has(c, metric) and b.has(c, metric) and a.bootstrap(c, metric) is not None
+    ]
+    if not cats:
+        return ()
     value = np.subtract(*(round(percent_of(row, metric, cats).mean(), 4) for row in (a, b)))
     low, high = interval([a.bootstrap(c, metric) - b.bootstrap(c, metric) for c in cats])
     return (metric, over, *decimals(value, low, high), len(a.seeds), len(b.seeds))
 
-def contrast_rows(e:Exhibit, dataset:str, rows:dict)->list:
+# %% ../../nbs/bench/jobs.ipynb #07675f91
+def contrast_rows(e: Exhibit, dataset: str, rows: dict) -> list:
     "List an exhibit's contrasts on a data set: dataset, better, worse, and what `contrast_line` gives."
-    return [(dataset, better, worse, *line) for better, worse, metric, over in contrasts_of(e)
-            if better in rows and worse in rows and (line := contrast_line(rows[better], rows[worse], metric, over))]
+    return [
+        (dataset, better, worse, *line)
+        for better, worse, metric, over in contrasts_of(e)
+        if better in rows
+        and worse in rows
+        and (line := contrast_line(rows[better], rows[worse], metric, over))
+    ]
 
 # %% ../../nbs/bench/jobs.ipynb #40b428f7
-def machine_of(by:dict)->dict:
+def machine_of(by: dict) -> dict:
     "Say what computed a run: versions and device, all that took part where categories differ."
     machines = [result['machine'] for result in by.values()]
     mixed = lambda k: 'mixed: ' + ', '.join(sorted({m[k] for m in machines}))
     return {k: v if all(m[k] == v for m in machines) else mixed(k) for k, v in machines[0].items()}
 
-def run_rows(plan:Plan, results:dict, e:Exhibit, dataset:str, rows:dict)->list:
+
+def run_rows(plan: Plan, results: dict, e: Exhibit, dataset: str, rows: dict) -> list:
     "List the runs of an exhibit's rows on a data set, in the columns of runs.csv."
     methods, out = {r.label: r.method for r in e.rows}, []
     for row in rows.values():
         for run in row.runs:
             by = results[run]
-            seconds = {f'seconds_{k}': f"{sum(r['seconds'][i] for r in by.values()):.1f}" for i, k in enumerate(('encoding', 'scoring'))}
+            seconds = {
+                f'seconds_{k}': f"{sum(r['seconds'][i] for r in by.values()):.1f}"
+                for i, k in enumerate(('encoding', 'scoring'))
+            }
             name = methods[row.label].name if methods[row.label] else ''
-            about = {**plan.runs[run], **machine_of(by), **seconds, 'row': row.label, 'method': name}
+            about = {
+                **plan.runs[run],
+                **machine_of(by),
+                **seconds,
+                'row': row.label,
+                'method': name,
+            }
             out.append([about[k] for k in COLUMNS['runs']])
     return out
 
 # %% ../../nbs/bench/jobs.ipynb #91ab7a7d
-def to_csv(head, rows)->str:
+def to_csv(head, rows) -> str:
     "Write rows as CSV text with Unix line ends."
-    f = io.StringIO(newline=''); w = csv.writer(f, lineterminator='\n'); w.writerow(head); w.writerows(rows)
+    f = io.StringIO(newline='')
+    w = csv.writer(f, lineterminator='\n')
+    w.writerow(head)
+    w.writerows(rows)
     return f.getvalue()
 
-def exhibit_files(plan:Plan, results:dict, e:Exhibit)->dict:      # name without .csv -> text
+
+def exhibit_files(plan: Plan, results: dict, e: Exhibit) -> dict:  # name without .csv -> text
     "Make the results files of an exhibit; a curve has no defects."
     found = {name: [] for name in COLUMNS}
     for dataset in datasets_shown(plan, e):
@@ -830,11 +1396,14 @@ def exhibit_files(plan:Plan, results:dict, e:Exhibit)->dict:      # name without
         found['runs'] += run_rows(plan, results, e, dataset, rows)
         found['metrics'] += metric_rows(e, dataset, rows)
         found['contrasts'] += contrast_rows(e, dataset, rows)
-        if e.form != 'curve': found['defects'] += defect_rows(dataset, rows)
+        if e.form != 'curve':
+            found['defects'] += defect_rows(dataset, rows)
     return {name: to_csv(COLUMNS[name], rows) for name, rows in found.items()}
 
-def write_results(folder, plan:Plan, results:dict):
+
+def write_results(folder, plan: Plan, results: dict):
     "Write runs.csv, metrics.csv, contrasts.csv and defects.csv of every exhibit of a plan to a folder of its name."
     for e in plan.exhibits:
-        for name, text in exhibit_files(plan, results, e).items(): write_atomic(Path(folder)/e.name/f'{name}.csv', text)
+        for name, text in exhibit_files(plan, results, e).items():
+            write_atomic(Path(folder) / e.name / f'{name}.csv', text)
     return Path(folder)

@@ -14,7 +14,13 @@ __all__ = ['chosen', 'pictured', 'span', 'cores', 'announce_data', 'announce_wor
            'train_options', 'reproduce_options', 'parser', 'build_knowledge', 'knowledge_options', 'expected', 'main']
 
 # %% ../../nbs/cli/main.ipynb #edfa0ba3
-import argparse, csv, glob, os, shutil, sys, tempfile
+import argparse
+import csv
+import glob
+import os
+import shutil
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -22,98 +28,185 @@ from pathlib import Path
 def chosen(names):
     "Look up exhibits by name; none means all but the long ones (these and `cost` are made when they are named)."
     from zsad.papers.exhibits import EXHIBITS, PICTURES
+
     known = [*EXHIBITS, *(n for n in PICTURES if n not in EXHIBITS), 'cost']
     for n in names:
-        if n not in known: raise ValueError(f'exhibit {n!r}: choose from {known}')
-    return [EXHIBITS[n] for n in (names or [n for n, e in EXHIBITS.items() if not e.asked]) if n in EXHIBITS]
+        if n not in known:
+            raise ValueError(f'exhibit {n!r}: choose from {known}')
+    return [
+        EXHIBITS[n]
+        for n in (names or [n for n, e in EXHIBITS.items() if not e.asked])
+        if n in EXHIBITS
+    ]
 
-def pictured(names)->list:
+
+def pictured(names) -> list:
     "Name the pictures among the names; none means all."
     from zsad.papers.exhibits import PICTURES
+
     return [n for n in PICTURES if not names or n in names]
 
-def span(seconds)->str:
+
+def span(seconds) -> str:
     "Say a time in words."
-    return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
+    return (
+        f'{seconds:.0f} s'
+        if seconds < 100
+        else f'{seconds / 60:.0f} min'
+        if seconds < 5400
+        else f'{seconds / 3600:.1f} h'
+    )
 
 # %% ../../nbs/cli/main.ipynb #b0831842
-def cores(workers:int, device:str='auto')->int:
+def cores(workers: int, device: str = 'auto') -> int:
     "Give the requested number of processes, or one per core that this process may use; a GPU is not shared."
-    from zsad.encoder.clip import choose_device
     from zsad.core.files import available_cores
+    from zsad.encoder.clip import choose_device
+
     return workers or (1 if choose_device(device) != 'cpu' else available_cores())
 
-def announce_data(sets, lacking)->list:
+
+def announce_data(sets, lacking) -> list:
     "Say which data sets are there, what is not as published, and where missing ones come from."
     from zsad.datasets.layouts import check_dataset
     from zsad.papers.exhibits import ROLES
+
     lines = []
     for r, s in sets.items():
-        lines.append(f'{ROLES[r]}: {s.dataset.name}, {len(s.dataset.samples)} images in {len(s.dataset.categories)} categories, {len(s.dataset.skipped)} files left out')
-        odd = [f'{c} {remark}' for c, *_, remark in check_dataset(s.dataset.name, s.dataset) if remark not in ('', 'complete')]
-        if odd: lines.append(f"  not as published, so no difference to the paper is shown: {', '.join(odd[:6])}" + (f' and {len(odd) - 6} more' if len(odd) > 6 else ''))
+        lines.append(
+            f'{ROLES[r]}: {s.dataset.name}, {len(s.dataset.samples)} images in {len(s.dataset.categories)} categories, {len(s.dataset.skipped)} files left out'
+        )
+        odd = [
+            f'{c} {remark}'
+            for c, *_, remark in check_dataset(s.dataset.name, s.dataset)
+            if remark not in ('', 'complete')
+        ]
+        if odd:
+            lines.append(
+                f"  not as published, so no difference to the paper is shown: {', '.join(odd[:6])}"
+                + (f' and {len(odd) - 6} more' if len(odd) > 6 else '')
+            )
     return lines + [f'{ROLES[r]}: {why}; its columns stay empty' for r, why in lacking.items()]
 
-def announce_work(model, jobs, todo)->list:
+# %% ../../nbs/cli/main.ipynb #7f0c72d6
+def announce_work(model, jobs, todo) -> list:
     "Say what is left to do, how long it will take about, and how much disk it needs."
     from zsad.bench.jobs import machine, open_model
+
     encoder = open_model(model)
-    return [f'on {machine(encoder)["device"]} in {encoder.dtype}, {encoder.preprocess.size} px'.replace('torch.', ''),
-            f'to do: {todo.images} images to encode ({todo.stored} stored), {todo.results} results' + ('' if todo.seconds != todo.seconds else f', about {span(todo.seconds)} in one process'),
-            f'disk: {todo.bytes/1e9:.2f} GB of tokens to write, {todo.free/1e9:.0f} GB free in {jobs[0].cache if jobs else ""}']
+    return [
+        f'on {machine(encoder)["device"]} in {encoder.dtype}, {encoder.preprocess.size} px'.replace(
+            'torch.', ''
+        ),
+        f'to do: {todo.images} images to encode ({todo.stored} stored), {todo.results} results'
+        + ('' if todo.seconds != todo.seconds else f', about {span(todo.seconds)} in one process'),
+        f'disk: {todo.bytes / 1e9:.2f} GB of tokens to write, {todo.free / 1e9:.0f} GB free in {jobs[0].cache if jobs else ""}',
+    ]
 
 # %% ../../nbs/cli/main.ipynb #7f8691b9
-def prepare(a, shown, drawn=())->tuple:
+def prepare(a, shown, drawn=()) -> tuple:
     "Open data and encoder of a run and say what it will cost: (data sets by role, Model)."
     from zsad.bench.jobs import PROFILES, Model, forecast, open_sets, plan_jobs
     from zsad.encoder.clip import choose_device, weights_origin
     from zsad.papers.exhibits import PICTURES
+
     profile = PROFILES[a.profile]
-    if a.seeds < 1: raise ValueError(f'--seeds {a.seeds}: a whole number, 1 or more')
+    if a.seeds < 1:
+        raise ValueError(f'--seeds {a.seeds}: a whole number, 1 or more')
     check_device(choose_device(a.device))
-    if a.size is not None and a.size < 1: raise ValueError(f'--size {a.size}: pixels per side, such as 240 or 518')
-    sets, lacking = open_sets(profile, a.data, {r for e in (*shown, *(PICTURES[n] for n in drawn)) for r in e.roles})
-    model = Model(a.backbone or profile.backbone, a.weights or profile.weights, size=a.size, device=a.device)
-    print('\n'.join([*announce_data(sets, lacking), f'encoder: {model.backbone}, {weights_origin(model.backbone, model.weights)}']), flush=True)      # before anything is fetched
-    if drawn: print(f"pictures, of a few images each: {', '.join(drawn)}", flush=True)
-    if not shown: return sets, model
+    if a.size is not None and a.size < 1:
+        raise ValueError(f'--size {a.size}: pixels per side, such as 240 or 518')
+    sets, lacking = open_sets(
+        profile, a.data, {r for e in (*shown, *(PICTURES[n] for n in drawn)) for r in e.roles}
+    )
+    model = Model(
+        a.backbone or profile.backbone, a.weights or profile.weights, size=a.size, device=a.device
+    )
+    print(
+        '\n'.join(
+            [
+                *announce_data(sets, lacking),
+                f'encoder: {model.backbone}, {weights_origin(model.backbone, model.weights)}',
+            ]
+        ),
+        flush=True,
+    )  # before anything is fetched
+    if drawn:
+        print(f"pictures, of a few images each: {', '.join(drawn)}", flush=True)
+    if not shown:
+        return sets, model
     train_missing(a, shown, sets, model)
     jobs = plan_jobs(shown, sets, model, a.batch, seeds=a.seeds).jobs
     todo = forecast(jobs, measure=True)
     print('\n'.join(announce_work(model, jobs, todo)), flush=True)
-    if todo.bytes > 0.95*todo.free: raise ValueError(f'{todo.bytes/1e9:.1f} GB of tokens do not fit {todo.free/1e9:.1f} GB of free disk in {jobs[0].cache}: set ZSAD_CACHE to a larger disk, or name fewer exhibits')
+    if todo.bytes > 0.95 * todo.free:
+        raise ValueError(
+            f'{todo.bytes / 1e9:.1f} GB of tokens do not fit {todo.free / 1e9:.1f} GB of free disk in {jobs[0].cache}: set ZSAD_CACHE to a larger disk, or name fewer exhibits'
+        )
     return sets, model
 
 # %% ../../nbs/cli/main.ipynb #72d36dc7
 def train_missing(a, shown, sets, model):
     "Say which artifacts the rows of exhibits lack, and with --train train them."
     from dataclasses import replace
-    from zsad.bench.jobs import gather_rows, open_model, possible, encoder_variant_of
+
+    from zsad.bench.jobs import encoder_variant_of, gather_rows, open_model, possible
     from zsad.datasets.layouts import find_sets
     from zsad.learned.trainer import learn_missing, missing
-    lacking = {}      # name -> (twin of the encoder, what is to be trained)
+
+    lacking = {}  # name -> (twin of the encoder, what is to be trained)
     for role, s in sets.items():
         rows = [asked.row for asked in gather_rows(shown, role, a.seeds)]
-        rows = [r for r in rows if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)]
+        rows = [
+            r
+            for r in rows
+            if r.method and r.method.artifact and possible(r, open_model(model), s.dataset)
+        ]
         for twin in {encoder_variant_of(r) for r in rows}:
-            lacking |= {n[0]: (twin, n) for n in missing([r.method for r in rows if encoder_variant_of(r) == twin], open_model(replace(model, twin=twin)), [s.dataset.name])}
-    if not lacking: return
-    print(f"not trained: {len(lacking)} artifacts ({', '.join(list(lacking)[:4])}{', ...' if len(lacking) > 4 else ''}); " + ('they are trained first' if a.train and not a.plan else 'the rows that need them stay empty; --train trains them'), flush=True)
+            lacking |= {
+                n[0]: (twin, n)
+                for n in missing(
+                    [r.method for r in rows if encoder_variant_of(r) == twin],
+                    open_model(replace(model, twin=twin)),
+                    [s.dataset.name],
+                )
+            }
+    if not lacking:
+        return
+    print(
+        f"not trained: {len(lacking)} artifacts ({', '.join(list(lacking)[:4])}{', ...' if len(lacking) > 4 else ''}); "
+        + (
+            'they are trained first'
+            if a.train and not a.plan
+            else 'the rows that need them stay empty; --train trains them'
+        ),
+        flush=True,
+    )
     for twin in {t for t, _ in lacking.values()} if a.train and not a.plan else ():
-        learn_missing([n for t, n in lacking.values() if t == twin], open_model(replace(model, twin=twin)), find_sets(a.data) if a.profile == 'paper' else {})
+        learn_missing(
+            [n for t, n in lacking.values() if t == twin],
+            open_model(replace(model, twin=twin)),
+            find_sets(a.data) if a.profile == 'paper' else {},
+        )
 
 # %% ../../nbs/cli/main.ipynb #9e836aa5
 def reproduce_cost(out):
     "Measure what encoding, text and metrics cost here, and write results, table and figure."
     import matplotlib.pyplot as plt
-    from zsad.core.files import write_atomic
+
     from zsad.bench.cost import cost_caption, cost_figure, cost_table, write_cost
+    from zsad.core.files import write_atomic
     from zsad.reporting.tables import markdown
-    folder = write_cost(out/'results').parent; t = cost_table(folder)
+
+    folder = write_cost(out / 'results').parent
+    t = cost_table(folder)
     text = markdown(t) + f'\n{cost_caption(folder)}\n'
-    write_atomic(out/'tables'/'cost.csv', t.to_csv(lineterminator='\n')); write_atomic(out/'tables'/'cost.md', text)
-    fig = cost_figure(folder); (out/'figures').mkdir(parents=True, exist_ok=True)
-    for kind in ('png', 'svg'): fig.savefig(out/'figures'/f'cost.{kind}', dpi=144)
+    write_atomic(out / 'tables' / 'cost.csv', t.to_csv(lineterminator='\n'))
+    write_atomic(out / 'tables' / 'cost.md', text)
+    fig = cost_figure(folder)
+    (out / 'figures').mkdir(parents=True, exist_ok=True)
+    for kind in ('png', 'svg'):
+        fig.savefig(out / 'figures' / f'cost.{kind}', dpi=144)
     plt.close(fig)
     print(text)
 
@@ -121,30 +214,43 @@ def reproduce_cost(out):
 def reproduce(a):
     "Compute exhibits and write tables, figures, results and the index page below --out."
     shown, drawn, out = chosen(a.exhibits), pictured(a.exhibits), Path(a.out)
-    if a.accept: check_accept(a, shown)
-    if 'cost' in a.exhibits and not a.plan: reproduce_cost(out)      # first: a table shows its times
-    if shown or drawn: reproduce_runs(a, shown, drawn, out)
-    if a.accept and not a.plan: accept_results(a, shown, out)
+    if a.accept:
+        check_accept(a, shown)
+    if 'cost' in a.exhibits and not a.plan:
+        reproduce_cost(out)  # first: a table shows its times
+    if shown or drawn:
+        reproduce_runs(a, shown, drawn, out)
+    if a.accept and not a.plan:
+        accept_results(a, shown, out)
+
 
 def reproduce_runs(a, shown, drawn, out):
     "Compute the exhibits that are made of runs, and draw pictures."
     from zsad.reporting.pictures import write_pictures
     from zsad.reporting.tables import write_page
+
     sets, model = prepare(a, shown, drawn)
-    if a.plan: return
-    results, gallery = compute_tables(a, shown, sets, model, out) if shown else (None, ())     # the tables stand before anything else is drawn
+    if a.plan:
+        return
+    results, gallery = (
+        compute_tables(a, shown, sets, model, out) if shown else (None, ())
+    )  # the tables stand before anything else is drawn
     page = write_page(shown, results, out, (*gallery, *write_pictures(drawn, sets, model, out)))
-    for e in shown: print(f"\n{(out/'tables'/f'{e.name}.md').read_text()}")
+    for e in shown:
+        print(f"\n{(out / 'tables' / f'{e.name}.md').read_text()}")
     print(f'tables, figures and results: {page}')
 
 # %% ../../nbs/cli/main.ipynb #6b432e1b
-def compute_tables(a, shown, sets, model, out)->tuple:      # results, gallery
+def compute_tables(a, shown, sets, model, out) -> tuple:  # results, gallery
     "Compute exhibits, write results, tables and figures, and draw the gallery."
-    from zsad.bench.jobs import compute, open_model, write_results
     from zsad.app.explorer import write_gallery
+    from zsad.bench.jobs import compute, open_model, write_results
     from zsad.reporting.tables import read_results, write_report
-    plan, found = compute(shown, sets, model, a.batch, a.scheduler, seeds=a.seeds, workers=cores(a.workers, a.device))
-    results = read_results(write_results(out/'results', plan, found))
+
+    plan, found = compute(
+        shown, sets, model, a.batch, a.scheduler, seeds=a.seeds, workers=cores(a.workers, a.device)
+    )
+    results = read_results(write_results(out / 'results', plan, found))
     write_report(shown, results, out)
     return results, write_gallery(open_model(model), next(iter(sets.values())).dataset, out)
 
@@ -152,90 +258,161 @@ def compute_tables(a, shown, sets, model, out)->tuple:      # results, gallery
 def check_accept(a, shown):
     "Refuse, before anything is computed, what could not be accepted."
     from zsad.bench.accept import find_checkout
-    if not shown and 'cost' not in a.exhibits: raise ValueError('--accept: pictures alone have no results to accept; name an exhibit with a table or a curve')
+
+    if not shown and 'cost' not in a.exhibits:
+        raise ValueError(
+            '--accept: pictures alone have no results to accept; name an exhibit with a table or a curve'
+        )
     own = dict(profile='mini', data=None, backbone=None, weights=None, size=None, seeds=1)
     other = [f'--{k}' for k, v in own.items() if getattr(a, k) != v]
-    if shown and other: raise ValueError(f"--accept takes runs of the mini profile on its own data, with its own encoder and each exhibit's own seeds: leave {', '.join(other)} out")
+    if shown and other:
+        raise ValueError(
+            f"--accept takes runs of the mini profile on its own data, with its own encoder and each exhibit's own seeds: leave {', '.join(other)} out"
+        )
     find_checkout()
+
 
 def accept_results(a, shown, out):
     "Make what this run wrote the project's own results."
     from zsad.bench.accept import accept
-    changed, pages = accept(out/'results', [e.name for e in shown], 'cost' in a.exhibits)
-    print(f"accepted: {', '.join(changed) or 'nothing, no exhibit changed'}; {len(pages)} notebooks executed")
+
+    changed, pages = accept(out / 'results', [e.name for e in shown], 'cost' in a.exhibits)
+    print(
+        f"accepted: {', '.join(changed) or 'nothing, no exhibit changed'}; {len(pages)} notebooks executed"
+    )
 
 # %% ../../nbs/cli/main.ipynb #d2bf90c5
 def write_rows(path, head, rows):
     "Write a small CSV file."
-    with open(path, 'w', newline='') as f: w = csv.writer(f); w.writerow(head); w.writerows(rows)
+    with open(path, 'w', newline='') as f:
+        w = csv.writer(f)
+        w.writerow(head)
+        w.writerows(rows)
 
 # %% ../../nbs/cli/main.ipynb #7ef947f8
-def expand(files)->list:
+def expand(files) -> list:
     "List image files: a folder stands for the images below it, a pattern such as parts/*.png for what fits it."
     from zsad.datasets.layouts import IMAGES
+
     out = []
     for f in files:
-        shown = lambda p: p.suffix.lower() in IMAGES and not any(q.startswith(('.', '__MACOSX')) for q in p.relative_to(f).parts)
-        if Path(f).is_dir(): found = [p for p in sorted(Path(f).rglob('*')) if p.is_file() and shown(p)]
-        else: found = sorted(map(Path, glob.glob(str(f)))) if not Path(f).exists() and glob.has_magic(str(f)) else [Path(f)]
-        if not found: raise ValueError(f'{f}: no images here; give image files, or a folder of {", ".join(sorted(IMAGES))}')
+        shown = lambda p: (
+            p.suffix.lower() in IMAGES
+            and not any(q.startswith(('.', '__MACOSX')) for q in p.relative_to(f).parts)
+        )
+        if Path(f).is_dir():
+            found = [p for p in sorted(Path(f).rglob('*')) if p.is_file() and shown(p)]
+        else:
+            found = (
+                sorted(map(Path, glob.glob(str(f))))
+                if not Path(f).exists() and glob.has_magic(str(f))
+                else [Path(f)]
+            )
+        if not found:
+            raise ValueError(
+                f'{f}: no images here; give image files, or a folder of {", ".join(sorted(IMAGES))}'
+            )
         out += found
     return out
 
-def name_files(files)->dict:      # id -> file
+# %% ../../nbs/cli/main.ipynb #cbd2e035
+def name_files(files) -> dict:  # id -> file
     "Name files by their path below the folder they share, without suffix; with it where two would be called alike."
     full = {Path(os.path.abspath(f)): Path(f) for f in files}
     root = os.path.commonpath([p.parent for p in full])
     inner = {p: p.relative_to(root) for p in full}
     often = Counter(p.with_suffix('') for p in inner.values())
-    named = {(i if often[i.with_suffix('')] > 1 else i.with_suffix('')).as_posix(): full[p] for p, i in inner.items()}
-    if len(named) < len(full): raise ValueError(f'{root}: names repeat among the images; give them with another --out each')
+    named = {
+        (i if often[i.with_suffix('')] > 1 else i.with_suffix('')).as_posix(): full[p]
+        for p, i in inner.items()
+    }
+    if len(named) < len(full):
+        raise ValueError(
+            f'{root}: names repeat among the images; give them with another --out each'
+        )
     return named
 
 # %% ../../nbs/cli/main.ipynb #d836d101
 def read_images(named, left_out):
     "Yield (id, file, uint8 image) of named files one at a time; what cannot be read is noted in the list `left_out`."
     from zsad.datasets.layouts import load_image
-    for i, f in named.items():
-        try: image = load_image(f)
-        except (ValueError, FileNotFoundError) as e: left_out.append(str(e))
-        else: yield i, f, image
 
-def read_reference(prep, files):      # [R,3,S,S], None without files
+    for i, f in named.items():
+        try:
+            image = load_image(f)
+        except (ValueError, FileNotFoundError) as e:
+            left_out.append(str(e))
+        else:
+            yield i, f, image
+
+
+def read_reference(prep, files):  # [R,3,S,S], None without files
     "Read and preprocess reference images; one that cannot be read is an error."
     import torch
+
     unread = []
     x = [prep([image]) for _, _, image in read_images({str(f): f for f in files}, unread)]
-    if unread: raise ValueError('references: ' + '; '.join(unread))
+    if unread:
+        raise ValueError('references: ' + '; '.join(unread))
     return torch.cat(x) if x else None
 
 # %% ../../nbs/cli/main.ipynb #8b7fe0d7
-def predict_set(det, named, category, known, left_out, batch:int=16):
+def predict_set(det, named, category, known, left_out, batch: int = 16):
     "Predict images that change one another's score: encoded in batches, of which the tokens are kept; yields as `predict_files`."
     import torch
-    from zsad.encoder.clip import join_tokens
+
     from zsad.core.files import digest
+    from zsad.encoder.clip import join_tokens
     from zsad.pipeline.detector import Reference
+
     tokens, kept, seen, waiting = [], [], [], []
+
     def encode():
-        x = torch.cat(waiting); waiting.clear()
+        x = torch.cat(waiting)
+        waiting.clear()
         tokens.append(det.encoder.tokens(x, det.method.encode))
-        if det.method.needs_images: kept.append(x)
+        if det.method.needs_images:
+            kept.append(x)
+
     for i, f, image in read_images(named, left_out):
-        seen.append((i, f, digest(image, n=24))); waiting.append(det.encoder.preprocess([image]))
-        if len(waiting) == batch: encode()
-    if waiting: encode()
-    if not seen: return
-    told = None if known is None else Reference(det.encoder.tokens(known, det.method.encode), torch.arange(len(known)).expand(len(seen), -1))
-    p = det.predict(join_tokens(tokens), [category]*len(seen), told and {category: told}, torch.cat(kept) if kept else None, [key for *_, key in seen])
-    for (i, f, _), s, m in zip(seen, p.score, p.map): yield i, f, float(s), m.numpy()
+        seen.append((i, f, digest(image, n=24)))
+        waiting.append(det.encoder.preprocess([image]))
+        if len(waiting) == batch:
+            encode()
+    if waiting:
+        encode()
+    if not seen:
+        return
+    told = (
+        None
+        if known is None
+        else Reference(
+            det.encoder.tokens(known, det.method.encode),
+            torch.arange(len(known)).expand(len(seen), -1),
+        )
+    )
+    p = det.predict(
+        join_tokens(tokens),
+        [category] * len(seen),
+        told and {category: told},
+        torch.cat(kept) if kept else None,
+        [key for *_, key in seen],
+    )
+    for (i, f, _), s, m in zip(seen, p.score, p.map):
+        yield i, f, float(s), m.numpy()
 
 # %% ../../nbs/cli/main.ipynb #626989cf
 def predict_files(det, named, category, reference=(), left_out=None):
     "Predict named files one by one or, if the method wants it, together: yields (id, file, score, map [H,W])."
     from zsad.core.files import digest
-    left_out, known = [] if left_out is None else left_out, read_reference(det.encoder.preprocess, reference)
-    if det.method.transductive: yield from predict_set(det, named, category, known, left_out); return
+
+    left_out, known = (
+        [] if left_out is None else left_out,
+        read_reference(det.encoder.preprocess, reference),
+    )
+    if det.method.transductive:
+        yield from predict_set(det, named, category, known, left_out)
+        return
     for i, f, image in read_images(named, left_out):
         p = det(det.encoder.preprocess([image]), [category], known, [digest(image, n=24)])
         yield i, f, float(p.score[0]), p.map[0].numpy()
@@ -244,27 +421,50 @@ def predict_files(det, named, category, reference=(), left_out=None):
 def check_reference(row, files):
     "Refuse references that a row does not use, and say what is left of one that lacks them."
     from zsad.pipeline.detector import without_reference
-    if files and not row.reference: raise ValueError(f'--reference: {row.name} compares with no reference image; leave it out, or choose a row that does, such as winclip+ or dual')
-    if files or not row.reference: return
-    try: without_reference(row)
-    except ValueError as e: raise ValueError(f'{row.name} compares with reference images and reads no text: give them with --reference IMAGE...') from e
+
+    if files and not row.reference:
+        raise ValueError(
+            f'--reference: {row.name} compares with no reference image; leave it out, or choose a row that does, such as winclip+ or dual'
+        )
+    if files or not row.reference:
+        return
+    try:
+        without_reference(row)
+    except ValueError as e:
+        raise ValueError(
+            f'{row.name} compares with reference images and reads no text: give them with --reference IMAGE...'
+        ) from e
     print(f'{row.name} without --reference: its text alone', file=sys.stderr)
+
 
 def check_device(name):
     "Refuse a device that cannot be used here."
     import torch
-    try: torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {name}: {str(e).splitlines()[0]}; choose cpu, cuda, cuda:0, ..., or leave it out') from e
 
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(
+            f'--device {name}: {str(e).splitlines()[0]}; choose cpu, cuda, cuda:0, ..., or leave it out'
+        ) from e
+
+# %% ../../nbs/cli/main.ipynb #084e61a0
 def asked_row(a):
     "Find the row of `zsad score` with the requested seed."
     from dataclasses import replace
+
     from zsad.pipeline.detector import find_method, without_reference
+
     row = find_method(a.method)
     check_reference(row, a.reference)
-    if not a.reference: row = without_reference(row)      # said above, once
-    if a.seed is None: return row
-    if not row.stochastic: print(f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr)
+    if not a.reference:
+        row = without_reference(row)  # said above, once
+    if a.seed is None:
+        return row
+    if not row.stochastic:
+        print(
+            f'--seed {a.seed}: {row.name} draws nothing, every seed gives the same', file=sys.stderr
+        )
     return replace(row, seed=a.seed)
 
 # %% ../../nbs/cli/main.ipynb #e6282bbd
@@ -272,73 +472,107 @@ def open_detector(a, row):
     "Make a row ready with the requested encoder, artifact, size and device."
     from zsad.encoder.clip import choose_device, load_encoder
     from zsad.pipeline.detector import build
+
     check_device(choose_device(a.device))
-    enc = load_encoder(a.backbone, a.weights, size=a.size, device=a.device, interpolation=row.interpolation)
+    enc = load_encoder(
+        a.backbone, a.weights, size=a.size, device=a.device, interpolation=row.interpolation
+    )
     det = build(row, [a.category], enc, artifact=a.artifact)
     if row.terms and a.artifact and not det.trained.prompts:
-        raise ValueError(f'--artifact {a.artifact}: holds a head and no prompts, and {row.name} has terms of its own; choose the row that was trained, such as april-gan')
+        raise ValueError(
+            f'--artifact {a.artifact}: holds a head and no prompts, and {row.name} has terms of its own; choose the row that was trained, such as april-gan'
+        )
     return det
 
 # %% ../../nbs/cli/main.ipynb #184eb23c
-def earlier_run(out:Path)->int:      # how many images it has
+def earlier_run(out: Path) -> int:  # how many images it has
     "Count the images of the run that lies in a folder; refuse one that holds maps or overlays of another origin."
-    try: named = {r['id'] for r in csv.DictReader((out/'scores.csv').read_text().splitlines())}
-    except (OSError, KeyError): named = set()
+    try:
+        named = {r['id'] for r in csv.DictReader((out / 'scores.csv').read_text().splitlines())}
+    except (OSError, KeyError):
+        named = set()
     for sub, kind in (('maps', '.npy'), ('overlays', '.png')):
-        there = [p.relative_to(out/sub) for p in (out/sub).rglob('*') if p.is_file() and not p.name.startswith('.')]
-        other = sorted(str(p) for p in there if p.suffix != kind or p.with_name(p.name.removesuffix(kind)).as_posix() not in named)
-        if other: raise ValueError(f'--out {out}: {sub} holds {other[:3]}, which {out/"scores.csv"} does not name by id; choose another folder, or empty this one')
+        there = [
+            p.relative_to(out / sub)
+            for p in (out / sub).rglob('*')
+            if p.is_file() and not p.name.startswith('.')
+        ]
+        other = sorted(
+            str(p)
+            for p in there
+            if p.suffix != kind or p.with_name(p.name.removesuffix(kind)).as_posix() not in named
+        )
+        if other:
+            raise ValueError(
+                f'--out {out}: {sub} holds {other[:3]}, which {out / "scores.csv"} does not name by id; choose another folder, or empty this one'
+            )
     return len(named)
 
-def shared_scale(files, bins:int=2**16)->tuple:      # (low, high)
+# %% ../../nbs/cli/main.ipynb #bee12fa3
+def shared_scale(files, bins: int = 2**16) -> tuple:  # (low, high)
     "Find the range that `zsad.reporting.viz.map_range` gives for maps, reading one at a time; exact to 1/bins of the values' range."
     import numpy as np
+
     ends = [(a.min(), a.max()) for a in map(np.load, files)]
     low, high = float(min(e[0] for e in ends)), float(max(e[1] for e in ends))
-    if not low < high: return low, low + 1e-9
-    share = np.cumsum(sum(np.histogram(np.load(f), bins, (low, high))[0] for f in files).astype(float))
-    at = np.searchsorted(share/share[-1], (0.01, 0.995))
-    lo, hi = (low + (high - low)*(at + 0.5)/bins).tolist()
+    if not low < high:
+        return low, low + 1e-9
+    share = np.cumsum(
+        sum(np.histogram(np.load(f), bins, (low, high))[0] for f in files).astype(float)
+    )
+    at = np.searchsorted(share / share[-1], (0.01, 0.995))
+    lo, hi = (low + (high - low) * (at + 0.5) / bins).tolist()
     return lo, max(hi, lo + 1e-9)
 
 # %% ../../nbs/cli/main.ipynb #faf6c849
-def write_maps(det, named, a, folder:Path)->tuple:      # rows of scores.csv, what was left out and why
+def write_maps(
+    det, named, a, folder: Path
+) -> tuple:  # rows of scores.csv, what was left out and why
     "Predict images and write their maps below a folder as they come, and scores.csv."
     import numpy as np
+
     rows, left_out = [], []
     for i, f, s, m in predict_files(det, named, a.category, a.reference, left_out):
-        if not np.isfinite(m).all() or s != s: raise ValueError(f'{f}: {det.method.name} gives it a map or a score that is not finite; use dtype float32, or check the weights')
-        (folder/'maps'/f'{i}.npy').parent.mkdir(parents=True, exist_ok=True)
-        np.save(folder/'maps'/f'{i}.npy', m)
+        if not np.isfinite(m).all() or s != s:
+            raise ValueError(
+                f'{f}: {det.method.name} gives it a map or a score that is not finite; use dtype float32, or check the weights'
+            )
+        (folder / 'maps' / f'{i}.npy').parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / 'maps' / f'{i}.npy', m)
         rows.append((str(f), a.category, f'{s:.6f}', i))
-    write_rows(folder/'scores.csv', ('image', 'category', 'score', 'id'), rows)
+    write_rows(folder / 'scores.csv', ('image', 'category', 'score', 'id'), rows)
     return rows, left_out
 
-def write_overlays(prep, named, ids, folder:Path):
+# %% ../../nbs/cli/main.ipynb #84af903d
+def write_overlays(prep, named, ids, folder: Path):
     "Lay the maps below a folder over their images, all in one scale."
     import numpy as np
     from PIL import Image
+
     from zsad.datasets.layouts import load_image
     from zsad.reporting.viz import overlay
-    maps = {i: folder/'maps'/f'{i}.npy' for i in ids}
+
+    maps = {i: folder / 'maps' / f'{i}.npy' for i in ids}
     scale = shared_scale(list(maps.values())) if maps else None
     for i, f in maps.items():
-        file = folder/'overlays'/f'{i}.png'
+        file = folder / 'overlays' / f'{i}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(overlay(prep.square(load_image(named[i])), np.load(f), scale)).save(file)
 
 # %% ../../nbs/cli/main.ipynb #23dabae0
-def replace_results(out:Path, made:Path):
+def replace_results(out: Path, made: Path):
     "Put the results of a finished run in the place of an earlier run's."
     for sub in ('maps', 'overlays'):
-        shutil.rmtree(out/sub, ignore_errors=True)
-        (made/sub).mkdir(exist_ok=True)
-        (made/sub).rename(out/sub)
-    os.replace(made/'scores.csv', out/'scores.csv')
+        shutil.rmtree(out / sub, ignore_errors=True)
+        (made / sub).mkdir(exist_ok=True)
+        (made / sub).rename(out / sub)
+    os.replace(made / 'scores.csv', out / 'scores.csv')
 
+# %% ../../nbs/cli/main.ipynb #ecf22f9b
 def score(a):
     "Score images: scores.csv, maps/ID.npy and overlays/ID.png below --out; ID is the path below the folder that the images share."
     from zsad.core.files import keep_memory
+
     keep_memory()
     a.reference = expand(a.reference)
     row, named, out = asked_row(a), name_files(expand(a.images)), Path(a.out)
@@ -350,242 +584,426 @@ def score(a):
         write_overlays(det.encoder.preprocess, named, [i for *_, i in rows], Path(d))
         replace_results(out, Path(d))
     said = f'; the {before} of an earlier run were replaced' if before else ''
-    print(f'{len(rows)} images scored, {len(left_out)} left out{said}; {out/"scores.csv"}; overlays share one scale over these images')
-    for line in left_out: print(f'left out: {line}', file=sys.stderr)
+    print(
+        f'{len(rows)} images scored, {len(left_out)} left out{said}; {out / "scores.csv"}; overlays share one scale over these images'
+    )
+    for line in left_out:
+        print(f'left out: {line}', file=sys.stderr)
     return 1 if left_out else 0
 
 # %% ../../nbs/cli/main.ipynb #76d59afe
-def named_below(folder, fits, ending:str='')->dict:      # id -> file
+def named_below(folder, fits, ending: str = '') -> dict:  # id -> file
     "Map ids, paths below a folder without suffix and `ending`, to files at any depth; hidden ones are passed over."
     own = {}
     for f in sorted(Path(folder).rglob('*')):
         inner = f.relative_to(folder)
-        if not f.is_file() or f.suffix.lower() not in fits or any(p.startswith(('.', '__MACOSX')) for p in inner.parts): continue
+        if (
+            not f.is_file()
+            or f.suffix.lower() not in fits
+            or any(p.startswith(('.', '__MACOSX')) for p in inner.parts)
+        ):
+            continue
         i = inner.with_name(inner.stem.removesuffix(ending)).as_posix()
-        if i in own: raise ValueError(f'{own[i]} and {f} have one name; remove one of them')
+        if i in own:
+            raise ValueError(f'{own[i]} and {f} have one name; remove one of them')
         own[i] = f
     return own
 
-def parts_of(folder, i:str)->tuple:
+
+def parts_of(folder, i: str) -> tuple:
     "Split the whole path of an id below a folder."
     return (*Path(os.path.abspath(folder)).parts, *i.split('/')) if folder else tuple(i.split('/'))
 
-def common_end(a, b)->int:
+
+def common_end(a, b) -> int:
     "Count how many last parts of two paths are equal."
     n = 0
-    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]: n += 1
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
     return n
 
 # %% ../../nbs/cli/main.ipynb #d1b88717
-def pair_names(what:str, ids, folder, maps, maps_folder)->dict:      # id of a map -> id of its mask or score
+def pair_names(
+    what: str, ids, folder, maps, maps_folder
+) -> dict:  # id of a map -> id of its mask or score
     "Pair ids below a folder with ids of maps by the ends of their paths; several that fit equally well are refused."
     at, out = {}, {}
-    for m in maps: at.setdefault(m.split('/')[-1], []).append((m, parts_of(maps_folder, m)))
+    for m in maps:
+        at.setdefault(m.split('/')[-1], []).append((m, parts_of(maps_folder, m)))
     for i in ids:
         mine, own = parts_of(folder, i), i.count('/') + 1
         fits = [(common_end(mine, whole), m) for m, whole in at.get(mine[-1], ())]
         fits = [(n, m) for n, m in fits if n >= min(own, m.count('/') + 1)]
         best = [m for n, m in fits if n == max(fits)[0]]
-        if not best: raise ValueError(f'{what} without a map: {i}; maps are named {list(maps)[:3]}')
-        if len(best) > 1: raise ValueError(f'{what} {i} fits the maps {best[:3]} equally well: names repeat; keep the folders in the names of all, as `zsad score` does')
-        if best[0] in out: raise ValueError(f'{what} {out[best[0]]} and {i} both fit the map {best[0]}: names repeat; keep the folders in the names of all, as `zsad score` does')
+        if not best:
+            raise ValueError(f'{what} without a map: {i}; maps are named {list(maps)[:3]}')
+        if len(best) > 1:
+            raise ValueError(
+                f'{what} {i} fits the maps {best[:3]} equally well: names repeat; keep the folders in the names of all, as `zsad score` does'
+            )
+        if best[0] in out:
+            raise ValueError(
+                f'{what} {out[best[0]]} and {i} both fit the map {best[0]}: names repeat; keep the folders in the names of all, as `zsad score` does'
+            )
         out[best[0]] = i
     return out
 
 # %% ../../nbs/cli/main.ipynb #143c7a7f
-def read_scores(path, maps, folder=None)->list:      # one per map
+def read_scores(path, maps, folder=None) -> list:  # one per map
     "Read the scores of maps from a scores.csv: by its column id, or by the paths in its column image."
-    with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
+    with open(path, newline='', encoding='utf-8-sig') as f:
+        rows = list(csv.DictReader(f))
     columns = rows[0] if rows else {}
-    if not {'image', 'score'} <= set(columns): raise ValueError(f'{path}: needs the columns image and score, and a row for each map; has {[c for c in columns]}')
-    names = [r['id'] if 'id' in columns else Path(r['image'].replace('\\', '/')).with_suffix('').as_posix() for r in rows]
+    if not {'image', 'score'} <= set(columns):
+        raise ValueError(
+            f'{path}: needs the columns image and score, and a row for each map; has {[c for c in columns]}'
+        )
+    names = [
+        r['id']
+        if 'id' in columns
+        else Path(r['image'].replace('\\', '/')).with_suffix('').as_posix()
+        for r in rows
+    ]
     twice = [i for i, n in Counter(names).items() if n > 1]
-    if twice: raise ValueError(f'{path}: {twice[0]} has several scores; leave one')
+    if twice:
+        raise ValueError(f'{path}: {twice[0]} has several scores; leave one')
     paired, told = pair_names(f'{path}: score', names, None, maps, folder), dict(zip(names, rows))
     lacks = [m for m in maps if m not in paired]
-    if lacks: raise ValueError(f'{path}: no score for {lacks[:5]}')
-    try: return [float(told[paired[m]]['score']) for m in maps]
-    except (TypeError, ValueError) as e: raise ValueError(f'{path}: a score is no number ({e})') from e
+    if lacks:
+        raise ValueError(f'{path}: no score for {lacks[:5]}')
+    try:
+        return [float(told[paired[m]]['score']) for m in maps]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{path}: a score is no number ({e})') from e
 
 # %% ../../nbs/cli/main.ipynb #21c05284
 def read_map(path):
     "Read a map [H,W] of a .npy file; errors name the file."
     import numpy as np
-    try: a = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e: raise ValueError(f'{path}: not a readable .npy file ({e})') from e
-    if a.ndim != 2 or not np.issubdtype(a.dtype, np.number): raise ValueError(f'{path}: need a map [H,W] of numbers, got {a.dtype} {a.shape}')
+
+    try:
+        a = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise ValueError(f'{path}: not a readable .npy file ({e})') from e
+    if a.ndim != 2 or not np.issubdtype(a.dtype, np.number):
+        raise ValueError(f'{path}: need a map [H,W] of numbers, got {a.dtype} {a.shape}')
     return a
 
 # %% ../../nbs/cli/main.ipynb #77e9ec4f
 def check_kinds(maps, paired, truth):
     "Refuse masks that contradict the folders of kinds which the maps lie in, if one of them is named as normal."
     from zsad.datasets.layouts import NORMAL
+
     kind = {m: m.split('/')[-2].lower() for m in maps if '/' in m}
     marked = [m for m, t in truth.items() if kind.get(m) in NORMAL and t.any()]
-    if marked: raise ValueError(f'the mask {paired[marked[0]]} marks a defect in {marked[0]}, which lies in a folder of normal images; give the right masks')
-    bare = [m for m in kind if kind[m] not in NORMAL and m not in paired] if set(kind.values()) & NORMAL else []
-    if bare: raise ValueError(f'no mask for {bare[:5]}: their folder says that they are anomalous, and they would count as normal; give --masks the folder of all kinds, or leave these maps out')
+    if marked:
+        raise ValueError(
+            f'the mask {paired[marked[0]]} marks a defect in {marked[0]}, which lies in a folder of normal images; give the right masks'
+        )
+    bare = (
+        [m for m in kind if kind[m] not in NORMAL and m not in paired]
+        if set(kind.values()) & NORMAL
+        else []
+    )
+    if bare:
+        raise ValueError(
+            f'no mask for {bare[:5]}: their folder says that they are anomalous, and they would count as normal; give --masks the folder of all kinds, or leave these maps out'
+        )
 
-def fit_masks(truth, size)->list:      # [H,W] bool each
+# %% ../../nbs/cli/main.ipynb #62d92016
+def fit_masks(truth, size) -> list:  # [H,W] bool each
     "Bring masks to the size of their maps; say which seem to be inverted and which are smaller than a pixel of it."
     from zsad.datasets.layouts import looks_inverted
     from zsad.evaluation.metrics import resize_bilinear, resize_mask
+
     filled = [m for m, t in truth.items() if t.any()]
     turned = [m for m in filled if looks_inverted(truth[m])]
     if turned and all(m in turned or truth[m].all() for m in filled):
-        raise ValueError(f'the masks of {turned[:3]} mark the whole border and most of the image, and so do all others: they seem to be inverted; anomalous is above 0')
-    if turned: print(f'{len(turned)} masks mark the whole border and most of the image; are they inverted? {", ".join(turned[:5])}', file=sys.stderr)
-    small = [m for m in filled if truth[m].shape != size and not resize_bilinear(truth[m][None], size).any()]
-    if small: print(f'{len(small)} masks are smaller than a pixel of {size[1]}x{size[0]}; the pixels they touch count as anomalous: {", ".join(small[:5])}', file=sys.stderr)
+        raise ValueError(
+            f'the masks of {turned[:3]} mark the whole border and most of the image, and so do all others: they seem to be inverted; anomalous is above 0'
+        )
+    if turned:
+        print(
+            f'{len(turned)} masks mark the whole border and most of the image; are they inverted? {", ".join(turned[:5])}',
+            file=sys.stderr,
+        )
+    small = [
+        m
+        for m in filled
+        if truth[m].shape != size and not resize_bilinear(truth[m][None], size).any()
+    ]
+    if small:
+        print(
+            f'{len(small)} masks are smaller than a pixel of {size[1]}x{size[0]}; the pixels they touch count as anomalous: {", ".join(small[:5])}',
+            file=sys.stderr,
+        )
     return [resize_mask(t[None], size)[0] for t in truth.values()]
 
 # %% ../../nbs/cli/main.ipynb #3d37d3c3
-def read_maps(folder)->dict:      # id -> [H,W]
+def read_maps(folder) -> dict:  # id -> [H,W]
     "Read the .npy maps below a folder, all of one size."
     maps = {i: read_map(f) for i, f in named_below(folder, {'.npy'}).items()}
-    if not maps: raise ValueError(f'{folder}: no .npy maps here')
+    if not maps:
+        raise ValueError(f'{folder}: no .npy maps here')
     shapes = {m.shape for m in maps.values()}
-    if len(shapes) > 1: raise ValueError(f'{folder}: maps of different sizes {sorted(shapes)}; bring them to one size')
+    if len(shapes) > 1:
+        raise ValueError(
+            f'{folder}: maps of different sizes {sorted(shapes)}; bring them to one size'
+        )
     return maps
 
 # %% ../../nbs/cli/main.ipynb #24627ced
 def evaluate_folder(a):
     "Compute all metrics of maps on disk."
     import numpy as np
+
     from zsad.datasets.layouts import IMAGES, read_mask
     from zsad.evaluation.metrics import METRICS, evaluate
+
     maps = read_maps(a.maps)
-    if not Path(a.masks).is_dir(): raise ValueError(f'{a.masks}: no such folder of masks')
+    if not Path(a.masks).is_dir():
+        raise ValueError(f'{a.masks}: no such folder of masks')
     masks = named_below(a.masks, IMAGES, '_mask')
-    if not masks: raise ValueError(f'{a.masks}: no masks here')
+    if not masks:
+        raise ValueError(f'{a.masks}: no masks here')
     paired = pair_names(f'{a.masks}: mask', masks, a.masks, maps, a.maps)
-    truth = {m: read_mask(masks[paired[m]]) if m in paired else np.zeros(v.shape, bool) for m, v in maps.items()}
+    truth = {
+        m: read_mask(masks[paired[m]]) if m in paired else np.zeros(v.shape, bool)
+        for m, v in maps.items()
+    }
     check_kinds(maps, paired, truth)
     scores = np.array(read_scores(a.scores, maps, a.maps)) if a.scores else None
     fitted = fit_masks(truth, next(iter(maps.values())).shape)
-    r = evaluate(np.stack(list(maps.values())), np.stack(fitted), scores, np.array([t.any() for t in truth.values()]).astype(int))
-    lines = [(k, f'{100*r[k]:.4f}' if r[k] == r[k] else 'nan', r['why'].get(k, '')) for k in METRICS]
-    for k, v, why in lines: print(f'{k:12s} {v:>9s}  {why}')
-    if a.out: write_rows(a.out, ('metric', 'value', 'why'), lines)
+    r = evaluate(
+        np.stack(list(maps.values())),
+        np.stack(fitted),
+        scores,
+        np.array([t.any() for t in truth.values()]).astype(int),
+    )
+    lines = [
+        (k, f'{100 * r[k]:.4f}' if r[k] == r[k] else 'nan', r['why'].get(k, '')) for k in METRICS
+    ]
+    for k, v, why in lines:
+        print(f'{k:12s} {v:>9s}  {why}')
+    if a.out:
+        write_rows(a.out, ('metric', 'value', 'why'), lines)
 
 # %% ../../nbs/cli/main.ipynb #6c69e797
 def list_exhibits(a):
     "Print what can be reproduced."
     from zsad.papers.exhibits import EXHIBITS, PICTURES
-    for e in EXHIBITS.values(): print(f'{e.name:12s} {len(e.rows):2d} rows  {e.title}' + (' (long: made when it is named)' if e.asked else ''))
-    for p in PICTURES.values(): print(f'{p.name:12s} pictures {p.title}')
-    print(f"{'cost':12s}          What encoding, text and metrics cost on this machine (made when it is named)")
+
+    for e in EXHIBITS.values():
+        print(
+            f'{e.name:12s} {len(e.rows):2d} rows  {e.title}'
+            + (' (long: made when it is named)' if e.asked else '')
+        )
+    for p in PICTURES.values():
+        print(f'{p.name:12s} pictures {p.title}')
+    print(
+        f"{'cost':12s}          What encoding, text and metrics cost on this machine (made when it is named)"
+    )
+
 
 def list_methods(a):
     "Print the method rows."
     from zsad.pipeline.detector import METHODS
-    for m in METHODS.values(): print(f"{m.name:14s} {'+'.join(['windows']*bool(m.encode.windows) + [p.attention for p in m.encode.paths]):11s} text {m.prompts or 'none':14s} {'references: ' + m.reference[0] + '; ' if m.reference else ''}{m.source}")
+
+    for m in METHODS.values():
+        print(
+            f"{m.name:14s} {'+'.join(['windows'] * bool(m.encode.windows) + [p.attention for p in m.encode.paths]):11s} text {m.prompts or 'none':14s} {'references: ' + m.reference[0] + '; ' if m.reference else ''}{m.source}"
+        )
 
 # %% ../../nbs/cli/main.ipynb #6372d5f3
 def list_datasets(a):
     "Print the data sets, what they need and where they come from."
     from zsad.datasets.layouts import DATASETS, SOURCES
     from zsad.datasets.raw import RAW
-    for n, what in DATASETS.items(): print(f'{n:8s} {what}' + (f', or as downloaded after zsad data arrange {n}' if n in RAW else '') + (f'; {SOURCES[n].page}, {SOURCES[n].licence}' if n in SOURCES else ''))
+
+    for n, what in DATASETS.items():
+        print(
+            f'{n:8s} {what}'
+            + (f', or as downloaded after zsad data arrange {n}' if n in RAW else '')
+            + (f'; {SOURCES[n].page}, {SOURCES[n].licence}' if n in SOURCES else '')
+        )
+
 
 def print_counts(name, ds):
     "Print what each category holds, then what was left out."
     from zsad.datasets.layouts import check_dataset
-    for category, normal, anomalous, masks, remark in check_dataset(name, ds): print(f'{category:16s} {normal:5d} normal {anomalous:5d} anomalous {masks:5d} masks  {remark}')
-    for f, why in ds.skipped: print(f'left out: {f}: {why}', file=sys.stderr)
 
-def full_path(folder)->Path:
+    for category, normal, anomalous, masks, remark in check_dataset(name, ds):
+        print(
+            f'{category:16s} {normal:5d} normal {anomalous:5d} anomalous {masks:5d} masks  {remark}'
+        )
+    for f, why in ds.skipped:
+        print(f'left out: {f}: {why}', file=sys.stderr)
+
+
+def full_path(folder) -> Path:
     "Give the whole path of a folder, ~ included."
     return Path(os.path.abspath(Path(folder).expanduser()))
 
+# %% ../../nbs/cli/main.ipynb #6c60fd2b
 def check_data(a):
     "Read a folder as `reproduce` would and say what is there, what is missing and what was left out."
-    from zsad.datasets.layouts import layout_of, load_dataset, find_root, scan_dataset, vanishing
+    from zsad.datasets.layouts import find_root, layout_of, load_dataset, scan_dataset, vanishing
+
     s = scan_dataset(load_dataset(a.name, a.folder))
-    print(f'{a.folder}: layout {layout_of(find_root(full_path(a.folder)))}, {len(s.dataset.samples)} images, hash {s.hash}')
+    print(
+        f'{a.folder}: layout {layout_of(find_root(full_path(a.folder)))}, {len(s.dataset.samples)} images, hash {s.hash}'
+    )
     print_counts(a.name, s.dataset)
     small = vanishing(s.dataset)
-    if small: print(f'{len(small)} masks are smaller than a pixel of a map of 240x240; the pixels they touch count as anomalous: {", ".join(small[:5])}')
+    if small:
+        print(
+            f'{len(small)} masks are smaller than a pixel of a map of 240x240; the pixels they touch count as anomalous: {", ".join(small[:5])}'
+        )
     return 1 if s.dataset.skipped else 0
 
 # %% ../../nbs/cli/main.ipynb #38104f6a
 def convert_data(a):
     "Write the meta.json of the AnomalyCLIP family for a folder."
-    from zsad.datasets.layouts import load_dataset, find_root, write_meta
-    print(write_meta(load_dataset(a.name, a.folder), full_path(a.out) if a.out else find_root(full_path(a.folder))/'meta.json'))
+    from zsad.datasets.layouts import find_root, load_dataset, write_meta
+
+    print(
+        write_meta(
+            load_dataset(a.name, a.folder),
+            full_path(a.out) if a.out else find_root(full_path(a.folder)) / 'meta.json',
+        )
+    )
 
 # %% ../../nbs/cli/main.ipynb #f94b0966
 def arrange_data(a):
     "Write the meta.json of a set in the layout in which it was downloaded, with the images that others test on."
     from zsad.datasets.layouts import role_of
     from zsad.datasets.raw import RAW, arrange
-    ds, path = arrange(a.name, a.folder, a.out, **{k: v for k in ('cut', 'share', 'seed', 'parts', 'kinds') if (v := getattr(a, k)) is not None})
+
+    ds, path = arrange(
+        a.name,
+        a.folder,
+        a.out,
+        **{
+            k: v
+            for k in ('cut', 'share', 'seed', 'parts', 'kinds')
+            if (v := getattr(a, k)) is not None
+        },
+    )
     print_counts(a.name, ds)
     bad = sum(s.label for s in ds.samples)
-    print(f'in all {len(ds.samples) - bad} + {bad}, references {len(ds.train)}, left out {len(ds.skipped)}; others report ' + ' or '.join(f'{m} + {n} ({who})' for m, n, who in RAW[a.name].peers))
+    print(
+        f'in all {len(ds.samples) - bad} + {bad}, references {len(ds.train)}, left out {len(ds.skipped)}; others report '
+        + ' or '.join(f'{m} + {n} ({who})' for m, n, who in RAW[a.name].peers)
+    )
     print(path)
-    if path.name != 'meta.json' or role_of(path.parent) != a.name: print(f'`zsad reproduce --data` looks for it in a folder named {a.name}: give --out .../{a.name}/meta.json, or rename the folder')
+    if path.name != 'meta.json' or role_of(path.parent) != a.name:
+        print(
+            f'`zsad reproduce --data` looks for it in a folder named {a.name}: give --out .../{a.name}/meta.json, or rename the folder'
+        )
 
 # %% ../../nbs/cli/main.ipynb #e819a4c0
 def list_store(a):
     "Print the streams of the token store, largest first."
     from zsad.core.files import cache_dir
     from zsad.encoder.store import streams_in
+
     rows = streams_in(cache_dir('tokens'))
     for s, folder, shards, images, size in rows:
-        what = 'unusable: unreadable or of another version' if s is None else ('' if s.usable else 'unusable: ') + f"{s.backbone} {s.weights} {s.dtype} {s.part}{'' if s.depth is None else f' depth {s.depth}'}{'' if s.layer is None else f' layer {s.layer}'}"
-        print(f'{folder.name}  {images:6d} images  {shards:4d} shards  {size/1e6:8.1f} MB  {what}')
-    print(f'{sum(r[-1] for r in rows)/1e9:.2f} GB in {cache_dir("tokens")}')
+        what = (
+            'unusable: unreadable or of another version'
+            if s is None
+            else ('' if s.usable else 'unusable: ')
+            + f"{s.backbone} {s.weights} {s.dtype} {s.part}{'' if s.depth is None else f' depth {s.depth}'}{'' if s.layer is None else f' layer {s.layer}'}"
+        )
+        print(
+            f'{folder.name}  {images:6d} images  {shards:4d} shards  {size / 1e6:8.1f} MB  {what}'
+        )
+    print(f'{sum(r[-1] for r in rows) / 1e9:.2f} GB in {cache_dir("tokens")}')
 
+# %% ../../nbs/cli/main.ipynb #262c3d94
 def verify_store(a):
     "Read every shard against its checksum; exit code 1 if one is damaged."
     from zsad.core.files import cache_dir
     from zsad.encoder.store import verify
+
     wrong = verify(cache_dir('tokens'))
-    for f, why in wrong: print(f'{f}: {why}')
-    print(f'{len(wrong)} damaged shards' + ('; they are encoded again when they are next needed' if wrong else ''))
+    for f, why in wrong:
+        print(f'{f}: {why}')
+    print(
+        f'{len(wrong)} damaged shards'
+        + ('; they are encoded again when they are next needed' if wrong else '')
+    )
     return 1 if wrong else 0
+
 
 def prune_store(a):
     "Remove tokens that no run can use any more; with --days those unused for so long; with --all everything."
     from zsad.core.files import cache_dir
     from zsad.encoder.store import prune
-    print(f"{prune(cache_dir('tokens'), 0 if a.all else a.days)/1e9:.2f} GB freed")
+
+    print(f"{prune(cache_dir('tokens'), 0 if a.all else a.days) / 1e9:.2f} GB freed")
 
 # %% ../../nbs/cli/main.ipynb #2737ef8c
 def train_any(a):
     "Train a method on an auxiliary set, or a mini encoder; go on with a run that was interrupted."
     from zsad.learned.configs import CONFIGS, VARIANTS
     from zsad.learned.pretraining import RECIPES
-    if a.method not in (*RECIPES, *CONFIGS, *VARIANTS): raise ValueError(f'train {a.method!r}: choose a method of {list(CONFIGS)}, a variant of {list(VARIANTS)}, or an encoder of {list(RECIPES)}')
+
+    if a.method not in (*RECIPES, *CONFIGS, *VARIANTS):
+        raise ValueError(
+            f'train {a.method!r}: choose a method of {list(CONFIGS)}, a variant of {list(VARIANTS)}, or an encoder of {list(RECIPES)}'
+        )
     return train_mini(a) if a.method in RECIPES else train_course(a)
 
+# %% ../../nbs/cli/main.ipynb #60b0266f
 def train_course(a):
     "Train learned prompts or heads."
     from dataclasses import replace
-    from zsad.encoder.clip import choose_device, load_encoder
+
     from zsad.core.files import cache_dir
     from zsad.datasets.layouts import load_dataset, scan_dataset
+    from zsad.encoder.clip import choose_device, load_encoder
+    from zsad.learned.artifacts import artifact_name, cached_artifact
     from zsad.learned.configs import find_train_config
     from zsad.learned.trainer import check_target, curves, learn, rank_device
-    from zsad.learned.artifacts import artifact_name, cached_artifact
+
     check_target(a.method, a.on, a.target)
-    course = replace(find_train_config(a.method), seed=a.seed, **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v})
+    course = replace(
+        find_train_config(a.method),
+        seed=a.seed,
+        **{k: v for k, v in (('epochs', a.epochs), ('batch', a.batch), ('lr', a.lr)) if v},
+    )
     check_device(choose_device(a.device))
-    enc, s = load_encoder(a.backbone, a.weights, device=rank_device(a.device)), scan_dataset(load_dataset(a.on, a.data))
-    path = Path(a.out) if a.out else cached_artifact(artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed), enc)
-    key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f/'curves.png'))
-    if key: print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
+    enc, s = (
+        load_encoder(a.backbone, a.weights, device=rank_device(a.device)),
+        scan_dataset(load_dataset(a.on, a.data)),
+    )
+    path = (
+        Path(a.out)
+        if a.out
+        else cached_artifact(
+            artifact_name(a.method + '-{backbone}-{on}-s{seed}', enc.backbone, a.on, a.seed), enc
+        )
+    )
+    key = learn(course, enc, s, path, live=lambda f: curves(f).savefig(f / 'curves.png'))
+    if key:
+        print(f'{path}.json, hash {key}; curve and checkpoint in {cache_dir("learn")}')
 
 # %% ../../nbs/cli/main.ipynb #1e3e1610
 def train_mini(a):
     "Train a mini encoder."
     from dataclasses import replace
+
     from zsad.encoder.clip import choose_device
     from zsad.learned.pretraining import RECIPES, export_weights, train
+
     device = choose_device(a.device)
     check_device(device)
-    r = replace(RECIPES[a.method], seed=a.seed, **{k: v for k, v in (('steps', a.steps), ('batch', a.batch), ('pairs', a.pairs)) if v})
+    r = replace(
+        RECIPES[a.method],
+        seed=a.seed,
+        **{k: v for k, v in (('steps', a.steps), ('batch', a.batch), ('pairs', a.pairs)) if v},
+    )
     print(f'weights: {export_weights(train(r, a.out, device=device, start=a.start))}')
 
 # %% ../../nbs/cli/main.ipynb #5a733ad6
@@ -593,77 +1011,229 @@ def doctor(a):
     "Check the installation: versions, device, shipped weights, one image from pixels to score."
     import platform
     from importlib.metadata import version
+
     import torch
-    from zsad.encoder.clip import choose_device, choose_dtype, cpu_flags, load_encoder
+
     from zsad.core.files import cache_dir
+    from zsad.encoder.clip import choose_device, choose_dtype, cpu_flags, load_encoder
     from zsad.pipeline.detector import build
     from zsad.rendered.procad import design, render
-    print(f'python {platform.python_version()}, ' + ', '.join(f'{n} {version(n)}' for n in ('torch', 'torchvision', 'open_clip_torch', 'numpy', 'zsad')))
-    device = choose_device(); amx = 'amx_bf16' in cpu_flags()
-    print(f"device {device}, {torch.get_num_threads()} threads, AMX {'yes' if amx else 'no'}; big encoders compute in {choose_dtype('auto', device, 10**8)}".replace('torch.', ''))
-    enc = load_encoder('mini'); x = enc.preprocess([render(design('pill', 'procad'), 0, 'stain').image])
+
+    print(
+        f'python {platform.python_version()}, '
+        + ', '.join(
+            f'{n} {version(n)}'
+            for n in ('torch', 'torchvision', 'open_clip_torch', 'numpy', 'zsad')
+        )
+    )
+    device = choose_device()
+    amx = 'amx_bf16' in cpu_flags()
+    print(
+        f"device {device}, {torch.get_num_threads()} threads, AMX {'yes' if amx else 'no'}; big encoders compute in {choose_dtype('auto', device, 10**8)}".replace(
+            'torch.', ''
+        )
+    )
+    enc = load_encoder('mini')
+    x = enc.preprocess([render(design('pill', 'procad'), 0, 'stain').image])
     p = build('anoclip', ['pill'], enc)(x, ['pill'])
-    print(f'mini weights {enc.weights}; one image scored {float(p.score[0]):.3f}, map {tuple(p.map.shape)}; cache {cache_dir()}')
+    print(
+        f'mini weights {enc.weights}; one image scored {float(p.score[0]):.3f}, map {tuple(p.map.shape)}; cache {cache_dir()}'
+    )
     print('all well')
 
 # %% ../../nbs/cli/main.ipynb #05c39bb6
 def data_options(command, o, under):
     "Describe `zsad data`."
-    folder = (o('folder'), o('--name', default='folder', help='which set it should be: mvtec, visa, mpdd, ...; see `zsad data list`'))
+    folder = (
+        o('folder'),
+        o(
+            '--name',
+            default='folder',
+            help='which set it should be: mvtec, visa, mpdd, ...; see `zsad data list`',
+        ),
+    )
     command('list', list_datasets, 'the data sets', under=under)
     command('check', check_data, 'what a folder holds', *folder, under=under)
     command('convert', convert_data, 'write meta.json', *folder, o('--out'), under=under)
-    command('arrange', arrange_data, 'write the meta.json of a set as it was downloaded', o('name', help='sdd, dagm, brainmri, br35h, headct, covid, bmad_brain, liverct or resc'), o('folder'), o('--out', help='meta.json to write, or its folder'),
-            o('--cut', type=int, help='of sdd: parts of an image; 3, or 1 for whole images'), o('--share', type=float, help='of sdd: of the normal parts that are tested on; 0.25'), o('--seed', type=int, help='of sdd: of their draw; 42'),
-            o('--parts', nargs='+', help='of dagm: Test, or Train Test'), o('--kinds', nargs='+', help='of covid: folders of what is anomalous; all'), under=under)
+    command(
+        'arrange',
+        arrange_data,
+        'write the meta.json of a set as it was downloaded',
+        o('name', help='sdd, dagm, brainmri, br35h, headct, covid, bmad_brain, liverct or resc'),
+        o('folder'),
+        o('--out', help='meta.json to write, or its folder'),
+        o('--cut', type=int, help='of sdd: parts of an image; 3, or 1 for whole images'),
+        o('--share', type=float, help='of sdd: of the normal parts that are tested on; 0.25'),
+        o('--seed', type=int, help='of sdd: of their draw; 42'),
+        o('--parts', nargs='+', help='of dagm: Test, or Train Test'),
+        o('--kinds', nargs='+', help='of covid: folders of what is anomalous; all'),
+        under=under,
+    )
 
+# %% ../../nbs/cli/main.ipynb #0c2b175b
 def store_options(command, o, under):
     "Describe `zsad store`."
     command('list', list_store, 'what it holds', under=under)
     command('verify', verify_store, 'read every shard', under=under)
-    command('prune', prune_store, 'remove what is not needed', o('--days', type=float), o('--all', action='store_true'), under=under)
+    command(
+        'prune',
+        prune_store,
+        'remove what is not needed',
+        o('--days', type=float),
+        o('--all', action='store_true'),
+        under=under,
+    )
 
 # %% ../../nbs/cli/main.ipynb #10784fe9
 def train_options(command, o, model):
     "Describe `zsad train`."
-    command('train', train_any, 'train learned prompts, heads, or the mini encoder', o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'), o('--seed', type=int, default=0), o('--batch', type=int), o('--device', default='auto', help="'cpu', 'cuda', 'cuda:1', ...; a GPU where there is one"), o('--out'),
-            o('--train-set', '--on', dest='on', default='procad-aux', metavar='NAME', help='auxiliary set to learn from'), o('--data', help='its folder'), o('--target', nargs='+', default=(), help='sets it will be asked about; refused if it learns from one of them'),
-            o('--epochs', type=int), o('--lr', type=float), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
-            o('--steps', type=int, help='of an encoder'), o('--pairs', type=int, help='of an encoder'), o('--start', help='weights file of the stage before, of an encoder'))
+    command(
+        'train',
+        train_any,
+        'train learned prompts, heads, or the mini encoder',
+        o('method', help='anomalyclip, kanoclip, april-gan, mvfa; mini, mini-plain'),
+        o('--seed', type=int, default=0),
+        o('--batch', type=int),
+        o(
+            '--device',
+            default='auto',
+            help="'cpu', 'cuda', 'cuda:1', ...; a GPU where there is one",
+        ),
+        o('--out'),
+        o(
+            '--train-set',
+            '--on',
+            dest='on',
+            default='procad-aux',
+            metavar='NAME',
+            help='auxiliary set to learn from',
+        ),
+        o('--data', help='its folder'),
+        o(
+            '--target',
+            nargs='+',
+            default=(),
+            help='sets it will be asked about; refused if it learns from one of them',
+        ),
+        o('--epochs', type=int),
+        o('--lr', type=float),
+        o('--backbone', default='mini', help=model[0][1]['help']),
+        model[1],
+        o('--steps', type=int, help='of an encoder'),
+        o('--pairs', type=int, help='of an encoder'),
+        o('--start', help='weights file of the stage before, of an encoder'),
+    )
 
 # %% ../../nbs/cli/main.ipynb #e1c2d301
 def reproduce_options(command, o, model):
     "Describe `zsad reproduce`."
-    command('reproduce', reproduce, 'compute tables and figures', o('exhibits', nargs='*'),
-            o('--profile', choices=('mini', 'paper'), default='mini'), o('--data', help='folder of the data set'), *model,
-            o('--size', type=int, help='pixels per side that the encoder reads; the configuration\'s'),
-            o('--device', default='auto', help='auto, cpu, cuda, cuda:1'),
-            o('--out', default='zsad-out'), o('--batch', type=int, default=16),
-            o('--seeds', type=int, default=1, help='of rows that learn or draw something; at least as many as the exhibit has'),
-            o('--workers', type=int, default=0, help='processes of one thread each; 0: one per core, on a GPU one'),
-            o('--scheduler', help='address of a Dask scheduler, or a number of local processes of one thread each'),
-            o('--dry-run', '--plan', dest='plan', action='store_true', help='say what it would take, and stop'),
-            o('--train', action='store_true', help='train what rows lack'),
-            o('--accept', action='store_true', help="make the results the project's own and execute the notebooks that show them"))
+    command(
+        'reproduce',
+        reproduce,
+        'compute tables and figures',
+        o('exhibits', nargs='*'),
+        o('--profile', choices=('mini', 'paper'), default='mini'),
+        o('--data', help='folder of the data set'),
+        *model,
+        o('--size', type=int, help='pixels per side that the encoder reads; the configuration\'s'),
+        o('--device', default='auto', help='auto, cpu, cuda, cuda:1'),
+        o('--out', default='zsad-out'),
+        o('--batch', type=int, default=16),
+        o(
+            '--seeds',
+            type=int,
+            default=1,
+            help='of rows that learn or draw something; at least as many as the exhibit has',
+        ),
+        o(
+            '--workers',
+            type=int,
+            default=0,
+            help='processes of one thread each; 0: one per core, on a GPU one',
+        ),
+        o(
+            '--scheduler',
+            help='address of a Dask scheduler, or a number of local processes of one thread each',
+        ),
+        o(
+            '--dry-run',
+            '--plan',
+            dest='plan',
+            action='store_true',
+            help='say what it would take, and stop',
+        ),
+        o('--train', action='store_true', help='train what rows lack'),
+        o(
+            '--accept',
+            action='store_true',
+            help="make the results the project's own and execute the notebooks that show them",
+        ),
+    )
 
 # %% ../../nbs/cli/main.ipynb #e861c509
 def parser():
     "Describe the commands."
-    p = argparse.ArgumentParser('zsad', description='Reproducible zero-shot visual anomaly detection with CLIP.')
+    p = argparse.ArgumentParser(
+        'zsad', description='Reproducible zero-shot visual anomaly detection with CLIP.'
+    )
     sub = p.add_subparsers(dest='command', required=True)
+
     def command(name, run, help, *options, under=sub):
-        s = under.add_parser(name, help=help, description=run.__doc__); s.set_defaults(run=run)
-        for flags, kw in options: s.add_argument(*flags, **kw)
-    group = lambda name, help: sub.add_parser(name, help=help, description=help).add_subparsers(dest='what', required=True)
+        s = under.add_parser(name, help=help, description=run.__doc__)
+        s.set_defaults(run=run)
+        for flags, kw in options:
+            s.add_argument(*flags, **kw)
+
+    group = lambda name, help: sub.add_parser(name, help=help, description=help).add_subparsers(
+        dest='what', required=True
+    )
     o = lambda *flags, **kw: (flags, kw)
-    model = (o('--backbone', help="'mini', an open_clip name, or a configuration .json"), o('--weights', help='a tag or a local file'))
+    model = (
+        o('--backbone', help="'mini', an open_clip name, or a configuration .json"),
+        o('--weights', help='a tag or a local file'),
+    )
     reproduce_options(command, o, model)
-    command('score', score, 'score your own images', o('method'), o('images', nargs='+', metavar='IMAGE_OR_FOLDER'), o('--category', required=True), o('--out', required=True),
-            o('--reference', nargs='+', default=(), metavar='IMAGE', help='reference images, the same for all'), o('--backbone', default='mini', help=model[0][1]['help']), model[1],
-            o('--size', type=int, help='side of the encoder input in pixels'), o('--device', default='auto', help="'cpu', 'cuda', 'cuda:1', ...; a GPU where there is one"),
-            o('--artifact', help='file or name of trained prompts or of a head'), o('--seed', type=int, help='of what the method draws'))
-    command('evaluate', evaluate_folder, "metrics of anybody's maps", o('--maps', required=True), o('--masks', required=True), o('--scores'), o('--out'))
-    for name, run, text in (('exhibits', list_exhibits, 'what can be reproduced'), ('methods', list_methods, 'the method rows'), ('datasets', list_datasets, 'the data sets'), ('doctor', doctor, 'check the installation')):
+    command(
+        'score',
+        score,
+        'score your own images',
+        o('method'),
+        o('images', nargs='+', metavar='IMAGE_OR_FOLDER'),
+        o('--category', required=True),
+        o('--out', required=True),
+        o(
+            '--reference',
+            nargs='+',
+            default=(),
+            metavar='IMAGE',
+            help='reference images, the same for all',
+        ),
+        o('--backbone', default='mini', help=model[0][1]['help']),
+        model[1],
+        o('--size', type=int, help='side of the encoder input in pixels'),
+        o(
+            '--device',
+            default='auto',
+            help="'cpu', 'cuda', 'cuda:1', ...; a GPU where there is one",
+        ),
+        o('--artifact', help='file or name of trained prompts or of a head'),
+        o('--seed', type=int, help='of what the method draws'),
+    )
+    command(
+        'evaluate',
+        evaluate_folder,
+        "metrics of anybody's maps",
+        o('--maps', required=True),
+        o('--masks', required=True),
+        o('--scores'),
+        o('--out'),
+    )
+    for name, run, text in (
+        ('exhibits', list_exhibits, 'what can be reproduced'),
+        ('methods', list_methods, 'the method rows'),
+        ('datasets', list_datasets, 'the data sets'),
+        ('doctor', doctor, 'check the installation'),
+    ):
         command(name, run, text)
     data_options(command, o, group('data', 'look at data sets'))
     store_options(command, o, group('store', 'keep the token store'))
@@ -675,44 +1245,95 @@ def parser():
 def build_knowledge(a):
     "Query a chat model for possible defects of the categories of a set, and with --images for the defects of its anomalous images; the address is OPENAI_BASE_URL, the key OPENAI_API_KEY, the model ZSAD_LLM_MODEL."
     from zsad.datasets.layouts import load_dataset
-    from zsad.learned.knowledge import ask_categories, ask_images, build_base, cost_words, estimate, look_up, open_base, write_base
-    ds = load_dataset(a.name, a.data); known = open_base()['sets'].get(ds.name, {})
-    nouns = {c: look_up(c, ds.name).noun if c in known else c.replace('_', ' ') for c in ds.categories}
-    questions = ask_categories(nouns, ds.name, a.n) + (ask_images([s for s in ds.samples if s.label], nouns, ds.name, a.images) if a.images else [])
-    if a.plan: print(cost_words(estimate(questions, a.price), 0)); return
+    from zsad.learned.knowledge import (
+        ask_categories,
+        ask_images,
+        build_base,
+        cost_words,
+        estimate,
+        look_up,
+        open_base,
+        write_base,
+    )
+
+    ds = load_dataset(a.name, a.data)
+    known = open_base()['sets'].get(ds.name, {})
+    nouns = {
+        c: look_up(c, ds.name).noun if c in known else c.replace('_', ' ') for c in ds.categories
+    }
+    questions = ask_categories(nouns, ds.name, a.n) + (
+        ask_images([s for s in ds.samples if s.label], nouns, ds.name, a.images) if a.images else []
+    )
+    if a.plan:
+        print(cost_words(estimate(questions, a.price), 0))
+        return
     base, told = build_base(questions, a.model, price=a.price)
     print(f'{write_base(a.out, base)}: asked {told.asked}, stored {told.stored}, kept {told.kept}')
-    for what, n in told.left_out.items(): print(f'left out {n} times: {what}', file=sys.stderr)
-    for what, why in told.missing: print(f'no answer for {what}: {why}', file=sys.stderr)
+    for what, n in told.left_out.items():
+        print(f'left out {n} times: {what}', file=sys.stderr)
+    for what, why in told.missing:
+        print(f'no answer for {what}: {why}', file=sys.stderr)
     return 1 if told.missing else 0
 
+# %% ../../nbs/cli/main.ipynb #14249d50
 def knowledge_options(command, o, under):
     "Describe `zsad knowledge`."
-    command('build', build_knowledge, 'ask a chat model', o('name'), o('--data', help='folder of the set'), o('--out', default='knowledge.json'), o('-n', type=int, default=5, help='descriptions of a category'), o('--images', type=int, default=0, help='descriptions of an anomalous image'),
-            o('--model'), o('--price', type=float, nargs=2, metavar=('IN', 'OUT'), help='of a million tokens'), o('--plan', action='store_true', help='say what it would cost, and stop'), under=under)
+    command(
+        'build',
+        build_knowledge,
+        'ask a chat model',
+        o('name'),
+        o('--data', help='folder of the set'),
+        o('--out', default='knowledge.json'),
+        o('-n', type=int, default=5, help='descriptions of a category'),
+        o('--images', type=int, default=0, help='descriptions of an anomalous image'),
+        o('--model'),
+        o('--price', type=float, nargs=2, metavar=('IN', 'OUT'), help='of a million tokens'),
+        o('--plan', action='store_true', help='say what it would cost, and stop'),
+        under=under,
+    )
 
 # %% ../../nbs/cli/main.ipynb #c8182ff0
-def expected(e)->str:      # '' for an error of the program itself
+def expected(e) -> str:  # '' for an error of the program itself
     "Say in one line what went wrong outside of the program: a value, a file, a package, memory, a device, a server."
     text = str(e) or type(e).__name__
-    if isinstance(e, ImportError): return text if 'pip install' in text else f'{text}; install what is missing, for example pip install "zsad[llm]" for openai'
-    if isinstance(e, (ValueError, OSError)): return text
-    if isinstance(e, MemoryError): return f'not enough memory ({text}); give fewer or smaller images, or a smaller --size or --batch'
-    if type(e).__name__ == 'OutOfMemoryError' or isinstance(e, RuntimeError) and 'out of memory' in text.lower():
+    if isinstance(e, ImportError):
+        return (
+            text
+            if 'pip install' in text
+            else f'{text}; install what is missing, for example pip install "zsad[llm]" for openai'
+        )
+    if isinstance(e, (ValueError, OSError)):
+        return text
+    if isinstance(e, MemoryError):
+        return f'not enough memory ({text}); give fewer or smaller images, or a smaller --size or --batch'
+    if (
+        type(e).__name__ == 'OutOfMemoryError'
+        or isinstance(e, RuntimeError)
+        and 'out of memory' in text.lower()
+    ):
         return f'the device has not enough memory ({text.splitlines()[0]}); give a smaller --size or --batch, or --device cpu'
-    if isinstance(e, RuntimeError) and any(w in text for w in ('CUDA', 'NVIDIA', 'MPS')): return f'{text.splitlines()[0]}; try --device cpu'
+    if isinstance(e, RuntimeError) and any(w in text for w in ('CUDA', 'NVIDIA', 'MPS')):
+        return f'{text.splitlines()[0]}; try --device cpu'
     asked = [type(x).__module__.split('.')[0] for x in (e, e.__cause__) if x is not None]
-    return text if set(asked) & {'openai', 'httpx', 'huggingface_hub', 'requests', 'csv', '_csv'} else ''
+    return (
+        text
+        if set(asked) & {'openai', 'httpx', 'huggingface_hub', 'requests', 'csv', '_csv'}
+        else ''
+    )
 
-def main(argv=None)->int:
+# %% ../../nbs/cli/main.ipynb #ba291dbd
+def main(argv=None) -> int:
     "Run a command; expected errors are one line on stderr and exit code 2."
     a = parser().parse_args(argv)
-    try: return a.run(a) or 0
+    try:
+        return a.run(a) or 0
     except KeyboardInterrupt:
         print(f'zsad {a.command}: stopped', file=sys.stderr)
         return 130
     except Exception as e:
         line = expected(e)
-        if not line: raise
+        if not line:
+            raise
         print(f'zsad {a.command}: {line}', file=sys.stderr)
         return 2

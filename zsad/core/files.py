@@ -8,33 +8,66 @@ __all__ = ['PLAIN_TYPES', 'UNFINISHED', 'seeded_rng', 'array_bytes', 'parts_of',
            'available_cores', 'parallel_map', 'keep_memory']
 
 # %% ../../nbs/core/files.ipynb #f7444279
-import ctypes, dataclasses, enum, hashlib, math, multiprocessing, os, platform, re, secrets, shutil
-import stat, sys, tempfile, time
+import ctypes
+import dataclasses
+import enum
+import hashlib
+import math
+import multiprocessing
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
 import numpy as np
 import platformdirs
 
 # %% ../../nbs/core/files.ipynb #79cdc089
-def seeded_rng(seed:int,       # seed of the run
-          *purpose        # what the numbers are for: words, ids, indices
-         )->np.random.Generator: # PCG64 generator that depends on nothing else
+def seeded_rng(
+    seed: int,  # seed of the run
+    *purpose,  # what the numbers are for: words, ids, indices
+) -> np.random.Generator:  # PCG64 generator that depends on nothing else
     "Make the random generator that belongs to `seed` and `purpose`."
     key = '\x1f'.join(map(str, (seed, *purpose))).encode()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), 'little')))
+    return np.random.Generator(
+        np.random.PCG64(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), 'little'))
+    )
 
 # %% ../../nbs/core/files.ipynb #d0209903
-PLAIN_TYPES = (str, bytes, bytearray, bool, int, float, complex, type(None), Path, enum.Enum, np.generic)
+PLAIN_TYPES = (
+    str,
+    bytes,
+    bytearray,
+    bool,
+    int,
+    float,
+    complex,
+    type(None),
+    Path,
+    enum.Enum,
+    np.generic,
+)
 
-def array_bytes(a:np.ndarray)->bytes:
+
+def array_bytes(a: np.ndarray) -> bytes:
     "Give the bytes that stand for an array: type, shape and values; a TypeError names what has none."
     if a.dtype.hasobject or isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f'an array of type {type(a).__name__} {a.dtype} has no stable bytes; hash its parts')
+        raise TypeError(
+            f'an array of type {type(a).__name__} {a.dtype} has no stable bytes; hash its parts'
+        )
     kind = a.dtype.descr if a.dtype.names else a.dtype.str
     return f'{kind}{a.shape}'.encode() + np.ascontiguousarray(a).tobytes()
 
-def parts_of(value)->list:
+# %% ../../nbs/core/files.ipynb #311724f4
+def parts_of(value) -> list:
     "List what a container holds, in its order; a TypeError names a value that is neither plain nor one."
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [x for f in dataclasses.fields(value) for x in (f.name, getattr(value, f.name))]
@@ -42,11 +75,13 @@ def parts_of(value)->list:
         return [x for item in value.items() for x in item]
     if isinstance(value, (list, tuple)):
         return list(value)
-    raise TypeError(f'{type(value).__name__} {value!r:.80} has no stable bytes; give text, numbers, '
-                    'bytes, numpy arrays, or lists, tuples, dicts or dataclasses of them')
+    raise TypeError(
+        f'{type(value).__name__} {value!r:.80} has no stable bytes; give text, numbers, '
+        'bytes, numpy arrays, or lists, tuples, dicts or dataclasses of them'
+    )
 
 # %% ../../nbs/core/files.ipynb #3f9501d7
-def text_is_exact(value)->bool:
+def text_is_exact(value) -> bool:
     "Tell whether the text of a value holds all of it; a TypeError names a part without stable bytes."
     if isinstance(value, np.ndarray):
         array_bytes(value)
@@ -59,7 +94,8 @@ def text_is_exact(value)->bool:
         return all(exact) and str(value) == f'{type(value).__qualname__}({shown})'
     return all(exact)
 
-def exact_bytes(value)->bytes:
+
+def exact_bytes(value) -> bytes:
     "Give the bytes of a value; a container that holds an array is the bytes of its parts with their lengths."
     if isinstance(value, np.ndarray):
         return array_bytes(value)
@@ -74,9 +110,10 @@ def exact_bytes(value)->bytes:
     return b''.join(out)
 
 # %% ../../nbs/core/files.ipynb #eec04139
-def digest(*parts,       # str, bytes, numbers, numpy arrays; lists, tuples, dicts, dataclasses of them
-           n:int=12      # hexadecimal digits kept
-          )->str:
+def digest(
+    *parts,  # str, bytes, numbers, numpy arrays; lists, tuples, dicts, dataclasses of them
+    n: int = 12,  # hexadecimal digits kept
+) -> str:
     "Hash content to a short hexadecimal name; a TypeError names what has no stable bytes."
     h = hashlib.sha256()
     for part in parts:
@@ -85,7 +122,7 @@ def digest(*parts,       # str, bytes, numbers, numpy arrays; lists, tuples, dic
     return h.hexdigest()[:n]
 
 # %% ../../nbs/core/files.ipynb #6013c7e5
-def safe_name(text:str)->str:
+def safe_name(text: str) -> str:
     "Turn any text into the name of one file or folder; different texts give different names."
     text = str(text)
     plain = re.fullmatch(r'[A-Za-z0-9_-]([A-Za-z0-9._-]{0,78}[A-Za-z0-9_-])?', text)
@@ -95,25 +132,34 @@ def safe_name(text:str)->str:
     return f'{kept or "_"}-{digest(text)}'
 
 # %% ../../nbs/core/files.ipynb #00677ab7
-def cache_dir(*parts)->Path:
+def cache_dir(*parts) -> Path:
     "Give (and create) the folder `parts` below `ZSAD_CACHE` or the platform's user cache folder; a ValueError names parts that lead out of it."
-    root = Path(os.environ.get('ZSAD_CACHE') or platformdirs.user_cache_dir('zsad')).expanduser().absolute()
+    root = (
+        Path(os.environ.get('ZSAD_CACHE') or platformdirs.user_cache_dir('zsad'))
+        .expanduser()
+        .absolute()
+    )
     folder = root.joinpath(*map(str, parts))
     if not Path(os.path.normpath(folder)).is_relative_to(os.path.normpath(root)):
-        raise ValueError(f'{folder} is outside the cache folder {root}; pass names through safe_name')
+        raise ValueError(
+            f'{folder} is outside the cache folder {root}; pass names through safe_name'
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 # %% ../../nbs/core/files.ipynb #eb12dae0
-def write_atomic(path,          # where the file shall be
-                 data           # bytes or str
-                )->Path:
+def write_atomic(
+    path,  # where the file shall be
+    data,  # bytes or str
+) -> Path:
     "Write `data` to `path` through a temporary file in the same folder and one rename."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent/f'.{path.name[:40]}.{secrets.token_hex(6)}'
+    part = path.parent / f'.{path.name[:40]}.{secrets.token_hex(6)}'
     try:
-        with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), 'wb') as f:      # the umask applies
+        with open(
+            os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), 'wb'
+        ) as f:  # the umask applies
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
@@ -128,15 +174,17 @@ def write_atomic(path,          # where the file shall be
 # %% ../../nbs/core/files.ipynb #4fe6764a
 UNFINISHED = '.rendering-'
 
-def remove_leftovers(parent, idle:float=86400.)->None:
+
+def remove_leftovers(parent, idle: float = 86400.0) -> None:
     "Remove the unfinished folders below `parent` in which nothing has changed for `idle` seconds."
     for left in Path(parent).glob(f'{UNFINISHED}*'):
         try:
             latest = max(os.lstat(p).st_mtime for p in (left, *left.rglob('*')))
-        except FileNotFoundError:        # somebody works in it, or removes it
+        except FileNotFoundError:  # somebody works in it, or removes it
             continue
         if time.time() - latest > idle:
             shutil.rmtree(left, ignore_errors=True)
+
 
 @contextmanager
 def fill_folder(folder):
@@ -145,7 +193,7 @@ def fill_folder(folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as d:
-        work = Path(d)/'whole'
+        work = Path(d) / 'whole'
         work.mkdir()
         yield work
         try:
@@ -155,7 +203,7 @@ def fill_folder(folder):
                 raise
 
 # %% ../../nbs/core/files.ipynb #2b5d3800
-def quota_cores(root='/sys/fs/cgroup', member='/proc/self/cgroup')->float:      # inf without a limit
+def quota_cores(root='/sys/fs/cgroup', member='/proc/self/cgroup') -> float:  # inf without a limit
     "Give the cores' worth of time that the control group of this process, or one above it, allows."
     try:
         lines = Path(member).read_text().splitlines()
@@ -165,37 +213,45 @@ def quota_cores(root='/sys/fs/cgroup', member='/proc/self/cgroup')->float:      
     for group in [Path(line[4:]) for line in lines if line.startswith('0::/')]:
         for at in (group, *group.parents):
             try:
-                quota, period = (Path(root)/at/'cpu.max').read_text().split()
+                quota, period = (Path(root) / at / 'cpu.max').read_text().split()
             except (OSError, ValueError):
                 continue
             if quota != 'max':
-                cores = min(cores, int(quota)/int(period))
+                cores = min(cores, int(quota) / int(period))
     return cores
 
-def available_cores()->int:
+
+def available_cores() -> int:
     "Count the cores that this process may use: those of its affinity, within the quota of its control group."
-    if hasattr(os, 'process_cpu_count'):         # Python 3.13
+    if hasattr(os, 'process_cpu_count'):  # Python 3.13
         cores = os.process_cpu_count()
-    elif hasattr(os, 'sched_getaffinity'):       # Linux
+    elif hasattr(os, 'sched_getaffinity'):  # Linux
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count()
     return max(1, math.ceil(min(cores or 1, quota_cores())))
 
 # %% ../../nbs/core/files.ipynb #93831517
-def parallel_map(f,                  # a function of one argument that can be pickled
-             jobs,               # a list of arguments
-             workers:int=None,   # processes; None: one per core that may be used
-             chunk:int=1         # jobs handed over at a time
-            ):                   # yields results in order
+def parallel_map(
+    f,  # a function of one argument that can be pickled
+    jobs,  # a list of arguments
+    workers: int = None,  # processes; None: one per core that may be used
+    chunk: int = 1,  # jobs handed over at a time
+):  # yields results in order
     "Map a function over jobs on all cores, in order."
     n = workers or available_cores()
-    if n == 1 or sys.platform != 'linux': yield from map(f, jobs); return
-    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork')) as pool: yield from pool.map(f, jobs, chunksize=chunk)
+    if n == 1 or sys.platform != 'linux':
+        yield from map(f, jobs)
+        return
+    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('fork')) as pool:
+        yield from pool.map(f, jobs, chunksize=chunk)
 
 # %% ../../nbs/core/files.ipynb #44399602
-def keep_memory()->bool:
+def keep_memory() -> bool:
     "Configure glibc to reuse freed blocks instead of returning them; returns whether it did (False on other systems, harmless)."
-    if platform.libc_ver()[0] != 'glibc': return False
+    if platform.libc_ver()[0] != 'glibc':
+        return False
     libc = ctypes.CDLL(None)
-    return all(libc.mallopt(k, v) for k, v in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)))   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    return all(
+        libc.mallopt(k, v) for k, v in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))
+    )  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD

@@ -7,16 +7,19 @@ __all__ = ['PIPELINE_REV', 'ENCODING_REV', 'plain', 'plain_number', 'plain_key',
            'Operation', 'same_code', 'code_parts', 'signature_parameters', 'Registry', 'importable']
 
 # %% ../../nbs/core/identity.ipynb #07d49d37
-import hashlib, inspect, json
+import hashlib
+import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from types import CodeType
+
 from fastcore.basics import patch
 
 # %% ../../nbs/core/identity.ipynb #ac59af06
-PIPELINE_REV = 1      # of what stands between pixels and numbers and is not registered
-ENCODING_REV = 1      # of the tokens of an image: class token, views, windows, attention paths
+PIPELINE_REV = 1  # of what stands between pixels and numbers and is not registered
+ENCODING_REV = 1  # of the tokens of an image: class token, views, windows, attention paths
 
 # %% ../../nbs/core/identity.ipynb #8aa50520
 def plain(value):
@@ -25,35 +28,47 @@ def plain(value):
     Data classes become dicts of their fields, tuples become lists, whole floats become integers.
     Raises ValueError for anything else, and for NaN and infinity.
     """
-    if value is None or isinstance(value, (bool, str)): return value
-    if isinstance(value, Integral): return int(value)
-    if isinstance(value, Real): return plain_number(float(value))
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return plain_number(float(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
-    if isinstance(value, Mapping): return {plain_key(k): plain(v) for k, v in value.items()}
-    raise ValueError(f'{type(value).__name__} has no canonical form: give numbers, text, tuples, '
-                     'dicts or data classes of them')
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {plain_key(k): plain(v) for k, v in value.items()}
+    raise ValueError(
+        f'{type(value).__name__} has no canonical form: give numbers, text, tuples, '
+        'dicts or data classes of them'
+    )
 
-def plain_number(value:float):
+# %% ../../nbs/core/identity.ipynb #d973df97
+def plain_number(value: float):
     "Give a whole float as an integer and refuse NaN and infinity."
     if value != value or value in (float('inf'), float('-inf')):
         raise ValueError(f'{value} has no canonical form: give a finite number')
     return int(value) if value.is_integer() else value
 
-def plain_key(key)->str:
+
+def plain_key(key) -> str:
     "Refuse keys of a dict that are not text."
-    if not isinstance(key, str): raise ValueError(f'key {key!r}: keys of an identity are text')
+    if not isinstance(key, str):
+        raise ValueError(f'key {key!r}: keys of an identity are text')
     return key
 
 # %% ../../nbs/core/identity.ipynb #4d635acf
-def canonical(value)->str:
+def canonical(value) -> str:
     "Write `value` as canonical JSON; raises ValueError for what has no canonical form."
     return json.dumps(plain(value), sort_keys=True, separators=(',', ':'), ensure_ascii=False)
 
-def identity_key(value,     # anything `canonical` takes
-                 n:int=16   # hexadecimal digits kept
-                )->str:
+
+def identity_key(
+    value,  # anything `canonical` takes
+    n: int = 16,  # hexadecimal digits kept
+) -> str:
     "Hash the canonical JSON of `value` with SHA-256."
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:n]
 
@@ -61,16 +76,18 @@ def identity_key(value,     # anything `canonical` takes
 @dataclass(frozen=True)
 class Parameter:
     "A parameter of an operation, as a row may set it."
+
     name: str
-    default: object            # inspect.Parameter.empty where a row has to give it
-    choices: tuple = ()        # valid values; (): any
-    low: float = None          # smallest and largest valid number; None: no bound
+    default: object  # inspect.Parameter.empty where a row has to give it
+    choices: tuple = ()  # valid values; (): any
+    low: float = None  # smallest and largest valid number; None: no bound
     high: float = None
 
     @property
-    def required(self)->bool: return self.default is inspect.Parameter.empty
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
 
-    def check(self, value, where:str):
+    def check(self, value, where: str):
         "Raise ValueError where `value` is not valid; `where` names the operation."
         if self.choices and value not in self.choices:
             raise ValueError(f'{where}: {self.name}={value!r}: choose from {self.choices}')
@@ -82,96 +99,119 @@ class Parameter:
 @dataclass(frozen=True, eq=False)
 class Operation:
     "A registered function; calling the operation calls the function."
-    kind: str                  # 'term', 'score', ...
+
+    kind: str  # 'term', 'score', ...
     name: str
-    rev: int                   # raised when the function gives other values
+    rev: int  # raised when the function gives other values
     function: object
-    needs: tuple = ()          # inputs that a row has to provide: 'text', 'reference', ...
-    parameters: dict = field(default_factory=dict)   # name -> Parameter
-    stochastic: object = False     # draws from the seed: a bool, or a function of the parameters
-    transductive: object = False   # images scored together change one another's score; likewise
+    needs: tuple = ()  # inputs that a row has to provide: 'text', 'reference', ...
+    parameters: dict = field(default_factory=dict)  # name -> Parameter
+    stochastic: object = False  # draws from the seed: a bool, or a function of the parameters
+    transductive: object = False  # images scored together change one another's score; likewise
 
-    def __call__(self, *args, **kwargs): return self.function(*args, **kwargs)
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
 
-    def holds(self, what:str, params:dict)->bool:
+    def holds(self, what: str, params: dict) -> bool:
         "Tell whether the operation is 'stochastic' or 'transductive' with these parameters."
         flag = getattr(self, what)
         return bool(flag(self.resolve(params)) if callable(flag) else flag)
 
 # %% ../../nbs/core/identity.ipynb #381b2d13
 @patch
-def resolve(self:Operation, params:dict)->dict:
+def resolve(self: Operation, params: dict) -> dict:
     "Give all parameters, defaults filled in; raises ValueError for unknown, missing, invalid ones."
     known, where = list(self.parameters), f'{self.kind} {self.name!r}'
     wrong = sorted(set(params) - set(known))
-    if wrong: raise ValueError(f'{where} does not know {wrong}; it takes {known}')
+    if wrong:
+        raise ValueError(f'{where} does not know {wrong}; it takes {known}')
     lacks = [k for k, p in self.parameters.items() if p.required and k not in params]
-    if lacks: raise ValueError(f'{where} needs {lacks}; give {dict.fromkeys(lacks, "...")}')
+    if lacks:
+        raise ValueError(f'{where} needs {lacks}; give {dict.fromkeys(lacks, "...")}')
     full = {k: params.get(k, p.default) for k, p in self.parameters.items()}
     for k, value in full.items():
         self.parameters[k].check(value, where)
     return full
 
 # %% ../../nbs/core/identity.ipynb #0730c8d5
-def same_code(a, b)->bool:
+def same_code(a, b) -> bool:
     "Compare the compiled code of two functions, without names, docstrings and line numbers."
     codes = [getattr(inspect.unwrap(f), '__code__', None) for f in (a, b)]
-    if None in codes: return a is b
+    if None in codes:
+        return a is b
     outer = [(f.__defaults__, f.__kwdefaults__) for f in map(inspect.unwrap, (a, b))]
     parts = [code_parts(c, f.__doc__) for c, f in zip(codes, (a, b))]
     return parts[0] == parts[1] and outer[0] == outer[1]
 
-def code_parts(c:CodeType, doc:str)->tuple:
+
+def code_parts(c: CodeType, doc: str) -> tuple:
     "Give what a code object computes with: instructions, names and constants, nested code too."
     inner = [k for k in c.co_consts if k != doc]
     inner = [code_parts(k, None) if isinstance(k, CodeType) else k for k in inner]
     return c.co_code, c.co_names, c.co_varnames, inner
 
-def signature_parameters(function, given, choices:dict, ranges:dict)->dict:
+
+def signature_parameters(function, given, choices: dict, ranges: dict) -> dict:
     "List the parameters that a row may set, from a function's signature."
     named = {k: p for k, p in inspect.signature(function).parameters.items() if k not in given}
     unknown = sorted({*choices, *ranges} - set(named))
-    if unknown: raise ValueError(f'{unknown} are not parameters of {function.__name__}: {list(named)}')
-    return {k: Parameter(k, p.default, tuple(choices.get(k, ())), *ranges.get(k, (None, None)))
-            for k, p in named.items()}
+    if unknown:
+        raise ValueError(f'{unknown} are not parameters of {function.__name__}: {list(named)}')
+    return {
+        k: Parameter(k, p.default, tuple(choices.get(k, ())), *ranges.get(k, (None, None)))
+        for k, p in named.items()
+    }
 
 # %% ../../nbs/core/identity.ipynb #83671baf
 class Registry(Mapping):
     "Operations of one kind by name."
-    def __init__(self, kind:str, given=()):
+
+    def __init__(self, kind: str, given=()):
         self.kind, self.given, self.operations = kind, tuple(given), {}
 
-    def __getitem__(self, name)->Operation: return self.operations[name]
-    def __iter__(self): return iter(self.operations)
-    def __len__(self): return len(self.operations)
+    def __getitem__(self, name) -> Operation:
+        return self.operations[name]
 
-    def find(self, name:str)->Operation:
+    def __iter__(self):
+        return iter(self.operations)
+
+    def __len__(self):
+        return len(self.operations)
+
+    def find(self, name: str) -> Operation:
         "Give an operation by name; the error lists what there is."
-        if name in self.operations: return self.operations[name]
+        if name in self.operations:
+            return self.operations[name]
         raise ValueError(f'{self.kind}={name!r}: choose from {list(self.operations)}')
 
-    def register(self, name:str, rev:int, needs=(), choices=None, ranges=None, **flags):
+    def register(self, name: str, rev: int, needs=(), choices=None, ranges=None, **flags):
         "Decorate a function to register it; `choices` and `ranges` are by parameter."
+
         def decorate(function):
             parameters = signature_parameters(function, self.given, choices or {}, ranges or {})
             op = Operation(self.kind, name, rev, function, tuple(needs), parameters, **flags)
             self.check_new(op)
             self.operations[name] = op
             return function
+
         return decorate
 
 # %% ../../nbs/core/identity.ipynb #263bb35c
 @patch
-def check_new(self:Registry, op:Operation):
+def check_new(self: Registry, op: Operation):
     "Refuse a revision that is no positive number, and other code under a revision in use."
     if not isinstance(op.rev, int) or op.rev < 1:
         raise ValueError(f'{op.kind} {op.name!r}: rev={op.rev!r}: a whole number, 1 or more')
     old = self.operations.get(op.name)
-    if old is None or old.rev != op.rev or same_code(old.function, op.function): return
-    raise ValueError(f'{op.kind} {op.name!r} is registered already with rev={op.rev} and other code: '
-                     f'choose another name, or raise rev to {op.rev + 1}')
+    if old is None or old.rev != op.rev or same_code(old.function, op.function):
+        return
+    raise ValueError(
+        f'{op.kind} {op.name!r} is registered already with rev={op.rev} and other code: '
+        f'choose another name, or raise rev to {op.rev + 1}'
+    )
 
-def importable(op:Operation)->bool:
+
+def importable(op: Operation) -> bool:
     "Tell whether another process finds the operation by importing the module that defines it."
     module = getattr(op.function, '__module__', None)
     return module not in (None, '__main__') and '<locals>' not in op.function.__qualname__

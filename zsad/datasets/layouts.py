@@ -13,13 +13,17 @@ __all__ = ['TURNS', 'LEVELS', 'IMAGES', 'NORMAL', 'MVTEC_TEXTURES', 'MASKS', 'SO
            'lost_at', 'vanishing', 'data_hash']
 
 # %% ../../nbs/datasets/layouts.ipynb #782c1e10
-import csv, json, os
+import csv
+import json
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+
 from ..core.files import digest, parallel_map, write_atomic
 from ..evaluation.metrics import MASK_RULES, resize_bilinear, resize_mask
 
@@ -27,108 +31,149 @@ from ..evaluation.metrics import MASK_RULES, resize_bilinear, resize_mask
 @dataclass(frozen=True)
 class Sample:
     "One test image and what is known of it."
+
     path: Path
-    label: int               # 0 normal, 1 anomalous
+    label: int  # 0 normal, 1 anomalous
     category: str
-    id: str                  # unique in its data set, stable: category/kind/stem
-    mask: Path = None        # ground truth, None for normal images and sets without masks
+    id: str  # unique in its data set, stable: category/kind/stem
+    mask: Path = None  # ground truth, None for normal images and sets without masks
     foreground: Path = None  # the object's outline where a set has one
-    defect: str = 'good'     # folder name of its kind
+    defect: str = 'good'  # folder name of its kind
 
 # %% ../../nbs/datasets/layouts.ipynb #55157a1a
 @dataclass(frozen=True)
 class Dataset:
     "A named list of samples."
+
     name: str
     samples: tuple
-    kinds: dict              # category -> 'object' or 'texture'
-    skipped: tuple = ()      # (file, reason) of what was left out
-    train: tuple = ()        # normal samples of its training part: few-shot references are drawn from them
+    kinds: dict  # category -> 'object' or 'texture'
+    skipped: tuple = ()  # (file, reason) of what was left out
+    train: tuple = ()  # normal samples of its training part: few-shot references are drawn from them
 
     @property
-    def categories(self)->tuple: return tuple(dict.fromkeys(s.category for s in self.samples))
+    def categories(self) -> tuple:
+        return tuple(dict.fromkeys(s.category for s in self.samples))
 
-    def of(self, category:str)->tuple:
+    def of(self, category: str) -> tuple:
         "Select the samples of one category."
-        if category not in self.categories: raise ValueError(f'category={category!r}: {self.name} has {list(self.categories)}')
+        if category not in self.categories:
+            raise ValueError(f'category={category!r}: {self.name} has {list(self.categories)}')
         return tuple(s for s in self.samples if s.category == category)
 
 # %% ../../nbs/datasets/layouts.ipynb #43468678
-TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270',
-         7: 'TRANSVERSE', 8: 'ROTATE_90'}      # EXIF orientation -> what brings the picture upright
+TURNS = {
+    2: 'FLIP_LEFT_RIGHT',
+    3: 'ROTATE_180',
+    4: 'FLIP_TOP_BOTTOM',
+    5: 'TRANSPOSE',
+    6: 'ROTATE_270',
+    7: 'TRANSVERSE',
+    8: 'ROTATE_90',
+}  # EXIF orientation -> what brings the picture upright
+
 
 def turn_upright(im):
     "Turn an opened image as its EXIF orientation says; without a note, or with an unreadable one, leave it."
-    try: turn = TURNS.get(im.getexif().get(0x112))
-    except Exception: return im      # damaged EXIF says nothing, and no viewer refuses the picture for it
-    if turn is None: return im
+    try:
+        turn = TURNS.get(im.getexif().get(0x112))
+    except Exception:
+        return im  # damaged EXIF says nothing, and no viewer refuses the picture for it
+    if turn is None:
+        return im
     turned = im.transpose(Image.Transpose[turn])
     turned.format = im.format
     return turned
 
+# %% ../../nbs/datasets/layouts.ipynb #8086eb79
 def decode(path, f):
     "Open an image file and apply `f` to its first frame, turned upright; errors name the file."
     try:
-        with open(path, 'rb') as file, Image.open(file) as im:      # a path would map turned TIFF pixels in the wrong shape
+        with (
+            open(path, 'rb') as file,
+            Image.open(file) as im,
+        ):  # a path would map turned TIFF pixels in the wrong shape
             im.load()
             return f(turn_upright(im))
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path}: not a readable image ({type(e).__name__}: {e}); remove or repair the file') from e
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f'{path}: not a readable image ({type(e).__name__}: {e}); remove or repair the file'
+        ) from e
 
 # %% ../../nbs/datasets/layouts.ipynb #bc9782e3
-def to_rgb(im)->np.ndarray:
+def to_rgb(im) -> np.ndarray:
     "Bring an opened image of any mode to uint8 RGB."
-    if im.mode == 'F': raise ValueError('float pixels have no fixed range; save it with 8 or 16 bits')
+    if im.mode == 'F':
+        raise ValueError('float pixels have no fixed range; save it with 8 or 16 bits')
     if im.mode.startswith('I'):
         a = np.asarray(im).astype('i8')
-        if a.min() < 0 or a.max() > 65535: raise ValueError(f'values from {a.min()} to {a.max()} do not fit 16 bits; save it with 8 or 16 bits')
-        return np.repeat(((a + 128)//257).astype('u1')[..., None], 3, -1)
+        if a.min() < 0 or a.max() > 65535:
+            raise ValueError(
+                f'values from {a.min()} to {a.max()} do not fit 16 bits; save it with 8 or 16 bits'
+            )
+        return np.repeat(((a + 128) // 257).astype('u1')[..., None], 3, -1)
     if 'A' in im.getbands() or 'transparency' in im.info:
-        im = im.convert('RGBA'); im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)
+        im = im.convert('RGBA')
+        im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im)
     return np.array(im.convert('RGB'))
 
-def load_image(path)->np.ndarray:   # [H,W,3] uint8 RGB
+
+def load_image(path) -> np.ndarray:  # [H,W,3] uint8 RGB
     "Read an image file as uint8 RGB; errors name the file."
     return decode(path, to_rgb)
 
 # %% ../../nbs/datasets/layouts.ipynb #8cf3643d
-LEVELS = 6      # distinct values within one region from which a mask counts as soft
+LEVELS = 6  # distinct values within one region from which a mask counts as soft
 
-def is_soft(a:np.ndarray)->bool:
+
+def is_soft(a: np.ndarray) -> bool:
     "Tell whether a mask of raw values [H,W] has soft edges: `LEVELS` values or more within one region."
-    if not ((a > 0) & (a <= a.max()/2)).any(): return False      # halving would change nothing
+    if not ((a > 0) & (a <= a.max() / 2)).any():
+        return False  # halving would change nothing
     regions, n = ndimage.label(a > 0, np.ones((3, 3)))
     _, codes = np.unique(a, return_inverse=True)
     pairs = np.unique(np.stack([regions.ravel(), codes.ravel()]), axis=1)
     return bool((np.bincount(pairs[0], minlength=n + 1)[1:] >= LEVELS).any())
 
-def to_mask(im)->np.ndarray:
+
+def to_mask(im) -> np.ndarray:
     "Tell where an opened mask is anomalous, from its raw values; soft edges are divided in the middle."
     indexed, lossy = im.mode in ('P', 'PA', '1'), im.format in ('JPEG', 'MPO')
-    if im.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV'): im = im.convert('RGB')
+    if im.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV'):
+        im = im.convert('RGB')
     a = np.asarray(im)
     if im.getbands()[-1] in ('A', 'a'):
         a, alpha = a[..., :-1], a[..., -1]
-        if (a == a[:1, :1]).all() and (alpha != alpha[0, 0]).any(): a = alpha
-    if a.ndim == 3: a = a.max(-1)
-    if lossy: return a > 127
-    return a > (a.max()/2 if not indexed and is_soft(a) else 0)
+        if (a == a[:1, :1]).all() and (alpha != alpha[0, 0]).any():
+            a = alpha
+    if a.ndim == 3:
+        a = a.max(-1)
+    if lossy:
+        return a > 127
+    return a > (a.max() / 2 if not indexed and is_soft(a) else 0)
 
-def read_mask(path)->np.ndarray:    # [H,W] bool at its own size
+# %% ../../nbs/datasets/layouts.ipynb #c9c7c80f
+def read_mask(path) -> np.ndarray:  # [H,W] bool at its own size
     "Read a mask file; errors name the file."
     return decode(path, to_mask)
 
 # %% ../../nbs/datasets/layouts.ipynb #e25d1f7c
-def load_mask(path,                       # ground-truth image as `read_mask` reads it; None: all normal
-              size:int=240,               # side of the square it is brought to, in pixels
-              rule:str='bilinear>0.5'     # or 'nearest', 'any'
-             )->np.ndarray:               # [size,size] bool
+def load_mask(
+    path,  # ground-truth image as `read_mask` reads it; None: all normal
+    size: int = 240,  # side of the square it is brought to, in pixels
+    rule: str = 'bilinear>0.5',  # or 'nearest', 'any'
+) -> np.ndarray:  # [size,size] bool
     "Read a mask, binarise it, then resize it by `rule` with `zsad.evaluation.metrics.resize_mask`."
-    if rule not in MASK_RULES: raise ValueError(f'rule={rule!r}: choose one of {MASK_RULES}')
-    if path is None: return np.zeros((size, size), bool)
+    if rule not in MASK_RULES:
+        raise ValueError(f'rule={rule!r}: choose one of {MASK_RULES}')
+    if path is None:
+        return np.zeros((size, size), bool)
     return resize_mask(read_mask(path)[None], size, rule)[0]
 
-def looks_inverted(m)->bool:
+
+def looks_inverted(m) -> bool:
     "Tell whether a mask [H,W] seems to mark what is normal: more than half, the whole border, but not everything."
     border = all(m[edge].all() for edge in (0, -1, (slice(None), 0), (slice(None), -1)))
     return bool(border and 0.5 < m.mean() < 1)
@@ -137,374 +182,820 @@ def looks_inverted(m)->bool:
 IMAGES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'}
 NORMAL = {'good', 'ok', 'normal', 'no'}
 
-def image_files(folder:Path)->list:
+
+def image_files(folder: Path) -> list:
     "List image files of a folder in name order, extensions in any case, without the junk of file managers."
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith('.')) if folder.is_dir() else []
+    return (
+        sorted(
+            f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith('.')
+        )
+        if folder.is_dir()
+        else []
+    )
 
-def folders(folder:Path)->list:
+
+def folders(folder: Path) -> list:
     "List the folders in a folder in name order, without hidden ones and what archivers add."
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX'))) if folder.is_dir() else []
+    return (
+        sorted(
+            p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.', '__MACOSX'))
+        )
+        if folder.is_dir()
+        else []
+    )
 
-def by_stem(folder:Path, ending:str)->dict:
+
+def by_stem(folder: Path, ending: str) -> dict:
     "Map stems without `ending` to the files of a folder."
     return {f.stem.removesuffix(ending): f for f in image_files(folder)}
 
 # %% ../../nbs/datasets/layouts.ipynb #a543132b
-def scan_kinds(category:str, kinds:list, masks:Path, outlines:Path, skipped:list)->list:
+def scan_kinds(category: str, kinds: list, masks: Path, outlines: Path, skipped: list) -> list:
     "List the samples in folders that are named by kind; masks stand in a folder per kind, or in one where a stem tells the image."
     stems = Counter(f.stem for k in kinds if k.name.lower() not in NORMAL for f in image_files(k))
     flat, out = {s: f for s, f in by_stem(masks, '_mask').items() if stems[s] == 1}, []
     for kind in kinds:
         normal = kind.name.lower() in NORMAL
-        own, fores = flat | by_stem(masks/kind.name, '_mask'), by_stem(outlines/kind.name, '_fg')
+        own, fores = (
+            flat | by_stem(masks / kind.name, '_mask'),
+            by_stem(outlines / kind.name, '_fg'),
+        )
         for f in image_files(kind):
-            if not normal and masks.is_dir() and f.stem not in own: skipped.append((f, f'no mask of its own named {f.stem}_mask or {f.stem} in {masks/kind.name}'))
-            else: out.append(Sample(f, 0 if normal else 1, category, f'{category}/{kind.name}/{f.stem}', None if normal else own.get(f.stem), fores.get(f.stem), kind.name))
+            if not normal and masks.is_dir() and f.stem not in own:
+                skipped.append(
+                    (
+                        f,
+                        f'no mask of its own named {f.stem}_mask or {f.stem} in {masks / kind.name}',
+                    )
+                )
+            else:
+                out.append(
+                    Sample(
+                        f,
+                        0 if normal else 1,
+                        category,
+                        f'{category}/{kind.name}/{f.stem}',
+                        None if normal else own.get(f.stem),
+                        fores.get(f.stem),
+                        kind.name,
+                    )
+                )
     return out
 
-def scan_category(folder:Path, skipped:list, split:str='test')->list:
+# %% ../../nbs/datasets/layouts.ipynb #cbb90812
+def scan_category(folder: Path, skipped: list, split: str = 'test') -> list:
     "List the samples of one MVTec-shaped category; what is left out goes to `skipped` with its reason."
-    before, kinds = len(skipped), folders(folder/split)
-    out = scan_kinds(folder.name, kinds, folder/'ground_truth', folder/'foreground', skipped)
-    if not out and len(skipped) == before: skipped.append((folder/split, f'no image in the folders of its kinds {[k.name for k in kinds]}'))
+    before, kinds = len(skipped), folders(folder / split)
+    out = scan_kinds(folder.name, kinds, folder / 'ground_truth', folder / 'foreground', skipped)
+    if not out and len(skipped) == before:
+        skipped.append(
+            (folder / split, f'no image in the folders of its kinds {[k.name for k in kinds]}')
+        )
     return out
 
-def scan_train(folder:Path)->list:
+
+def scan_train(folder: Path) -> list:
     "List the samples of the training part of an MVTec-shaped category, none if it has no such part."
-    return scan_kinds(folder.name, folders(folder/'train'), folder/'ground_truth', folder/'foreground', [])
+    return scan_kinds(
+        folder.name, folders(folder / 'train'), folder / 'ground_truth', folder / 'foreground', []
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #cfe1709f
 MVTEC_TEXTURES = ('carpet', 'grid', 'leather', 'tile', 'wood')
 
-def read_json(path:Path):
-    "Read a JSON file; errors name the file."
-    try: return json.loads(path.read_text(encoding='utf-8-sig'))
-    except ValueError as e: raise ValueError(f'{path}: not valid JSON ({e}); repair or remove it') from e
 
-def kinds_of(root:Path, categories)->dict:
+def read_json(path: Path):
+    "Read a JSON file; errors name the file."
+    try:
+        return json.loads(path.read_text(encoding='utf-8-sig'))
+    except ValueError as e:
+        raise ValueError(f'{path}: not valid JSON ({e}); repair or remove it') from e
+
+
+def kinds_of(root: Path, categories) -> dict:
     "Tell for each category whether it is an object or a texture: by dataset.json, else by MVTec-AD's names."
-    file = root/'dataset.json'; told = read_json(file) if file.exists() else {}
+    file = root / 'dataset.json'
+    told = read_json(file) if file.exists() else {}
     told = told.get('kinds', {}) if isinstance(told, dict) else told
-    if not isinstance(told, dict) or not set(map(str, told.values())) <= {'object', 'texture'}: raise ValueError(f'{file}: kinds={told!r}; give {{"kinds": {{category: "object" or "texture"}}}}')
+    if not isinstance(told, dict) or not set(map(str, told.values())) <= {'object', 'texture'}:
+        raise ValueError(
+            f'{file}: kinds={told!r}; give {{"kinds": {{category: "object" or "texture"}}}}'
+        )
     return {c: told.get(c, 'texture' if c in MVTEC_TEXTURES else 'object') for c in categories}
 
 # %% ../../nbs/datasets/layouts.ipynb #38145a88
 def check_category(root, name):
     "Refuse a category that is no plain name: results and maps are files named by it."
-    if not isinstance(name, str) or not name.strip() or name in ('.', '..') or set(name) & set('/\\\0'):
-        raise ValueError(f'{root}: category {name!r} is no plain name; name it with letters, digits and spaces, '
-                         'without / or \\, for it becomes part of file names')
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or name in ('.', '..')
+        or set(name) & set('/\\\0')
+    ):
+        raise ValueError(
+            f'{root}: category {name!r} is no plain name; name it with letters, digits and spaces, '
+            'without / or \\, for it becomes part of file names'
+        )
 
-def make_dataset(name:str, root:Path, samples:list, skipped:list, train=())->Dataset:
+# %% ../../nbs/datasets/layouts.ipynb #528fbff0
+def make_dataset(name: str, root: Path, samples: list, skipped: list, train=()) -> Dataset:
     "Make a data set of samples: one order, every id once, kinds of the categories."
     own = {}
-    for c in dict.fromkeys(s.category for s in (*samples, *train)): check_category(root, c)
+    for c in dict.fromkeys(s.category for s in (*samples, *train)):
+        check_category(root, c)
     for s in sorted(samples, key=lambda s: (s.category, s.defect, s.path.name)):
-        if s.id in own: skipped.append((s.path, f'its id {s.id} is taken by {own[s.id].path}; rename one of them'))
-        else: own[s.id] = s
-    if not own: raise FileNotFoundError(f'{root}: no test image that can be used' + ''.join(f'; {f}: {why}' for f, why in skipped[:3]))
+        if s.id in own:
+            skipped.append(
+                (s.path, f'its id {s.id} is taken by {own[s.id].path}; rename one of them')
+            )
+        else:
+            own[s.id] = s
+    if not own:
+        raise FileNotFoundError(
+            f'{root}: no test image that can be used'
+            + ''.join(f'; {f}: {why}' for f, why in skipped[:3])
+        )
     good = {}
-    for s in sorted((s for s in train if not s.label), key=lambda s: (s.id, s.path)): good.setdefault(s.id, replace(s, id=f'train/{s.id}'))
-    return Dataset(name, tuple(own.values()), kinds_of(root, dict.fromkeys(s.category for s in own.values())), tuple(skipped), tuple(good.values()))
+    for s in sorted((s for s in train if not s.label), key=lambda s: (s.id, s.path)):
+        good.setdefault(s.id, replace(s, id=f'train/{s.id}'))
+    return Dataset(
+        name,
+        tuple(own.values()),
+        kinds_of(root, dict.fromkeys(s.category for s in own.values())),
+        tuple(skipped),
+        tuple(good.values()),
+    )
 
-def scan_mvtec(root, name:str)->Dataset:
+# %% ../../nbs/datasets/layouts.ipynb #67883dcc
+def scan_mvtec(root, name: str) -> Dataset:
     "Read an MVTec-shaped folder."
     root, skipped = Path(root), []
-    categories = [p for p in folders(root) if (p/'test').is_dir()]
-    if not categories: raise FileNotFoundError(f'{root}: no MVTec-shaped folder (no category with a test folder); point to the folder that holds the categories')
-    return make_dataset(name, root, [s for p in categories for s in scan_category(p, skipped)], skipped, [s for p in categories for s in scan_train(p)])
+    categories = [p for p in folders(root) if (p / 'test').is_dir()]
+    if not categories:
+        raise FileNotFoundError(
+            f'{root}: no MVTec-shaped folder (no category with a test folder); point to the folder that holds the categories'
+        )
+    return make_dataset(
+        name,
+        root,
+        [s for p in categories for s in scan_category(p, skipped)],
+        skipped,
+        [s for p in categories for s in scan_train(p)],
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #b34fdc30
-def read_rows(rows, root:Path, skipped:list)->list:
+def read_rows(rows, root: Path, skipped: list) -> list:
     "Turn rows (category, kind, label, image, mask, perhaps outline) of a list into samples; what does not exist goes to `skipped`."
-    place = lambda p: root/p.replace('\\', '/')
-    rows = [(c, k or place(f).parent.name, y, place(f), place(m) if y and m and not place(m).is_dir() else None, place(o[0]) if o and o[0] else None) for c, k, y, f, m, *o in rows]
-    often, masked, out = Counter((c, k, f.stem) for c, k, _, f, *_ in rows), {c for c, _, _, _, m, _ in rows if m}, []
-    whole = lambda f: (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix()       # where names repeat
+    place = lambda p: root / p.replace('\\', '/')
+    rows = [
+        (
+            c,
+            k or place(f).parent.name,
+            y,
+            place(f),
+            place(m) if y and m and not place(m).is_dir() else None,
+            place(o[0]) if o and o[0] else None,
+        )
+        for c, k, y, f, m, *o in rows
+    ]
+    often, masked, out = (
+        Counter((c, k, f.stem) for c, k, _, f, *_ in rows),
+        {c for c, _, _, _, m, _ in rows if m},
+        [],
+    )
+    whole = lambda f: (
+        (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix()
+    )  # where names repeat
     for c, k, y, f, m, o in rows:
-        if not f.exists(): skipped.append((f, 'is listed but does not exist'))
-        elif m and not m.exists(): skipped.append((f, f'its mask {m} does not exist'))
-        elif o and not o.exists(): skipped.append((f, f'its outline {o} does not exist'))
-        elif y and not m and c in masked: skipped.append((f, f'no mask is listed for it, while others of {c} have one'))
-        else: out.append(Sample(f, y, c, f'{c}/{k}/{f.stem}' if often[c, k, f.stem] == 1 else f'{c}/{whole(f)}', m, o, k))
+        if not f.exists():
+            skipped.append((f, 'is listed but does not exist'))
+        elif m and not m.exists():
+            skipped.append((f, f'its mask {m} does not exist'))
+        elif o and not o.exists():
+            skipped.append((f, f'its outline {o} does not exist'))
+        elif y and not m and c in masked:
+            skipped.append((f, f'no mask is listed for it, while others of {c} have one'))
+        else:
+            out.append(
+                Sample(
+                    f,
+                    y,
+                    c,
+                    f'{c}/{k}/{f.stem}' if often[c, k, f.stem] == 1 else f'{c}/{whole(f)}',
+                    m,
+                    o,
+                    k,
+                )
+            )
     return out
 
 # %% ../../nbs/datasets/layouts.ipynb #8f3354b7
-def scan_visa(root, name:str='visa')->Dataset:
+def scan_visa(root, name: str = 'visa') -> Dataset:
     "Read VisA as published: the test rows of split_csv/1cls.csv."
     root, skipped, rows, train = Path(root), [], [], []
-    file, columns, labels = root/'split_csv'/'1cls.csv', ('object', 'split', 'label', 'image', 'mask'), dict(normal=0, anomaly=1)
-    try: listed = list(csv.DictReader(file.read_text(encoding='utf-8-sig').splitlines()))
-    except (csv.Error, UnicodeDecodeError) as e: raise ValueError(f'{file}: not a readable table ({e}); download it again') from e
+    file, columns, labels = (
+        root / 'split_csv' / '1cls.csv',
+        ('object', 'split', 'label', 'image', 'mask'),
+        dict(normal=0, anomaly=1),
+    )
+    try:
+        listed = list(csv.DictReader(file.read_text(encoding='utf-8-sig').splitlines()))
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f'{file}: not a readable table ({e}); download it again') from e
     lacks = [c for c in columns if c not in (listed[0] if listed else ())]
-    if lacks: raise ValueError(f'{file}: no column {lacks}; it needs {list(columns)}')
+    if lacks:
+        raise ValueError(f'{file}: no column {lacks}; it needs {list(columns)}')
     for n, r in enumerate(listed, 2):
-        if r['split'] not in ('test', 'train'): continue
-        if r['label'] in labels and r['object'] and r['image']: (rows if r['split'] == 'test' else train).append((r['object'], '', labels[r['label']], r['image'], r['mask']))
-        else: skipped.append((file, f"line {n}: object={r['object']!r}, label={r['label']!r}, image={r['image']!r}; give all three, the label as normal or anomaly"))
-    return make_dataset(name, root, read_rows(rows, root, skipped), skipped, read_rows(train, root, []))
+        if r['split'] not in ('test', 'train'):
+            continue
+        if r['label'] in labels and r['object'] and r['image']:
+            (rows if r['split'] == 'test' else train).append(
+                (r['object'], '', labels[r['label']], r['image'], r['mask'])
+            )
+        else:
+            skipped.append(
+                (
+                    file,
+                    f"line {n}: object={r['object']!r}, label={r['label']!r}, image={r['image']!r}; give all three, the label as normal or anomaly",
+                )
+            )
+    return make_dataset(
+        name, root, read_rows(rows, root, skipped), skipped, read_rows(train, root, [])
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #47dc38fb
-def is_nothing(v)->bool:
+def is_nothing(v) -> bool:
     "Tell whether a value of a list means none: null, an empty text, or pandas' NaN."
     return v is None or v == '' or isinstance(v, float) and v != v
 
-def as_text(v, where:str, key:str)->str:
+
+def as_text(v, where: str, key: str) -> str:
     "Read a value of a list as text, numbers included; '' where it means none."
-    if is_nothing(v): return ''
-    if isinstance(v, (str, int, float)): return str(v)
+    if is_nothing(v):
+        return ''
+    if isinstance(v, (str, int, float)):
+        return str(v)
     raise ValueError(f'{where} has {key}={v!r}; give one text, such as "bottle" or "test/000.png"')
 
-def meta_row(r, where:str, category:str)->tuple:      # as `read_rows` takes it
+# %% ../../nbs/datasets/layouts.ipynb #39b28381
+def meta_row(r, where: str, category: str) -> tuple:  # as `read_rows` takes it
     "Read an entry of a meta.json; `where` names it in errors."
     keys = ('img_path', 'mask_path', 'anomaly')
     lacks = [k for k in keys if not isinstance(r, dict) or k not in r]
-    wrong = f'has no {lacks}' if lacks else '' if r['anomaly'] in (0, 1) else f'has anomaly={r["anomaly"]!r}'
-    if not wrong and is_nothing(r['img_path']): wrong = f'has img_path={r["img_path"]!r}'
-    if wrong: raise ValueError(f'{where} {wrong}; each needs {list(keys)}, anomaly 0 or 1')
-    text = {k: as_text(r.get(k), where, k) for k in ('cls_name', 'specie_name', 'img_path', 'mask_path', 'outline_path')}
-    return text['cls_name'] or category, text['specie_name'], int(r['anomaly']), *(text[k] for k in ('img_path', 'mask_path', 'outline_path'))
+    wrong = (
+        f'has no {lacks}'
+        if lacks
+        else ''
+        if r['anomaly'] in (0, 1)
+        else f'has anomaly={r["anomaly"]!r}'
+    )
+    if not wrong and is_nothing(r['img_path']):
+        wrong = f'has img_path={r["img_path"]!r}'
+    if wrong:
+        raise ValueError(f'{where} {wrong}; each needs {list(keys)}, anomaly 0 or 1')
+    text = {
+        k: as_text(r.get(k), where, k)
+        for k in ('cls_name', 'specie_name', 'img_path', 'mask_path', 'outline_path')
+    }
+    return (
+        text['cls_name'] or category,
+        text['specie_name'],
+        int(r['anomaly']),
+        *(text[k] for k in ('img_path', 'mask_path', 'outline_path')),
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #dde9f697
-def meta_part(told, split:str, path:Path)->dict:      # category -> its entries, None where there is no such part
+def meta_part(
+    told, split: str, path: Path
+) -> dict:  # category -> its entries, None where there is no such part
     "Read a part of a meta.json, 'test' or 'train', whatever the case of its first letter."
     part = told.get(split, told.get(split.title())) if isinstance(told, dict) else None
-    fix = f'give {{"{split}": {{category: [...]}}}}' + (', or leave it out' if split == 'train' else '')
-    if part is None and split == 'train': return None
+    fix = f'give {{"{split}": {{category: [...]}}}}' + (
+        ', or leave it out' if split == 'train' else ''
+    )
+    if part is None and split == 'train':
+        return None
     if not isinstance(part, dict):
-        missing = 'no key "test" that holds the categories' if split == 'test' else '"train" does not hold categories'
+        missing = (
+            'no key "test" that holds the categories'
+            if split == 'test'
+            else '"train" does not hold categories'
+        )
         raise ValueError(f'{path}: {missing}; {fix}')
     for c, entries in part.items():
-        if not isinstance(entries, list): raise ValueError(f'{path}: {c!r} in "{split}" is no list of entries; {fix}')
+        if not isinstance(entries, list):
+            raise ValueError(f'{path}: {c!r} in "{split}" is no list of entries; {fix}')
     return part
 
-def read_meta(path, name:str='folder')->Dataset:
+# %% ../../nbs/datasets/layouts.ipynb #9462c4be
+def read_meta(path, name: str = 'folder') -> Dataset:
     "Read a meta.json, or that of a folder."
     path, skipped = Path(path), []
-    path = path/'meta.json' if path.is_dir() else path
+    path = path / 'meta.json' if path.is_dir() else path
     told, root = read_json(path), path.parent
-    def rows(part): return [meta_row(r, f'{path}: entry {n} of {c!r}', c) for c in part for n, r in enumerate(part[c])]
+
+    def rows(part):
+        return [
+            meta_row(r, f'{path}: entry {n} of {c!r}', c)
+            for c in part
+            for n, r in enumerate(part[c])
+        ]
+
     test, train = (rows(meta_part(told, split, path) or {}) for split in ('test', 'train'))
-    return make_dataset(name, root, read_rows(test, root, skipped), skipped, read_rows(train, root, []))
+    return make_dataset(
+        name, root, read_rows(test, root, skipped), skipped, read_rows(train, root, [])
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #300d21ef
-def write_meta(ds:Dataset, path)->Path:
+def write_meta(ds: Dataset, path) -> Path:
     "Write a data set's samples as meta.json; paths relative to its folder, absolute outside of it."
-    full = lambda p: Path(os.path.abspath(p)); here = full(path).parent
-    place = lambda p: '' if p is None else (full(p).relative_to(here) if full(p).is_relative_to(here) else full(p)).as_posix()
-    entry = lambda s: dict(img_path=place(s.path), mask_path=place(s.mask), cls_name=s.category, specie_name=s.defect, anomaly=s.label, **(dict(outline_path=place(s.foreground)) if s.foreground else {}))
-    part = lambda samples: {c: [entry(s) for s in samples if s.category == c] for c in ds.categories}
-    return write_atomic(path, json.dumps(dict(train=part(ds.train), test=part(ds.samples)), indent=1))
+    full = lambda p: Path(os.path.abspath(p))
+    here = full(path).parent
+    place = lambda p: (
+        ''
+        if p is None
+        else (full(p).relative_to(here) if full(p).is_relative_to(here) else full(p)).as_posix()
+    )
+    entry = lambda s: dict(
+        img_path=place(s.path),
+        mask_path=place(s.mask),
+        cls_name=s.category,
+        specie_name=s.defect,
+        anomaly=s.label,
+        **(dict(outline_path=place(s.foreground)) if s.foreground else {}),
+    )
+    part = lambda samples: {
+        c: [entry(s) for s in samples if s.category == c] for c in ds.categories
+    }
+    return write_atomic(
+        path, json.dumps(dict(train=part(ds.train), test=part(ds.samples)), indent=1)
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #ba6e48f0
 MASKS = ('masks', 'mask', 'ground_truth', 'label', 'labels')
 
-def sort_by_masks(root:Path, masks:Path, skipped:list)->list:
+# %% ../../nbs/datasets/layouts.ipynb #7fd28695
+def sort_by_masks(root: Path, masks: Path, skipped: list) -> list:
     "List the images of one folder; those whose mask marks something are anomalous."
     out, own, marks = [], by_stem(masks, '_mask'), []
     for f in image_files(root):
         try:
             m = read_mask(own[f.stem]) if f.stem in own else np.zeros((1, 1), bool)
             bad = bool(m.any())
-            if bad: marks.append('inverted' if looks_inverted(m) else 'full' if m.all() else 'part')
-        except (OSError, ValueError) as e: skipped.append((f, f'its mask cannot be read: {e}')); continue
+            if bad:
+                marks.append('inverted' if looks_inverted(m) else 'full' if m.all() else 'part')
+        except (OSError, ValueError) as e:
+            skipped.append((f, f'its mask cannot be read: {e}'))
+            continue
         kind = 'bad' if bad else 'good'
-        out.append(Sample(f, int(bad), root.name, f'{root.name}/{kind}/{f.stem}', own[f.stem] if bad else None, None, kind))
+        out.append(
+            Sample(
+                f,
+                int(bad),
+                root.name,
+                f'{root.name}/{kind}/{f.stem}',
+                own[f.stem] if bad else None,
+                None,
+                kind,
+            )
+        )
     if 'inverted' in marks and 'part' not in marks and len(marks) > 1:
-        raise ValueError(f'{masks}: all {len(marks)} masks mark the whole border and most of their image; they seem to be inverted: invert them, anomalous is above 0')
+        raise ValueError(
+            f'{masks}: all {len(marks)} masks mark the whole border and most of their image; they seem to be inverted: invert them, anomalous is above 0'
+        )
     return out
 
-def scan_plain(root, name:str='folder')->Dataset:
+# %% ../../nbs/datasets/layouts.ipynb #953d2f00
+def scan_plain(root, name: str = 'folder') -> Dataset:
     "Read a folder of images as one category: kinds by folder, or by masks."
     root, skipped = Path(root), []
-    masks = next((p for p in folders(root) if p.name.lower() in MASKS), root/MASKS[0])
+    masks = next((p for p in folders(root) if p.name.lower() in MASKS), root / MASKS[0])
     kinds = [p for p in folders(root) if p.name.lower() not in MASKS and image_files(p)]
     if any(p.name.lower() in NORMAL for p in kinds):
-        skipped += [(f, 'stands beside the folders of kinds, not in one') for f in image_files(root)]
-        return make_dataset(name, root, scan_kinds(root.name, kinds, masks, root/'foreground', skipped), skipped)
-    if masks.is_dir() and image_files(root): return make_dataset(name, root, sort_by_masks(root, masks, skipped), skipped)
-    raise ValueError(f'{root}: nothing tells which images are normal; put them into folders named by kind, one of them {" or ".join(sorted(NORMAL))}, or add a folder masks')
+        skipped += [
+            (f, 'stands beside the folders of kinds, not in one') for f in image_files(root)
+        ]
+        return make_dataset(
+            name, root, scan_kinds(root.name, kinds, masks, root / 'foreground', skipped), skipped
+        )
+    if masks.is_dir() and image_files(root):
+        return make_dataset(name, root, sort_by_masks(root, masks, skipped), skipped)
+    raise ValueError(
+        f'{root}: nothing tells which images are normal; put them into folders named by kind, one of them {" or ".join(sorted(NORMAL))}, or add a folder masks'
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #b3017257
-def layout_of(root)->str:
+def layout_of(root) -> str:
     "Recognise a folder's layout: 'meta', 'visa', 'mvtec', 'category' or 'plain'."
-    root = Path(root); inner = folders(root)
-    if (root/'meta.json').is_file(): return 'meta'
-    if (root/'split_csv'/'1cls.csv').is_file(): return 'visa'
-    if any((p/'test').is_dir() for p in inner): return 'mvtec'
-    if (root/'test').is_dir(): return 'category'
-    if image_files(root) or any(p.name.lower() in NORMAL and image_files(p) for p in inner): return 'plain'
-    raise FileNotFoundError(f'{root}: ' + ('' if root.is_dir() else 'there is no such folder; ') + 'no MVTec-shaped folder: looked for meta.json, split_csv/1cls.csv (VisA), '
-                            'folders that hold test/ (MVTec-AD), test/ (one category) and images, or a folder good, ok, normal or no of images')
+    root = Path(root)
+    inner = folders(root)
+    if (root / 'meta.json').is_file():
+        return 'meta'
+    if (root / 'split_csv' / '1cls.csv').is_file():
+        return 'visa'
+    if any((p / 'test').is_dir() for p in inner):
+        return 'mvtec'
+    if (root / 'test').is_dir():
+        return 'category'
+    if image_files(root) or any(p.name.lower() in NORMAL and image_files(p) for p in inner):
+        return 'plain'
+    raise FileNotFoundError(
+        f'{root}: '
+        + ('' if root.is_dir() else 'there is no such folder; ')
+        + 'no MVTec-shaped folder: looked for meta.json, split_csv/1cls.csv (VisA), '
+        'folders that hold test/ (MVTec-AD), test/ (one category) and images, or a folder good, ok, normal or no of images'
+    )
 
-def candidate_roots(root:Path)->list:
+
+def candidate_roots(root: Path) -> list:
     "List where below a folder sets may lie: itself, its folders, and a 1cls in one of them."
     near = [root, *folders(root)]
-    return list(dict.fromkeys([*near, *(p/'1cls' for p in near if (p/'1cls').is_dir())]))
+    return list(dict.fromkeys([*near, *(p / '1cls' for p in near if (p / '1cls').is_dir())]))
 
 # %% ../../nbs/datasets/layouts.ipynb #68f13f34
-def find_root(root:Path)->Path:
+def find_root(root: Path) -> Path:
     "Give the folder that has a layout: `root`, or the only set it holds."
-    try: layout_of(root); return root
+    try:
+        layout_of(root)
+        return root
     except FileNotFoundError:
-        held = [p for p in candidate_roots(root)[1:] if (p/'meta.json').is_file() or (p/'split_csv'/'1cls.csv').is_file() or any((c/'test').is_dir() for c in folders(p))]
-        if len(held) == 1: return held[0]
-        if held: raise ValueError(f'{root}: holds several sets, {", ".join(p.name for p in held)}; point to one of them') from None
+        held = [
+            p
+            for p in candidate_roots(root)[1:]
+            if (p / 'meta.json').is_file()
+            or (p / 'split_csv' / '1cls.csv').is_file()
+            or any((c / 'test').is_dir() for c in folders(p))
+        ]
+        if len(held) == 1:
+            return held[0]
+        if held:
+            raise ValueError(
+                f'{root}: holds several sets, {", ".join(p.name for p in held)}; point to one of them'
+            ) from None
         raise
 
-def read_folder(root, name:str='folder')->Dataset:
+# %% ../../nbs/datasets/layouts.ipynb #b041d9c8
+def read_folder(root, name: str = 'folder') -> Dataset:
     "Read a folder of any layout."
     root = find_root(Path(os.path.abspath(Path(root).expanduser())))
     layout, skipped = layout_of(root), []
-    if layout == 'category': return make_dataset(name, root, scan_category(root, skipped), skipped, scan_train(root))
-    return dict(meta=read_meta, visa=scan_visa, mvtec=scan_mvtec, plain=scan_plain)[layout](root, name)
+    if layout == 'category':
+        return make_dataset(name, root, scan_category(root, skipped), skipped, scan_train(root))
+    return dict(meta=read_meta, visa=scan_visa, mvtec=scan_mvtec, plain=scan_plain)[layout](
+        root, name
+    )
 
 # %% ../../nbs/datasets/layouts.ipynb #30c1eb05
 @dataclass(frozen=True)
 class Source:
     "Where a published set comes from and what its test part holds."
+
     page: str
     licence: str
-    gigabytes: float    # of the download, None where its page does not say
-    counts: dict        # category -> (normal, anomalous) test images; empty where copies differ
+    gigabytes: float  # of the download, None where its page does not say
+    counts: dict  # category -> (normal, anomalous) test images; empty where copies differ
     words: str
     terms = property(lambda s: s.licence + (f', about {s.gigabytes} GB' if s.gigabytes else ''))
 
 # %% ../../nbs/datasets/layouts.ipynb #e424d34c
-_mvtec = dict(bottle=(20, 63), cable=(58, 92), capsule=(23, 109), carpet=(28, 89), grid=(21, 57), hazelnut=(40, 70), leather=(32, 92), metal_nut=(22, 93), pill=(26, 141),
-              screw=(41, 119), tile=(33, 84), toothbrush=(12, 30), transistor=(60, 40), wood=(19, 60), zipper=(32, 119))
-_visa = dict(candle=100, capsules=60, cashew=50, chewinggum=50, fryum=50, macaroni1=100, macaroni2=100, pcb1=100, pcb2=100, pcb3=101, pcb4=101, pipe_fryum=50)
-SOURCES = dict(mvtec=Source('https://www.mvtec.com/company/research/datasets/mvtec-ad', 'CC BY-NC-SA 4.0', 4.9, _mvtec, 'MVTec-AD: ten objects and five textures'),
-               visa=Source('https://github.com/amazon-science/spot-diff', 'CC BY 4.0', 1.9, {c: (n, 100) for c, n in _visa.items()}, 'VisA: twelve objects'))
-SOURCES |= {name: Source(page, licence, None, {}, words) for name, page, licence, words in (
-    ('mpdd', 'https://github.com/stepanje/MPDD', 'CC BY-NC-SA 4.0', 'MPDD: six kinds of painted metal parts'),
-    ('btad', 'https://avires.dimi.uniud.it/papers/btad/btad.zip', 'CC BY-NC-SA 4.0', 'BTAD: three products'),
-    ('sdd', 'https://www.vicos.si/resources/kolektorsdd', 'CC BY-NC-SA 4.0', 'KolektorSDD: electrical commutators'),
-    ('dagm', 'https://hci.iwr.uni-heidelberg.de/content/weakly-supervised-learning-industrial-optical-inspection', 'free for research', 'DAGM 2007: ten rendered textures, ellipses as masks'),
-    ('brainmri', 'https://www.kaggle.com/datasets/navoneel/brain-mri-images-for-brain-tumor-detection', 'see its page', 'BrainMRI: MRI, no masks'),
-    ('bmad_brain', 'https://github.com/DorisBao/BMAD', 'CC BY-NC-SA 4.0', 'BMAD brain: slices of BraTS2021'),
-    ('liverct', 'https://github.com/DorisBao/BMAD', 'CC BY-NC-SA 4.0', 'BMAD liver: slices of BTCV and LiTS'),
-    ('resc', 'https://github.com/DorisBao/BMAD', 'CC BY-NC-SA 4.0', 'BMAD retina (RESC): OCT'),
-    ('br35h', 'https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection', 'see its page', 'Br35H: brain MRI, no masks'),
-    ('covid', 'https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database', 'see its page', 'COVID-19 radiography: chest X-rays, masks of lungs only'),
-    ('headct', 'https://www.kaggle.com/datasets/felipekitamura/head-ct-hemorrhage', 'see its page', 'HeadCT: haemorrhage, no masks'))}
+_mvtec = dict(
+    bottle=(20, 63),
+    cable=(58, 92),
+    capsule=(23, 109),
+    carpet=(28, 89),
+    grid=(21, 57),
+    hazelnut=(40, 70),
+    leather=(32, 92),
+    metal_nut=(22, 93),
+    pill=(26, 141),
+    screw=(41, 119),
+    tile=(33, 84),
+    toothbrush=(12, 30),
+    transistor=(60, 40),
+    wood=(19, 60),
+    zipper=(32, 119),
+)
+
+# %% ../../nbs/datasets/layouts.ipynb #cf3c1149
+_visa = dict(
+    candle=100,
+    capsules=60,
+    cashew=50,
+    chewinggum=50,
+    fryum=50,
+    macaroni1=100,
+    macaroni2=100,
+    pcb1=100,
+    pcb2=100,
+    pcb3=101,
+    pcb4=101,
+    pipe_fryum=50,
+)
+
+# %% ../../nbs/datasets/layouts.ipynb #2392ac6a
+SOURCES = dict(
+    mvtec=Source(
+        'https://www.mvtec.com/company/research/datasets/mvtec-ad',
+        'CC BY-NC-SA 4.0',
+        4.9,
+        _mvtec,
+        'MVTec-AD: ten objects and five textures',
+    ),
+    visa=Source(
+        'https://github.com/amazon-science/spot-diff',
+        'CC BY 4.0',
+        1.9,
+        {c: (n, 100) for c, n in _visa.items()},
+        'VisA: twelve objects',
+    ),
+)
+
+# %% ../../nbs/datasets/layouts.ipynb #69dd6421
+SOURCES |= {
+    name: Source(page, licence, None, {}, words)
+    for name, page, licence, words in (
+        (
+            'mpdd',
+            'https://github.com/stepanje/MPDD',
+            'CC BY-NC-SA 4.0',
+            'MPDD: six kinds of painted metal parts',
+        ),
+        (
+            'btad',
+            'https://avires.dimi.uniud.it/papers/btad/btad.zip',
+            'CC BY-NC-SA 4.0',
+            'BTAD: three products',
+        ),
+        (
+            'sdd',
+            'https://www.vicos.si/resources/kolektorsdd',
+            'CC BY-NC-SA 4.0',
+            'KolektorSDD: electrical commutators',
+        ),
+        (
+            'dagm',
+            'https://hci.iwr.uni-heidelberg.de/content/weakly-supervised-learning-industrial-optical-inspection',
+            'free for research',
+            'DAGM 2007: ten rendered textures, ellipses as masks',
+        ),
+        (
+            'brainmri',
+            'https://www.kaggle.com/datasets/navoneel/brain-mri-images-for-brain-tumor-detection',
+            'see its page',
+            'BrainMRI: MRI, no masks',
+        ),
+        (
+            'bmad_brain',
+            'https://github.com/DorisBao/BMAD',
+            'CC BY-NC-SA 4.0',
+            'BMAD brain: slices of BraTS2021',
+        ),
+        (
+            'liverct',
+            'https://github.com/DorisBao/BMAD',
+            'CC BY-NC-SA 4.0',
+            'BMAD liver: slices of BTCV and LiTS',
+        ),
+        ('resc', 'https://github.com/DorisBao/BMAD', 'CC BY-NC-SA 4.0', 'BMAD retina (RESC): OCT'),
+        (
+            'br35h',
+            'https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection',
+            'see its page',
+            'Br35H: brain MRI, no masks',
+        ),
+        (
+            'covid',
+            'https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database',
+            'see its page',
+            'COVID-19 radiography: chest X-rays, masks of lungs only',
+        ),
+        (
+            'headct',
+            'https://www.kaggle.com/datasets/felipekitamura/head-ct-hemorrhage',
+            'see its page',
+            'HeadCT: haemorrhage, no masks',
+        ),
+    )
+}
 
 # %% ../../nbs/datasets/layouts.ipynb #1a92deff
-DATASETS = {'procad': 'the rendered benchmark: kinds of things that the mini encoder saw in other designs', 'procad-novel': 'rendered: kinds, words and defects that it never saw',
-            'procad-aux': 'rendered: an auxiliary set to train prompts and heads on', 'procad-b': 'rendered: boards, several instances, clutter', 'procad-med': 'rendered: slices, layers, cells'}
-DATASETS |= dict(mvtec='MVTec-AD as downloaded, or any MVTec-shaped folder',
-                visa='VisA as downloaded, or as its preparation script arranges it', **{n: f'{s.words}; MVTec-shaped, or with meta.json' for n, s in SOURCES.items() if not s.counts}, folder='any folder: meta.json, MVTec-shaped, one category, or images in folders named by kind')
+DATASETS = {
+    'procad': 'the rendered benchmark: kinds of things that the mini encoder saw in other designs',
+    'procad-novel': 'rendered: kinds, words and defects that it never saw',
+    'procad-aux': 'rendered: an auxiliary set to train prompts and heads on',
+    'procad-b': 'rendered: boards, several instances, clutter',
+    'procad-med': 'rendered: slices, layers, cells',
+}
+DATASETS |= dict(
+    mvtec='MVTec-AD as downloaded, or any MVTec-shaped folder',
+    visa='VisA as downloaded, or as its preparation script arranges it',
+    **{
+        n: f'{s.words}; MVTec-shaped, or with meta.json' for n, s in SOURCES.items() if not s.counts
+    },
+    folder='any folder: meta.json, MVTec-shaped, one category, or images in folders named by kind',
+)
 
-def render_named(name:str)->Path:
+# %% ../../nbs/datasets/layouts.ipynb #41c317a7
+def render_named(name: str) -> Path:
     "Render a set of the procad family into the cache, unless it is there."
-    from zsad.rendered import boards
-    from zsad.rendered import medical
-    from zsad.rendered import novel
-    from zsad.rendered import procad          # painters stand above this floor's readers
-    return {'procad': procad.render_procad, 'procad-aux': procad.render_aux, 'procad-novel': novel.render_novel, 'procad-b': boards.render_boards, 'procad-med': medical.render_medical}[name]()
+    from zsad.rendered import (
+        boards,
+        medical,
+        novel,
+        procad,  # painters stand above this floor's readers
+    )
 
-def set_name(root)->str:
+    return {
+        'procad': procad.render_procad,
+        'procad-aux': procad.render_aux,
+        'procad-novel': novel.render_novel,
+        'procad-b': boards.render_boards,
+        'procad-med': medical.render_medical,
+    }[name]()
+
+
+def set_name(root) -> str:
     "Read what a folder's dataset.json says it is, '' without one."
-    file = Path(root)/'dataset.json'
+    file = Path(root) / 'dataset.json'
     told = read_json(file) if file.is_file() else {}
     return told.get('name', '') if isinstance(told, dict) else ''
 
 # %% ../../nbs/datasets/layouts.ipynb #70635a3e
-def load_dataset(name:str='procad',   # one of DATASETS
-                 root=None            # its folder; None for sets that are rendered
-                )->Dataset:
+def load_dataset(
+    name: str = 'procad',  # one of DATASETS
+    root=None,  # its folder; None for sets that are rendered
+) -> Dataset:
     "Load a data set by name."
-    if name not in DATASETS: raise ValueError(f'name={name!r}: choose from {list(DATASETS)}')
+    if name not in DATASETS:
+        raise ValueError(f'name={name!r}: choose from {list(DATASETS)}')
     if name.startswith('procad'):
         root = Path(root or render_named(name))
-        if root.is_dir() and set_name(root) != name: raise ValueError(f"{root}: not the rendered set {name} (its dataset.json does not say so); real data belong to --profile paper, or load_dataset('folder', root)")
+        if root.is_dir() and set_name(root) != name:
+            raise ValueError(
+                f"{root}: not the rendered set {name} (its dataset.json does not say so); real data belong to --profile paper, or load_dataset('folder', root)"
+            )
         return scan_mvtec(root, name)
-    if root is None: raise ValueError(f'{name} is not shipped: pass root=, the folder ' + (f'you downloaded it to ({SOURCES[name].page})' if name in SOURCES else 'that holds your images'))
+    if root is None:
+        raise ValueError(
+            f'{name} is not shipped: pass root=, the folder '
+            + (
+                f'you downloaded it to ({SOURCES[name].page})'
+                if name in SOURCES
+                else 'that holds your images'
+            )
+        )
     return read_folder(root, name)
 
-def check_dataset(name:str, ds:Dataset)->list:      # (category, normal, anomalous, masks, remark)
+# %% ../../nbs/datasets/layouts.ipynb #823bbefc
+def check_dataset(name: str, ds: Dataset) -> list:  # (category, normal, anomalous, masks, remark)
     "Count a data set per category and compare it with what is published under `name`."
     want, rows = SOURCES[name].counts if name in SOURCES else {}, []
     for c in dict.fromkeys((*want, *ds.categories)):
         mine = [s for s in ds.samples if s.category == c]
-        bad, masks = sum(s.label for s in mine), sum(s.mask is not None for s in mine); good = len(mine) - bad
+        bad, masks = sum(s.label for s in mine), sum(s.mask is not None for s in mine)
+        good = len(mine) - bad
         fits = 'complete' if masks == bad else f'{bad - masks} without mask'
-        remark = '' if not want else 'extra' if c not in want else 'category missing' if not mine else fits if (good, bad) == want[c] else 'expected {} + {}'.format(*want[c])
+        remark = (
+            ''
+            if not want
+            else 'extra'
+            if c not in want
+            else 'category missing'
+            if not mine
+            else fits
+            if (good, bad) == want[c]
+            else 'expected {} + {}'.format(*want[c])
+        )
         rows.append((c, good, bad, masks, remark))
     return rows
 
 # %% ../../nbs/datasets/layouts.ipynb #7bfe49e4
-def role_of(folder:Path)->str:      # 'mvtec', 'visa' or None
+def role_of(folder: Path) -> str:  # 'mvtec', 'visa' or None
     "Tell which set a folder can stand for."
-    if (folder/'split_csv'/'1cls.csv').is_file(): return 'visa'
-    names, own = {p.name for p in folders(folder) if (p/'test').is_dir()}, folder.name.lower()
-    if own in SOURCES and not SOURCES[own].counts and (names or (folder/'meta.json').is_file()): return own
+    if (folder / 'split_csv' / '1cls.csv').is_file():
+        return 'visa'
+    names, own = {p.name for p in folders(folder) if (p / 'test').is_dir()}, folder.name.lower()
+    if own in SOURCES and not SOURCES[own].counts and (names or (folder / 'meta.json').is_file()):
+        return own
     return None if not names else 'visa' if names <= set(SOURCES['visa'].counts) else 'mvtec'
 
-def find_sets(root)->dict:          # {'mvtec': folder, 'visa': folder}, what there is of them
+# %% ../../nbs/datasets/layouts.ipynb #69c49461
+def find_sets(root) -> dict:  # {'mvtec': folder, 'visa': folder}, what there is of them
     "Find the published sets that a folder is or holds."
     root, out = Path(root).expanduser(), {}
     found = [(role_of(p), p) for p in candidate_roots(root)]
     for role in SOURCES:
         mine = [p for r, p in found if r == role]
         named = [p for p in mine if p.name.lower() == role]
-        if len(named or mine) > 1: raise ValueError(f'{root}: {" and ".join(map(str, named or mine))} can both be {role}; point to one, or name one of them {role}')
-        if mine: out[role] = (named or mine)[0]
-    if not out: raise FileNotFoundError(f'{root}: no MVTec-shaped folder; looked here, in its folders and in 1cls for split_csv/1cls.csv (VisA) and for folders that hold test/ (MVTec-AD)')
+        if len(named or mine) > 1:
+            raise ValueError(
+                f'{root}: {" and ".join(map(str, named or mine))} can both be {role}; point to one, or name one of them {role}'
+            )
+        if mine:
+            out[role] = (named or mine)[0]
+    if not out:
+        raise FileNotFoundError(
+            f'{root}: no MVTec-shaped folder; looked here, in its folders and in 1cls for split_csv/1cls.csv (VisA) and for folders that hold test/ (MVTec-AD)'
+        )
     return out
 
 # %% ../../nbs/datasets/layouts.ipynb #56585e4b
 @dataclass(frozen=True)
 class ScannedDataset:
     "A data set of which every file was read."
-    dataset: Dataset    # without what cannot be used
-    pixels: dict        # id -> digest of the decoded image
-    parts: dict         # category -> hash of all that its numbers depend on
+
+    dataset: Dataset  # without what cannot be used
+    pixels: dict  # id -> digest of the decoded image
+    parts: dict  # category -> hash of all that its numbers depend on
 
     @property
-    def hash(self)->str: return digest(*(a for part in self.parts.items() for a in part))
+    def hash(self) -> str:
+        return digest(*(a for part in self.parts.items() for a in part))
 
-def inspect_sample(s:Sample)->tuple:      # ((digest of image, of mask, of outline), None), or (None, (file, reason))
+# %% ../../nbs/datasets/layouts.ipynb #9ab65897
+def inspect_sample(
+    s: Sample,
+) -> tuple:  # ((digest of image, of mask, of outline), None), or (None, (file, reason))
     "Decode the files of a sample, or say what is wrong with one."
     file = s.path
     try:
-        image = load_image(file); h, w = image.shape[:2]; names = [digest(image, n=24)]
+        image = load_image(file)
+        h, w = image.shape[:2]
+        names = [digest(image, n=24)]
         for what, file in (('mask', s.mask), ('outline', s.foreground)):
             m = None if file is None else read_mask(file)
             names.append('' if m is None else digest(m, n=24))
-            if m is None: continue
-            if abs(m.shape[1]*h/(m.shape[0]*w) - 1) > 0.01: return None, (file, f'{what} of {m.shape[1]}x{m.shape[0]} pixels for {s.id} of {w}x{h}; bring it to the proportion of its image')
+            if m is None:
+                continue
+            if abs(m.shape[1] * h / (m.shape[0] * w) - 1) > 0.01:
+                return None, (
+                    file,
+                    f'{what} of {m.shape[1]}x{m.shape[0]} pixels for {s.id} of {w}x{h}; bring it to the proportion of its image',
+                )
             if what == 'mask' and s.label and looks_inverted(m):
-                why = f'marks {100*m.mean():.0f} % of {s.id} and its whole border: it seems to be inverted'
-                return None, (file, f'{why}; invert it, or leave a pixel of the border unmarked if it is right')
-            if what == 'mask' and s.label and not m.any(): return None, (file, f'marks nothing, while {s.id} is anomalous; repair it or move the image to the normal ones')
+                why = f'marks {100 * m.mean():.0f} % of {s.id} and its whole border: it seems to be inverted'
+                return None, (
+                    file,
+                    f'{why}; invert it, or leave a pixel of the border unmarked if it is right',
+                )
+            if what == 'mask' and s.label and not m.any():
+                return None, (
+                    file,
+                    f'marks nothing, while {s.id} is anomalous; repair it or move the image to the normal ones',
+                )
         return tuple(names), None
-    except (OSError, ValueError) as e: return None, (file, str(e))
+    except (OSError, ValueError) as e:
+        return None, (file, str(e))
 
 # %% ../../nbs/datasets/layouts.ipynb #bc85fa9f
-def scan_dataset(ds:Dataset, workers:int=None)->ScannedDataset:
+def scan_dataset(ds: Dataset, workers: int = None) -> ScannedDataset:
     "Read every file of a data set once on all cores, leave out and name what cannot be used."
     seen = list(zip(ds.samples, parallel_map(inspect_sample, ds.samples, workers, 8)))
     fine = [(s, names) for s, (names, _) in seen if names]
     lost = [wrong for _, (_, wrong) in seen if wrong]
-    if not fine: raise ValueError(f'{ds.name}: none of {len(seen)} samples can be used: ' + '; '.join(f'{f}: {why}' for f, why in lost[:3]))
+    if not fine:
+        raise ValueError(
+            f'{ds.name}: none of {len(seen)} samples can be used: '
+            + '; '.join(f'{f}: {why}' for f, why in lost[:3])
+        )
     left = replace(ds, samples=tuple(s for s, _ in fine))
-    gone = [(c, 'every sample of this category was left out') for c in ds.categories if c not in left.categories]
-    left = replace(left, kinds={c: k for c, k in ds.kinds.items() if c in left.categories}, skipped=(*ds.skipped, *lost, *gone))
-    parts = {c: digest(left.kinds[c], *(a for s, names in fine if s.category == c for a in (s.id, s.label, *names))) for c in left.categories}
+    gone = [
+        (c, 'every sample of this category was left out')
+        for c in ds.categories
+        if c not in left.categories
+    ]
+    left = replace(
+        left,
+        kinds={c: k for c, k in ds.kinds.items() if c in left.categories},
+        skipped=(*ds.skipped, *lost, *gone),
+    )
+    parts = {
+        c: digest(
+            left.kinds[c],
+            *(a for s, names in fine if s.category == c for a in (s.id, s.label, *names)),
+        )
+        for c in left.categories
+    }
     return ScannedDataset(left, {s.id: names[0] for s, names in fine}, parts)
 
-def lost_at(job)->bool:
+# %% ../../nbs/datasets/layouts.ipynb #2a455a16
+def lost_at(job) -> bool:
     "Tell whether a mask file, with a side in pixels, marks something that is gone when it is brought to that size."
     path, size = job
     m = read_mask(path)
     return bool(m.any() and m.shape != (size, size) and not resize_bilinear(m[None], size).any())
 
-def vanishing(ds:Dataset, size:int=240, workers:int=None)->list:      # ids
+
+def vanishing(ds: Dataset, size: int = 240, workers: int = None) -> list:  # ids
     "List the samples whose defect is smaller than a pixel at `size`; `load_mask` keeps the pixels that it touches."
     bad = [s for s in ds.samples if s.mask]
-    return [s.id for s, lost in zip(bad, parallel_map(lost_at, [(s.mask, size) for s in bad], workers, 8)) if lost]
+    return [
+        s.id
+        for s, lost in zip(bad, parallel_map(lost_at, [(s.mask, size) for s in bad], workers, 8))
+        if lost
+    ]
 
-def data_hash(ds:Dataset)->str:
+
+def data_hash(ds: Dataset) -> str:
     "Hash what a data set's numbers depend on: decoded images, masks, outlines, labels, kinds, ids."
     return scan_dataset(ds).hash

@@ -8,259 +8,532 @@ __all__ = ['RAW', 'Raw', 'bears', 'seek', 'inside', 'leave', 'once', 'row', 'cut
            'read_bmad', 'read_raw', 'arrange']
 
 # %% ../../nbs/datasets/raw.ipynb #5174b2a3
-import csv, io, json, math, os, re
+import csv
+import io
+import json
+import math
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
+
 from ..core.files import write_atomic
-from .layouts import IMAGES, NORMAL, by_stem, folders, make_dataset, image_files, kinds_of, load_image, read_json, read_mask, read_rows, write_meta
-from .layouts import Dataset
+
+# %% ../../nbs/datasets/raw.ipynb #489c2f8c
+from zsad.datasets.layouts import (
+    IMAGES,
+    NORMAL,
+    Dataset,
+    by_stem,
+    folders,
+    image_files,
+    kinds_of,
+    load_image,
+    make_dataset,
+    read_json,
+    read_mask,
+    read_rows,
+    write_meta,
+)
 
 # %% ../../nbs/datasets/raw.ipynb #c4536b97
 @dataclass(frozen=True)
 class Raw:
     "One set as its page gives it out."
-    categories: tuple    # as the knowledge base spells them
-    layout: str          # what its folder holds
-    rule: str            # what is tested on
-    peers: tuple         # (normal, anomalous, who) test images that others report
+
+    categories: tuple  # as the knowledge base spells them
+    layout: str  # what its folder holds
+    rule: str  # what is tested on
+    peers: tuple  # (normal, anomalous, who) test images that others report
 
 # %% ../../nbs/datasets/raw.ipynb #d5190e2b
-_yes, _bmad = 'folders yes and no of images', 'folder test with good and Ungood, in each of them img, or the other way round; in Ungood also anomaly_mask or label'
+_yes, _bmad = (
+    'folders yes and no of images',
+    'folder test with good and Ungood, in each of them img, or the other way round; in Ungood also anomaly_mask or label',
+)
+
+# %% ../../nbs/datasets/raw.ipynb #da00df5d
 RAW = dict(
-    sdd=Raw(('electrical commutators',), 'folders kos01, kos02, ... with PartN.jpg and PartN_label.bmp', 'each image cut in three from top to bottom, a third is anomalous if its mask marks something; a quarter of the normal thirds',
-            ((181, 74, 'AnomalyCLIP'), (286, 54, 'its issue 19, by this rule'))),
-    dagm=Raw(tuple(f'Class{n}' for n in range(1, 11)), 'folders Class1 to Class10 with Train and Test, in each NNNN.PNG and Label/NNNN_label.PNG', 'Test; an image with a label is anomalous', ((6996, 1054, 'AnomalyCLIP'),)),
+    sdd=Raw(
+        ('electrical commutators',),
+        'folders kos01, kos02, ... with PartN.jpg and PartN_label.bmp',
+        'each image cut in three from top to bottom, a third is anomalous if its mask marks something; a quarter of the normal thirds',
+        ((181, 74, 'AnomalyCLIP'), (286, 54, 'its issue 19, by this rule')),
+    ),
+    dagm=Raw(
+        tuple(f'Class{n}' for n in range(1, 11)),
+        'folders Class1 to Class10 with Train and Test, in each NNNN.PNG and Label/NNNN_label.PNG',
+        'Test; an image with a label is anomalous',
+        ((6996, 1054, 'AnomalyCLIP'),),
+    ),
     brainmri=Raw(('brain',), _yes, 'both', ((98, 155, 'AnomalyCLIP'),)),
     br35h=Raw(('brain',), _yes, 'both; not pred and other folders', ((1500, 1500, 'AnomalyCLIP'),)),
-    headct=Raw(('brain',), 'labels.csv (id, hemorrhage) and NNN.png in head_ct', 'all', ((100, 100, 'AnomalyCLIP, AdaCLIP'),)),
-    covid=Raw(('chest',), 'a folder Normal and others beside it, each of images, or with images and masks', 'all; what is not normal is anomalous', ((1341, 219, 'AnomalyCLIP'),)),
+    headct=Raw(
+        ('brain',),
+        'labels.csv (id, hemorrhage) and NNN.png in head_ct',
+        'all',
+        ((100, 100, 'AnomalyCLIP, AdaCLIP'),),
+    ),
+    covid=Raw(
+        ('chest',),
+        'a folder Normal and others beside it, each of images, or with images and masks',
+        'all; what is not normal is anomalous',
+        ((1341, 219, 'AnomalyCLIP'),),
+    ),
     bmad_brain=Raw(('brain',), _bmad, 'test', ((640, 3075, 'MVFA-AD'),)),
     liverct=Raw(('liver',), _bmad, 'test', ((833, 660, 'MVFA-AD'),)),
-    resc=Raw(('retina',), _bmad, 'test', ((1041, 764, 'MVFA-AD'),)))
+    resc=Raw(('retina',), _bmad, 'test', ((1041, 764, 'MVFA-AD'),)),
+)
 
 # %% ../../nbs/datasets/raw.ipynb #a4e64e3b
-def bears(words, path)->bool:
+def bears(words, path) -> bool:
     "Tell whether a path bears one of some words, not merely inside of another word."
     return any(re.search(rf'(?<![a-z]){w}(?![a-z])', path.as_posix().lower()) for w in words)
 
-def seek(folder, fits, layout:str, words=())->Path:
+# %% ../../nbs/datasets/raw.ipynb #20a6f6dc
+def seek(folder, fits, layout: str, words=()) -> Path:
     "Find the one folder, here or up to three levels below, that has a layout; of several the one that bears one of `words`."
-    root = Path(os.path.abspath(Path(folder).expanduser())); level, hits = [root], []
+    root = Path(os.path.abspath(Path(folder).expanduser()))
+    level, hits = [root], []
     for _ in range(4):
         hits += [p for p in level if fits(p)]
         level = [q for p in level if p not in hits for q in folders(p)]
-    if len(hits) > 1: hits = [p for p in hits if bears(words, p.relative_to(root))] or hits
-    if len(hits) == 1: return hits[0]
-    if hits: raise ValueError(f'{folder}: {" and ".join(str(p.relative_to(root)) for p in hits)} have this layout; point to one of them')
-    found = ', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing' if root.is_dir() else 'no such folder'
-    raise FileNotFoundError(f'{folder}: looked here and three levels below for {layout}; found {found}')
+    if len(hits) > 1:
+        hits = [p for p in hits if bears(words, p.relative_to(root))] or hits
+    if len(hits) == 1:
+        return hits[0]
+    if hits:
+        raise ValueError(
+            f'{folder}: {" and ".join(str(p.relative_to(root)) for p in hits)} have this layout; point to one of them'
+        )
+    found = (
+        ', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing'
+        if root.is_dir()
+        else 'no such folder'
+    )
+    raise FileNotFoundError(
+        f'{folder}: looked here and three levels below for {layout}; found {found}'
+    )
 
 # %% ../../nbs/datasets/raw.ipynb #179eec77
-def inside(folder:Path, path:str)->Path:      # None where it ends
+def inside(folder: Path, path: str) -> Path:  # None where it ends
     "Follow a path below a folder, whatever the case of its names."
     for part in path.split('/'):
-        folder = next((p for p in folders(folder) if p.name.lower() == part.lower()), None) if folder else None
+        folder = (
+            next((p for p in folders(folder) if p.name.lower() == part.lower()), None)
+            if folder
+            else None
+        )
     return folder
 
-def leave(places, why:str, skipped:list):
+
+def leave(places, why: str, skipped: list):
     "Note files that do not take part, and folders with the number of images below them."
     for p in places:
-        n = sum(f.suffix.lower() in IMAGES and not any(q.startswith(('.', '__MACOSX')) for q in f.relative_to(p).parts) for f in p.rglob('*')) if p.is_dir() else None
-        if n != 0: skipped.append((p, f'{n} image{"s"*(n > 1)}: {why}' if n else why))
+        n = (
+            sum(
+                f.suffix.lower() in IMAGES
+                and not any(q.startswith(('.', '__MACOSX')) for q in f.relative_to(p).parts)
+                for f in p.rglob('*')
+            )
+            if p.is_dir()
+            else None
+        )
+        if n != 0:
+            skipped.append((p, f'{n} image{"s" * (n > 1)}: {why}' if n else why))
 
-def once(files, skipped:list)->list:
+# %% ../../nbs/datasets/raw.ipynb #a2a94d60
+def once(files, skipped: list) -> list:
     "Keep one file of each stem; a second one is left out and named."
     own = {}
     for f in files:
-        if f.stem in own: skipped.append((f, f'{own[f.stem].name} has the same name; rename one of them'))
-        else: own[f.stem] = f
+        if f.stem in own:
+            skipped.append((f, f'{own[f.stem].name} has the same name; rename one of them'))
+        else:
+            own[f.stem] = f
     return list(own.values())
 
-def row(category:str, kind:str, label:int, image:Path, mask:Path=None)->tuple:
+
+def row(category: str, kind: str, label: int, image: Path, mask: Path = None) -> tuple:
     "Make a row for `zsad.datasets.layouts.read_rows`."
     return category, kind, label, str(image), str(mask or '')
 
 # %% ../../nbs/datasets/raw.ipynb #0198785b
-def cut_rows(a:np.ndarray,      # [H,...] image or mask
-             n:int              # parts
-            )->list:
+def cut_rows(
+    a: np.ndarray,  # [H,...] image or mask
+    n: int,  # parts
+) -> list:
     "Cut an image into `n` parts from top to bottom."
-    return [a[len(a)*i//n:len(a)*(i + 1)//n] for i in range(n)]
+    return [a[len(a) * i // n : len(a) * (i + 1) // n] for i in range(n)]
 
-def draw_share(n:int, share:float=0.25, seed:int=42)->set:
+
+def draw_share(n: int, share: float = 0.25, seed: int = 42) -> set:
     "Draw the places of a share of `n`, as scikit-learn's train_test_split does."
-    return set(np.random.RandomState(seed).permutation(n)[:math.ceil(share*n)].tolist())
+    return set(np.random.RandomState(seed).permutation(n)[: math.ceil(share * n)].tolist())
 
 # %% ../../nbs/datasets/raw.ipynb #aad72235
-def write_png(path:Path, a:np.ndarray)->Path:
+def write_png(path: Path, a: np.ndarray) -> Path:
     "Write an array as a PNG file."
-    f = io.BytesIO(); Image.fromarray(a).save(f, 'png'); return write_atomic(path, f.getvalue())
+    f = io.BytesIO()
+    Image.fromarray(a).save(f, 'png')
+    return write_atomic(path, f.getvalue())
 
-def write_parts(image:Path, label:Path, to:Path, cut:int)->list:      # (part, its mask or None)
+
+def write_parts(image: Path, label: Path, to: Path, cut: int) -> list:  # (part, its mask or None)
     "Cut an image and its mask and write the parts; masks only where they mark something."
     a, m, out = load_image(image), read_mask(label), []
-    if a.shape[:2] != m.shape: raise ValueError(f'{label}: mask of {m.shape[1]}x{m.shape[0]} pixels for an image of {a.shape[1]}x{a.shape[0]}')
+    if a.shape[:2] != m.shape:
+        raise ValueError(
+            f'{label}: mask of {m.shape[1]}x{m.shape[0]} pixels for an image of {a.shape[1]}x{a.shape[0]}'
+        )
     for i, (p, q) in enumerate(zip(cut_rows(a, cut), cut_rows(m, cut))):
         stem = f'{image.parent.name}_{image.stem}' + (f'_{i}' if cut > 1 else '')
-        out.append((write_png(to/f'{stem}.png', p), write_png(to/f'{stem}_mask.png', q.astype('u1')*255) if q.any() else None))
+        out.append(
+            (
+                write_png(to / f'{stem}.png', p),
+                write_png(to / f'{stem}_mask.png', q.astype('u1') * 255) if q.any() else None,
+            )
+        )
     return out
 
 # %% ../../nbs/datasets/raw.ipynb #2f0522a5
-def read_sdd(folder, name:str, skipped:list, out:Path,
-             cut:int=3,            # parts of an image from top to bottom; 1: whole. AnomalyCLIP and AdaCLIP: 3
-             share:float=0.25,     # of the normal parts that are tested on. AdaCLIP: 0.25
-             seed:int=42           # of their draw. AdaCLIP: 42
-            )->tuple:              # rows of the test part, of the training part
+def read_sdd(
+    folder,
+    name: str,
+    skipped: list,
+    out: Path,
+    cut: int = 3,  # parts of an image from top to bottom; 1: whole. AnomalyCLIP and AdaCLIP: 3
+    share: float = 0.25,  # of the normal parts that are tested on. AdaCLIP: 0.25
+    seed: int = 42,  # of their draw. AdaCLIP: 42
+) -> tuple:  # rows of the test part, of the training part
     "Read KolektorSDD (AdaCLIP's sdd-pre)."
-    if not (isinstance(cut, int) and cut >= 1): raise ValueError(f'cut={cut!r}: a whole number of parts, 1 for whole images, 3 as others do')
-    if not 0 < share <= 1: raise ValueError(f'share={share!r}: above 0 and at most 1, 0.25 as AdaCLIP')
+    if not (isinstance(cut, int) and cut >= 1):
+        raise ValueError(
+            f'cut={cut!r}: a whole number of parts, 1 for whole images, 3 as others do'
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f'share={share!r}: above 0 and at most 1, 0.25 as AdaCLIP')
     own = lambda p: p.name.lower().startswith('kos') and p.name[3:].isdigit()
-    root, parts, c = seek(folder, lambda p: any(map(own, folders(p))), RAW[name].layout), [], RAW[name].categories[0]
+    root, parts, c = (
+        seek(folder, lambda p: any(map(own, folders(p))), RAW[name].layout),
+        [],
+        RAW[name].categories[0],
+    )
     for home in filter(own, folders(root)):
-        labels = {f.stem.removesuffix('_label'): f for f in image_files(home) if f.stem.endswith('_label')}
+        labels = {
+            f.stem.removesuffix('_label'): f for f in image_files(home) if f.stem.endswith('_label')
+        }
         for f in once([f for f in image_files(home) if f not in labels.values()], skipped):
-            if f.stem not in labels: skipped.append((f, f'no {f.stem}_label beside it tells whether it is normal')); continue
-            try: parts += write_parts(f, labels.pop(f.stem), out/f'cut-{cut}', cut)
-            except (OSError, ValueError) as e: skipped.append((f, str(e)))
+            if f.stem not in labels:
+                skipped.append((f, f'no {f.stem}_label beside it tells whether it is normal'))
+                continue
+            try:
+                parts += write_parts(f, labels.pop(f.stem), out / f'cut-{cut}', cut)
+            except (OSError, ValueError) as e:
+                skipped.append((f, str(e)))
         leave(labels.values(), 'mask of no image', skipped)
-    leave([*image_files(root), *(p for p in folders(root) if not own(p) and not p.name.startswith('cut-'))], 'not in a folder kosNN', skipped)
-    good = [row(c, 'good', 0, f) for f, m in parts if m is None]; chosen = draw_share(len(good), share, seed)
-    return [row(c, 'defect', 1, f, m) for f, m in parts if m] + [r for i, r in enumerate(good) if i in chosen], [r for i, r in enumerate(good) if i not in chosen]
+    leave(
+        [
+            *image_files(root),
+            *(p for p in folders(root) if not own(p) and not p.name.startswith('cut-')),
+        ],
+        'not in a folder kosNN',
+        skipped,
+    )
+    good = [row(c, 'good', 0, f) for f, m in parts if m is None]
+    chosen = draw_share(len(good), share, seed)
+    return [row(c, 'defect', 1, f, m) for f, m in parts if m] + [
+        r for i, r in enumerate(good) if i in chosen
+    ], [r for i, r in enumerate(good) if i not in chosen]
 
 # %% ../../nbs/datasets/raw.ipynb #5abd61f2
-def read_told(file:Path)->dict:      # stem -> 0 or 1
+def read_told(file: Path) -> dict:  # stem -> 0 or 1
     "Read DAGM's Labels.txt: number, 0 or 1, image, and the label's name."
-    lines = [l.split() for l in file.read_text(errors='replace').splitlines()] if file.is_file() else []
+    lines = (
+        [l.split() for l in file.read_text(errors='replace').splitlines()] if file.is_file() else []
+    )
     return {Path(l[2]).stem: int(l[1]) for l in lines if len(l) > 2 and l[1] in ('0', '1')}
 
-def read_part(home:Path, part:str, category:str, skipped:list)->list:
+# %% ../../nbs/datasets/raw.ipynb #f4d92d82
+def read_part(home: Path, part: str, category: str, skipped: list) -> list:
     "Read one part of a class of DAGM."
     place, labels, rows = inside(home, part), inside(home, f'{part}/Label'), []
-    if labels is None: leave([place] if place else [], 'no folder Label tells which are anomalous', skipped); return rows
-    masks, told = by_stem(labels, '_label'), read_told(labels/'Labels.txt')
+    if labels is None:
+        leave([place] if place else [], 'no folder Label tells which are anomalous', skipped)
+        return rows
+    masks, told = by_stem(labels, '_label'), read_told(labels / 'Labels.txt')
     for f in once(image_files(place), skipped):
         m = masks.pop(f.stem, None)
-        kind = ('good', 'defect')[m is not None] if part == 'Test' else ('train-good', 'train-defect')[m is not None]      # numbers may repeat in both parts
-        if m is None and told.get(f.stem): skipped.append((f, f'Labels.txt calls it anomalous, but there is no {f.stem}_label'))
-        else: rows.append(row(category, kind, int(m is not None), f, m))
+        kind = (
+            ('good', 'defect')[m is not None]
+            if part == 'Test'
+            else ('train-good', 'train-defect')[m is not None]
+        )  # numbers may repeat in both parts
+        if m is None and told.get(f.stem):
+            skipped.append((f, f'Labels.txt calls it anomalous, but there is no {f.stem}_label'))
+        else:
+            rows.append(row(category, kind, int(m is not None), f, m))
     leave(masks.values(), 'label of no image', skipped)
     return rows
 
 # %% ../../nbs/datasets/raw.ipynb #fbb60d99
-def read_dagm(folder, name:str, skipped:list,
-              parts=('Test',)      # that are tested on. AnomalyCLIP: Test; AdaCLIP: Train and Test
-             )->tuple:             # rows of the test part, of the training part
+def read_dagm(
+    folder,
+    name: str,
+    skipped: list,
+    parts=('Test',),  # that are tested on. AnomalyCLIP: Test; AdaCLIP: Train and Test
+) -> tuple:  # rows of the test part, of the training part
     "Read DAGM 2007 (AnomalyCLIP's DAGM)."
-    if not parts or not set(parts) <= {'Train', 'Test'}: raise ValueError(f"parts={parts!r}: choose ('Test',), ('Train', 'Test') or ('Train',)")
-    names = RAW[name].categories; known = {c.lower() for c in names}
-    root, test, train = seek(folder, lambda p: any(inside(p, f'{c}/Test') or inside(p, f'{c}/Train') for c in names), RAW[name].layout), [], []
+    if not parts or not set(parts) <= {'Train', 'Test'}:
+        raise ValueError(f"parts={parts!r}: choose ('Test',), ('Train', 'Test') or ('Train',)")
+    names = RAW[name].categories
+    known = {c.lower() for c in names}
+    root, test, train = (
+        seek(
+            folder,
+            lambda p: any(inside(p, f'{c}/Test') or inside(p, f'{c}/Train') for c in names),
+            RAW[name].layout,
+        ),
+        [],
+        [],
+    )
     for c, part in ((c, part) for c in names for part in ('Train', 'Test')):
         home = inside(root, c)
-        if home is None or inside(home, part) is None: skipped.append((root/c/part, 'there is no such folder')); continue
-        rows = read_part(home, part, c, skipped); bad = sum(r[2] for r in rows)
-        if part in parts: test += rows; continue
+        if home is None or inside(home, part) is None:
+            skipped.append((root / c / part, 'there is no such folder'))
+            continue
+        rows = read_part(home, part, c, skipped)
+        bad = sum(r[2] for r in rows)
+        if part in parts:
+            test += rows
+            continue
         train += [r for r in rows if not r[2]]
-        if bad: skipped.append((home/part, f'{bad} anomalous image{"s"*(bad > 1)}: {part} is not tested on'))
-    leave([*image_files(root), *(p for p in folders(root) if p.name.lower() not in known)], 'not in Class1 to Class10', skipped)
+        if bad:
+            skipped.append(
+                (home / part, f'{bad} anomalous image{"s" * (bad > 1)}: {part} is not tested on')
+            )
+    leave(
+        [*image_files(root), *(p for p in folders(root) if p.name.lower() not in known)],
+        'not in Class1 to Class10',
+        skipped,
+    )
     return test, train
 
 # %% ../../nbs/datasets/raw.ipynb #0271364d
-def read_yes_no(folder, name:str, skipped:list)->tuple:
+def read_yes_no(folder, name: str, skipped: list) -> tuple:
     "Read BrainMRI or Br35H: `no` is normal and `yes` anomalous."
-    root = seek(folder, lambda p: inside(p, 'yes') and inside(p, 'no'), RAW[name].layout); two = [inside(root, k) for k in ('no', 'yes')]
-    leave([*image_files(root), *(p for p in folders(root) if p not in two)], 'neither in yes nor in no', skipped)
-    return [row(RAW[name].categories[0], ('no', 'yes')[y], y, f) for y in (0, 1) for f in once(image_files(two[y]), skipped)], []
+    root = seek(folder, lambda p: inside(p, 'yes') and inside(p, 'no'), RAW[name].layout)
+    two = [inside(root, k) for k in ('no', 'yes')]
+    leave(
+        [*image_files(root), *(p for p in folders(root) if p not in two)],
+        'neither in yes nor in no',
+        skipped,
+    )
+    return [
+        row(RAW[name].categories[0], ('no', 'yes')[y], y, f)
+        for y in (0, 1)
+        for f in once(image_files(two[y]), skipped)
+    ], []
 
 # %% ../../nbs/datasets/raw.ipynb #bcc7440b
-def read_headct(folder, name:str, skipped:list)->tuple:
+def read_headct(folder, name: str, skipped: list) -> tuple:
     "Read HeadCT: labels.csv tells which images show a haemorrhage."
-    root = seek(folder, lambda p: (p/'labels.csv').is_file(), RAW[name].layout); file = root/'labels.csv'
-    place = next((p for p in (inside(root, 'head_ct/head_ct'), inside(root, 'head_ct'), root) if p and image_files(p)), root)
+    root = seek(folder, lambda p: (p / 'labels.csv').is_file(), RAW[name].layout)
+    file = root / 'labels.csv'
+    place = next(
+        (
+            p
+            for p in (inside(root, 'head_ct/head_ct'), inside(root, 'head_ct'), root)
+            if p and image_files(p)
+        ),
+        root,
+    )
     images = {int(f.stem): f for f in once(image_files(place), skipped) if f.stem.isdecimal()}
-    leave([f for f in image_files(place) if not f.stem.isdecimal()], 'its name is not a number', skipped)
-    lines = [[v.strip() for v in l] for l in csv.reader(file.read_text(encoding='utf-8-sig').splitlines())]
-    if not lines or [v.lower() for v in lines[0][:2]] != ['id', 'hemorrhage']: raise ValueError(f'{file}: its columns are {lines[0] if lines else []}; it needs id, hemorrhage')
+    leave(
+        [f for f in image_files(place) if not f.stem.isdecimal()],
+        'its name is not a number',
+        skipped,
+    )
+    lines = [
+        [v.strip() for v in l]
+        for l in csv.reader(file.read_text(encoding='utf-8-sig').splitlines())
+    ]
+    if not lines or [v.lower() for v in lines[0][:2]] != ['id', 'hemorrhage']:
+        raise ValueError(
+            f'{file}: its columns are {lines[0] if lines else []}; it needs id, hemorrhage'
+        )
     rows = []
     for n, l in enumerate(lines[1:], 2):
-        if not any(l): continue
-        if len(l) < 2 or not l[0].isdecimal() or l[1] not in ('0', '1'): skipped.append((file, f'line {n}: {",".join(l)!r}; give a number and 0 or 1'))
-        elif int(l[0]) not in images: skipped.append((file, f'line {n}: no image {int(l[0]):03}.png in {place}, or it is listed before'))
-        else: rows.append(row(RAW[name].categories[0], ('good', 'defect')[int(l[1])], int(l[1]), images.pop(int(l[0]))))
+        if not any(l):
+            continue
+        if len(l) < 2 or not l[0].isdecimal() or l[1] not in ('0', '1'):
+            skipped.append((file, f'line {n}: {",".join(l)!r}; give a number and 0 or 1'))
+        elif int(l[0]) not in images:
+            skipped.append(
+                (file, f'line {n}: no image {int(l[0]):03}.png in {place}, or it is listed before')
+            )
+        else:
+            rows.append(
+                row(
+                    RAW[name].categories[0],
+                    ('good', 'defect')[int(l[1])],
+                    int(l[1]),
+                    images.pop(int(l[0])),
+                )
+            )
     leave(images.values(), 'labels.csv does not say what it shows', skipped)
     return rows, []
 
 # %% ../../nbs/datasets/raw.ipynb #74227bef
-def read_covid(folder, name:str, skipped:list,
-               kinds=None        # folders of what is anomalous; None: all but the normal one
-              )->tuple:
+def read_covid(
+    folder,
+    name: str,
+    skipped: list,
+    kinds=None,  # folders of what is anomalous; None: all but the normal one
+) -> tuple:
     "Read COVID-19 radiography, the early release or the later ones."
     root = seek(folder, lambda p: inside(p, 'normal') and len(folders(p)) > 1, RAW[name].layout)
-    images = {p: inside(p, 'images') or p for p in folders(root)}; there = [p.name for p in images if image_files(images[p]) and p.name.lower() not in NORMAL]
+    images = {p: inside(p, 'images') or p for p in folders(root)}
+    there = [p.name for p in images if image_files(images[p]) and p.name.lower() not in NORMAL]
     lacks = [k for k in kinds or () if k.lower() not in map(str.lower, there)]
-    if lacks or not there: raise ValueError(f'{root}: no images of the kinds {lacks or "that are not normal"}; it has {there}')
+    if lacks or not there:
+        raise ValueError(
+            f'{root}: no images of the kinds {lacks or "that are not normal"}; it has {there}'
+        )
     wanted, rows = {k.lower() for k in kinds or there} | {'normal'}, []
     leave(image_files(root), 'not in a folder of a kind', skipped)
     for p, place in images.items():
-        if p.name.lower() not in wanted: leave([p], 'a kind that was not chosen', skipped); continue
-        rows += [row(RAW[name].categories[0], p.name, int(p.name.lower() != 'normal'), f) for f in once(image_files(place), skipped)]
-        if place != p: leave(image_files(p), 'beside the folder images', skipped); leave([q for q in folders(p) if q != place], 'outlines of lungs, not of lesions', skipped)
+        if p.name.lower() not in wanted:
+            leave([p], 'a kind that was not chosen', skipped)
+            continue
+        rows += [
+            row(RAW[name].categories[0], p.name, int(p.name.lower() != 'normal'), f)
+            for f in once(image_files(place), skipped)
+        ]
+        if place != p:
+            leave(image_files(p), 'beside the folder images', skipped)
+            leave(
+                [q for q in folders(p) if q != place], 'outlines of lungs, not of lesions', skipped
+            )
     return rows, []
 
 # %% ../../nbs/datasets/raw.ipynb #d682c05d
-_words = dict(bmad_brain=('brain', 'brats'), liverct=('liver', 'liverct', 'hist_diy'), resc=('resc', 'retina'))
+_words = dict(
+    bmad_brain=('brain', 'brats'), liverct=('liver', 'liverct', 'hist_diy'), resc=('resc', 'retina')
+)
 
-def find_bmad(root:Path)->tuple:      # folders of normal images, of anomalous ones, of masks; None where there is none
+
+def find_bmad(
+    root: Path,
+) -> tuple:  # folders of normal images, of anomalous ones, of masks; None where there is none
     "Find the folders of a BMAD test part, in either order of its levels."
-    test = inside(root, 'test'); first = lambda *paths: next((p for q in paths if (p := inside(test, q))), None)
+    test = inside(root, 'test')
+    first = lambda *paths: next((p for q in paths if (p := inside(test, q))), None)
     images = lambda kind: first(f'{kind}/img', f'img/{kind}', f'test/{kind}')
-    return images('good'), images('ungood'), first('ungood/anomaly_mask', 'ungood/label', 'anomaly_mask/ungood', 'label/ungood', 'test_label/ungood')
+    return (
+        images('good'),
+        images('ungood'),
+        first(
+            'ungood/anomaly_mask',
+            'ungood/label',
+            'anomaly_mask/ungood',
+            'label/ungood',
+            'test_label/ungood',
+        ),
+    )
 
-def read_bmad(folder, name:str, skipped:list)->tuple:
+# %% ../../nbs/datasets/raw.ipynb #3dac5abc
+def read_bmad(folder, name: str, skipped: list) -> tuple:
     "Read a set of BMAD with masks (MVFA-AD's medical_zero)."
-    root, (c,) = seek(folder, lambda p: all(find_bmad(p)[:2]), RAW[name].layout, _words[name]), RAW[name].categories
-    where = root.relative_to(Path(os.path.abspath(Path(folder).expanduser())).parent); likely = [n for n, ws in _words.items() if bears(ws, where)]
-    if likely and name not in likely: raise ValueError(f'{root}: by its name this is {likely[0]}, not {name}; point to the right folder, or rename it')
+    root, (c,) = (
+        seek(folder, lambda p: all(find_bmad(p)[:2]), RAW[name].layout, _words[name]),
+        RAW[name].categories,
+    )
+    where = root.relative_to(Path(os.path.abspath(Path(folder).expanduser())).parent)
+    likely = [n for n, ws in _words.items() if bears(ws, where)]
+    if likely and name not in likely:
+        raise ValueError(
+            f'{root}: by its name this is {likely[0]}, not {name}; point to the right folder, or rename it'
+        )
     good, bad, masks = find_bmad(root)
-    if masks is None: raise ValueError(f'{bad}: no folder anomaly_mask or label of masks beside it; download the set again')
-    own, rows, known = by_stem(masks, '_mask'), [row(c, 'good', 0, f) for f in once(image_files(good), skipped)], (inside(root, 'test'), inside(root, 'train'))
+    if masks is None:
+        raise ValueError(
+            f'{bad}: no folder anomaly_mask or label of masks beside it; download the set again'
+        )
+    own, rows, known = (
+        by_stem(masks, '_mask'),
+        [row(c, 'good', 0, f) for f in once(image_files(good), skipped)],
+        (inside(root, 'test'), inside(root, 'train')),
+    )
     for f in once(image_files(bad), skipped):
-        if f.stem in own: rows.append(row(c, 'Ungood', 1, f, own.pop(f.stem)))
-        else: skipped.append((f, f'no mask of its own named {f.stem} in {masks}'))
-    leave(own.values(), 'mask of no image', skipped); leave([p for p in folders(root) if p not in known], 'not the test part', skipped)
-    normal = next((p for q in ('train/good/img', 'train/good', 'train/train/good') if (p := inside(root, q))), None)
-    return rows, [row(c, 'good', 0, f) for f in once(image_files(normal), skipped)] if normal else []
+        if f.stem in own:
+            rows.append(row(c, 'Ungood', 1, f, own.pop(f.stem)))
+        else:
+            skipped.append((f, f'no mask of its own named {f.stem} in {masks}'))
+    leave(own.values(), 'mask of no image', skipped)
+    leave([p for p in folders(root) if p not in known], 'not the test part', skipped)
+    normal = next(
+        (p for q in ('train/good/img', 'train/good', 'train/train/good') if (p := inside(root, q))),
+        None,
+    )
+    return rows, [
+        row(c, 'good', 0, f) for f in once(image_files(normal), skipped)
+    ] if normal else []
 
 # %% ../../nbs/datasets/raw.ipynb #8107f7b7
 _choices = dict(sdd=('cut', 'share', 'seed'), dagm=('parts',), covid=('kinds',))
 
-def read_raw(name:str,       # one of RAW
-             folder,         # what was downloaded, or a folder around it
-             out=None,       # folder of the meta.json to come, and of what is cut; None: `folder`
-             **choices       # cut, share, seed of sdd; parts of dagm; kinds of covid
-            )->Dataset:
+# %% ../../nbs/datasets/raw.ipynb #c7f08eb7
+def read_raw(
+    name: str,  # one of RAW
+    folder,  # what was downloaded, or a folder around it
+    out=None,  # folder of the meta.json to come, and of what is cut; None: `folder`
+    **choices,  # cut, share, seed of sdd; parts of dagm; kinds of covid
+) -> Dataset:
     "Read a set in its raw layout, as others test on it."
-    if name not in RAW: raise ValueError(f'name={name!r}: choose from {list(RAW)}; mvtec, visa, mpdd and btad need no arranging, they are read as they are')
+    if name not in RAW:
+        raise ValueError(
+            f'name={name!r}: choose from {list(RAW)}; mvtec, visa, mpdd and btad need no arranging, they are read as they are'
+        )
     wrong, allowed = [k for k in choices if k not in _choices.get(name, ())], _choices.get(name, ())
-    if wrong: raise ValueError(f'{", ".join(wrong)}: not a choice of {name}' + (f', which has {", ".join(allowed)}' if allowed else ', which has none'))
+    if wrong:
+        raise ValueError(
+            f'{", ".join(wrong)}: not a choice of {name}'
+            + (f', which has {", ".join(allowed)}' if allowed else ', which has none')
+        )
     out, skipped = Path(os.path.abspath(Path(out or folder).expanduser())), []
-    if name == 'sdd': choices['out'] = out
-    reader = dict(sdd=read_sdd, dagm=read_dagm, brainmri=read_yes_no, br35h=read_yes_no, headct=read_headct, covid=read_covid).get(name, read_bmad)
+    if name == 'sdd':
+        choices['out'] = out
+    reader = dict(
+        sdd=read_sdd,
+        dagm=read_dagm,
+        brainmri=read_yes_no,
+        br35h=read_yes_no,
+        headct=read_headct,
+        covid=read_covid,
+    ).get(name, read_bmad)
     test, train = reader(folder, name, skipped, **choices)
     ds = make_dataset(name, out, read_rows(test, out, skipped), skipped, read_rows(train, out, []))
     return replace(ds, kinds=dict.fromkeys(ds.kinds, 'texture')) if name == 'dagm' else ds
 
 # %% ../../nbs/datasets/raw.ipynb #fb4d0be6
-def arrange(name:str,        # one of RAW
-            folder,          # what was downloaded, or a folder around it
-            out=None,        # meta.json to write, or its folder; None: in `folder`
-            **choices        # as in `read_raw`
-           )->tuple:         # the data set, the path written
+def arrange(
+    name: str,  # one of RAW
+    folder,  # what was downloaded, or a folder around it
+    out=None,  # meta.json to write, or its folder; None: in `folder`
+    **choices,  # as in `read_raw`
+) -> tuple:  # the data set, the path written
     "Write the meta.json of a set in its raw layout."
-    path = Path(os.path.abspath(Path(out or folder).expanduser())); path = path if path.suffix == '.json' else path/'meta.json'
+    path = Path(os.path.abspath(Path(out or folder).expanduser()))
+    path = path if path.suffix == '.json' else path / 'meta.json'
     ds = read_raw(name, folder, path.parent, **choices)
     if ds.kinds != kinds_of(path.parent, ds.categories):
-        file = path.parent/'dataset.json'; told = read_json(file) if file.exists() else {}
-        write_atomic(file, json.dumps({**told, 'kinds': {**told.get('kinds', {}), **ds.kinds}}, indent=1))
+        file = path.parent / 'dataset.json'
+        told = read_json(file) if file.exists() else {}
+        write_atomic(
+            file, json.dumps({**told, 'kinds': {**told.get('kinds', {}), **ds.kinds}}, indent=1)
+        )
     return ds, write_meta(ds, path)

@@ -7,46 +7,52 @@ __all__ = ['attend', 'qkv', 'project', 'add_mlp', 'local_step', 'forward_paths',
 
 # %% ../../nbs/methods/attention.ipynb #18aa3e28
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/methods/attention.ipynb #809658a7
-def attend(q:Tensor,     # [B,N,D] queries
-           k:Tensor,     # [B,N,D] keys
-           v:Tensor,     # [B,N,D] values
-           heads:int
-          )->Tensor:     # [B,N,D] before the output projection
+def attend(
+    q: Tensor,  # [B,N,D] queries
+    k: Tensor,  # [B,N,D] keys
+    v: Tensor,  # [B,N,D] values
+    heads: int,
+) -> Tensor:  # [B,N,D] before the output projection
     "Mix values by softmax(q k'/sqrt(d)) in every head, Eq. (5)."
     split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2)
     return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)
 
 # %% ../../nbs/methods/attention.ipynb #372e7d66
-def qkv(b,               # open_clip ResidualAttentionBlock
-        z:Tensor         # [B,1+N,D]
-       )->tuple:         # q, k, v, each [B,1+N,D]
+def qkv(
+    b,  # open_clip ResidualAttentionBlock
+    z: Tensor,  # [B,1+N,D]
+) -> tuple:  # q, k, v, each [B,1+N,D]
     "Project queries, keys and values of a block, Eq. (4)."
     return F.linear(b.ln_1(z), b.attn.in_proj_weight, b.attn.in_proj_bias).chunk(3, -1)
 
-def project(b, a:Tensor)->Tensor:
+
+def project(b, a: Tensor) -> Tensor:
     "Apply a block's output projection (and layer scale, where it has one) to [B,1+N,D], Proj of Eq. (5)."
     return b.ls_1(b.attn.out_proj(a))
 
-def add_mlp(b, z:Tensor)->Tensor:
+
+def add_mlp(b, z: Tensor) -> Tensor:
     "Add a block's MLP to the stream [B,1+N,D], Eq. (6)."
     return z + b.ls_2(b.mlp(b.ln_2(z)))
 
 # %% ../../nbs/methods/attention.ipynb #ec4d45b7
-def local_step(b, attention:str, q, k, v)->Tensor:
+def local_step(b, attention: str, q, k, v) -> Tensor:
     "Compute what a block adds to a local path [B,1+N,D]: projected values, mixed among themselves ('vv', Eq. 7) or not ('v')."
     return project(b, attend(v, v, v, b.attn.num_heads) if attention == 'vv' else v)
 
 # %% ../../nbs/methods/attention.ipynb #9ef96878
-def forward_paths(visual,               # open_clip VisionTransformer
-         z:Tensor,             # [B,1+N,D] embedded tokens, after ln_pre
-         paths:tuple,          # resolved AttentionPaths
-         layers:tuple          # after which blocks to read, from 0
-        )->tuple:              # CLIP's own stream after the last block [B,1+N,D], {path: [[B,1+N,D] per layer]}
+def forward_paths(
+    visual,  # open_clip VisionTransformer
+    z: Tensor,  # [B,1+N,D] embedded tokens, after ln_pre
+    paths: tuple,  # resolved AttentionPaths
+    layers: tuple,  # after which blocks to read, from 0
+) -> tuple:  # CLIP's own stream after the last block [B,1+N,D], {path: [[B,1+N,D] per layer]}
     "Walk all blocks once and read every path beside CLIP's own, AnoCLIP Eq. (3)-(7)."
     blocks = visual.transformer.resblocks
     start = {p: len(blocks) - p.depth for p in paths if p.attention != 'qkv'}
@@ -54,45 +60,76 @@ def forward_paths(visual,               # open_clip VisionTransformer
     for l, b in enumerate(blocks):
         local |= {p: z for p in start if start[p] == l}
         q, k, v = qkv(b, z)
-        add = {kind: local_step(b, kind, q, k, v) for kind in {p.attention.split('-')[0] for p in local}}
+        add = {
+            kind: local_step(b, kind, q, k, v)
+            for kind in {p.attention.split('-')[0] for p in local}
+        }
         local = {p: y + add[p.attention.split('-')[0]] for p, y in local.items()}
         local = {p: add_mlp(b, y) if p.attention == 'v-mlp' else y for p, y in local.items()}
         z = add_mlp(b, z + project(b, attend(q, k, v, b.attn.num_heads)))
         if l in layers:
-            for p in paths: kept[p][l] = local.get(p, z)
+            for p in paths:
+                kept[p][l] = local.get(p, z)
     return z, {p: [kept[p][l] for l in layers] for p in paths}
 
 # %% ../../nbs/methods/attention.ipynb #82f48fa6
-def to_stage(visual, y:Tensor, stage:str='proj')->Tensor:
+def to_stage(visual, y: Tensor, stage: str = 'proj') -> Tensor:
     "Take a raw stream [...,D] to `stage`: 'raw', 'ln_post' [...,D] or 'proj' [...,C] of unit length."
-    if stage == 'raw': return y.float()
+    if stage == 'raw':
+        return y.float()
     n = visual.ln_post
     y = F.layer_norm(y.float(), n.normalized_shape, n.weight.float(), n.bias.float(), n.eps)
     return y if stage == 'ln_post' else F.normalize(y @ visual.proj.float(), dim=-1)
 
 # %% ../../nbs/methods/attention.ipynb #f0006b73
 @torch.inference_mode()
-def forward_tokens(v,            # open_clip VisionTransformer
-                x:Tensor,     # [B,3,S,S] preprocessed images
-                spec          # a resolved EncodeSpec
-               )->tuple:      # class token [B,C], {path: [L,B,N,C or D]}, class tokens of the views [B,V,C] or None
+def forward_tokens(
+    v,  # open_clip VisionTransformer
+    x: Tensor,  # [B,3,S,S] preprocessed images
+    spec,  # a resolved EncodeSpec
+) -> tuple:  # class token [B,C], {path: [L,B,N,C or D]}, class tokens of the views [B,V,C] or None
     "Encode images along all paths, layers and views of `spec`, one pass per view."
     z, streams = forward_paths(v, v._embeds(x.to(v.conv1.weight.dtype)), spec.paths, spec.layers)
-    cls = to_stage(v, z)[:, 0]                     # projected with its patches: a product of a few rows alone may round by their number
+    cls = to_stage(v, z)[
+        :, 0
+    ]  # projected with its patches: a product of a few rows alone may round by their number
     views = None
     if spec.views != 'one':
-        others = [to_stage(v, forward_paths(v, v._embeds(a.to(v.conv1.weight.dtype)), (), ())[0])[:, 0] for a in anovl_views(x)[1:]]
+        others = [
+            to_stage(v, forward_paths(v, v._embeds(a.to(v.conv1.weight.dtype)), (), ())[0])[:, 0]
+            for a in anovl_views(x)[1:]
+        ]
         views = torch.stack([cls, *others], 1)
-    patches = {p: torch.stack([to_stage(v, y[:, 1:], spec.stage) for y in ys]) for p, ys in zip(spec.paths, streams.values())}
+    patches = {
+        p: torch.stack([to_stage(v, y[:, 1:], spec.stage) for y in ys])
+        for p, ys in zip(spec.paths, streams.values())
+    }
     return cls, patches, views
 
 # %% ../../nbs/methods/attention.ipynb #e8948783
-def anovl_views(x:Tensor)->list:      # 22 batches [B,3,S,S], the image itself first
+def anovl_views(x: Tensor) -> list:  # 22 batches [B,3,S,S], the image itself first
     "Make the 22 views whose class tokens AnoVL's code averages."
+
     def warp(m):
-        grid = F.affine_grid(torch.tensor(m, device=x.device)[None].expand(len(x), -1, -1), x.shape, align_corners=True)
+        grid = F.affine_grid(
+            torch.tensor(m, device=x.device)[None].expand(len(x), -1, -1),
+            x.shape,
+            align_corners=True,
+        )
         return F.grid_sample(x, grid, padding_mode='reflection', align_corners=True)
-    turned = [warp([[math.cos(t), -math.sin(t), 0.], [math.sin(t), math.cos(t), 0.]]) for t in (k*math.pi/16 for k in (-4, -3, -2, -1, 1, 2, 3, 4))]
-    moved = [warp([[1., 0., a*s], [0., 1., b*s]]) for s in (0.2, 0.1) for a, b in ((1, 1), (-1, 1), (-1, -1), (1, -1))]
-    grey = (x*torch.tensor([0.299, 0.587, 0.114], device=x.device)[:, None, None]).sum(1, keepdim=True).expand_as(x)
+
+    turned = [
+        warp([[math.cos(t), -math.sin(t), 0.0], [math.sin(t), math.cos(t), 0.0]])
+        for t in (k * math.pi / 16 for k in (-4, -3, -2, -1, 1, 2, 3, 4))
+    ]
+    moved = [
+        warp([[1.0, 0.0, a * s], [0.0, 1.0, b * s]])
+        for s in (0.2, 0.1)
+        for a, b in ((1, 1), (-1, 1), (-1, -1), (1, -1))
+    ]
+    grey = (
+        (x * torch.tensor([0.299, 0.587, 0.114], device=x.device)[:, None, None])
+        .sum(1, keepdim=True)
+        .expand_as(x)
+    )
     return [x, *turned, *moved, x.flip(-1), grey, *(x.rot90(k, (-2, -1)) for k in (1, 2, 3))]

@@ -10,13 +10,16 @@ __all__ = ['STAGES', 'SHIPPED', 'check_fields', 'Preprocess', 'AttentionPath', '
            'text_tower', 'anomaly_score']
 
 # %% ../../nbs/encoder/clip.ipynb #1c969bf6
-import difflib, json
+import difflib
+import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
+
 import numpy as np
-import open_clip, torch
+import open_clip
+import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from open_clip.factory import load_checkpoint, load_state_dict
@@ -24,130 +27,203 @@ from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import LayerScale
 from PIL import Image
 from torch import Tensor, nn
+
 from ..core.files import digest
 
 # %% ../../nbs/encoder/clip.ipynb #6e0c2184
 def check_fields(row, **valid):
     "Refuse a row whose fields are not among the valid values."
     for name, choices in valid.items():
-        if getattr(row, name) not in choices: raise ValueError(f'{name}={getattr(row, name)!r}: choose from {choices}')
+        if getattr(row, name) not in choices:
+            raise ValueError(f'{name}={getattr(row, name)!r}: choose from {choices}')
 
 # %% ../../nbs/encoder/clip.ipynb #4ee78d46
 @dataclass(frozen=True)
 class Preprocess:
     "What happens between uint8 RGB and `x`; defaults are CLIP's."
-    size: int = 240                    # side of x in pixels
-    interpolation: str = 'bicubic'     # filter of the resize: bicubic or bilinear, antialiased
-    resize: str = 'squash'             # squash both sides to `size`, or 'shortest' side, then crop the centre
+
+    size: int = 240  # side of x in pixels
+    interpolation: str = 'bicubic'  # filter of the resize: bicubic or bilinear, antialiased
+    resize: str = 'squash'  # squash both sides to `size`, or 'shortest' side, then crop the centre
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
-    positions: str = 'bicubic'         # filter for position embeddings at a size the model was not trained for
+    positions: str = (
+        'bicubic'  # filter for position embeddings at a size the model was not trained for
+    )
 
-    def __post_init__(self): check_fields(self, interpolation=('bicubic', 'bilinear'), resize=('squash', 'shortest'), positions=('bicubic', 'bilinear'))
+    def __post_init__(self):
+        check_fields(
+            self,
+            interpolation=('bicubic', 'bilinear'),
+            resize=('squash', 'shortest'),
+            positions=('bicubic', 'bilinear'),
+        )
 
-    def square(self, image)->np.ndarray:
+    def square(self, image) -> np.ndarray:
         "Resize one uint8 RGB image [H,W,3] to [size,size,3]."
         im, S = Image.fromarray(np.asarray(image)), self.size
         w, h = im.size
-        w, h = (int(S*w/min(w, h)), int(S*h/min(w, h))) if self.resize == 'shortest' else (S, S)
-        if im.size != (w, h): im = im.resize((w, h), getattr(Image.Resampling, self.interpolation.upper()))
-        left, top = round((w - S)/2), round((h - S)/2)
+        w, h = (
+            (int(S * w / min(w, h)), int(S * h / min(w, h)))
+            if self.resize == 'shortest'
+            else (S, S)
+        )
+        if im.size != (w, h):
+            im = im.resize((w, h), getattr(Image.Resampling, self.interpolation.upper()))
+        left, top = round((w - S) / 2), round((h - S) / 2)
         return np.asarray(im.crop((left, top, left + S, top + S)))
 
 # %% ../../nbs/encoder/clip.ipynb #b45e2ff3
 @patch
-def __call__(self:Preprocess, images)->Tensor:
+def __call__(self: Preprocess, images) -> Tensor:
     "Turn uint8 RGB images, a list of [H,W,3] or one array [B,H,W,3], into `x` [B,3,size,size] float32."
     for i in images:
         if np.asarray(i).dtype != np.uint8 or np.ndim(i) != 3 or np.shape(i)[2] != 3:
-            raise ValueError(f'images: need uint8 RGB [H,W,3], got {np.asarray(i).dtype} {np.shape(i)}; read files with zsad.datasets.layouts.load_image')
+            raise ValueError(
+                f'images: need uint8 RGB [H,W,3], got {np.asarray(i).dtype} {np.shape(i)}; read files with zsad.datasets.layouts.load_image'
+            )
     x = torch.from_numpy(np.stack([self.square(i) for i in images])).float().div_(255)
-    return ((x - torch.tensor(self.mean))/torch.tensor(self.std)).permute(0, 3, 1, 2).contiguous()
+    return ((x - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(0, 3, 1, 2).contiguous()
+
 
 @patch
-def pixels(self:Preprocess, x:Tensor)->np.ndarray:
+def pixels(self: Preprocess, x: Tensor) -> np.ndarray:
     "Turn `x` [B,3,size,size] back into uint8 RGB images [B,size,size,3]."
-    x = x.cpu().permute(0, 2, 3, 1)*torch.tensor(self.std) + torch.tensor(self.mean)
-    return (x*255).round().clamp(0, 255).byte().numpy()
+    x = x.cpu().permute(0, 2, 3, 1) * torch.tensor(self.std) + torch.tensor(self.mean)
+    return (x * 255).round().clamp(0, 255).byte().numpy()
 
 # %% ../../nbs/encoder/clip.ipynb #7cb4e658
 @dataclass(frozen=True)
 class AttentionPath:
     "One way to read patch tokens off the encoder."
-    attention: str = 'vv'    # 'qkv' CLIP's own; 'v' values alone; 'v-mlp' values, then the block's MLP; 'vv' values to values
-    depth: int = None        # how many of the last blocks walk the local path; None: all blocks for 'vv', the last for 'v' and 'v-mlp'
+
+    attention: str = 'vv'  # 'qkv' CLIP's own; 'v' values alone; 'v-mlp' values, then the block's MLP; 'vv' values to values
+    depth: int = None  # how many of the last blocks walk the local path; None: all blocks for 'vv', the last for 'v' and 'v-mlp'
 
     def __post_init__(self):
         check_fields(self, attention=('qkv', 'v', 'v-mlp', 'vv'))
-        if self.attention == 'qkv' and self.depth is not None: raise ValueError(f"depth={self.depth}: 'qkv' has no local path; leave depth out or choose another attention")
-        if self.depth is not None and (not isinstance(self.depth, int) or self.depth < 0): raise ValueError(f'depth={self.depth!r}: the number of last blocks, a whole number, 0 or more')
+        if self.attention == 'qkv' and self.depth is not None:
+            raise ValueError(
+                f"depth={self.depth}: 'qkv' has no local path; leave depth out or choose another attention"
+            )
+        if self.depth is not None and (not isinstance(self.depth, int) or self.depth < 0):
+            raise ValueError(
+                f'depth={self.depth!r}: the number of last blocks, a whole number, 0 or more'
+            )
 
 # %% ../../nbs/encoder/clip.ipynb #7cb68320
-STAGES = ('raw', 'ln_post', 'proj')      # of patch tokens: as they leave a block, after the last norm, projected
+STAGES = (
+    'raw',
+    'ln_post',
+    'proj',
+)  # of patch tokens: as they leave a block, after the last norm, projected
 
+# %% ../../nbs/encoder/clip.ipynb #b8a14a40
 @dataclass(frozen=True)
 class EncodeSpec:
     "The tokens that one pass of an encoder returns."
+
     paths: tuple = (AttentionPath(),)
-    layers: object = (-1,)       # after which blocks, from 0, negative from the end; 'all'; 'quarters'
-    stage: str = 'proj'          # 'raw' [..,D], 'ln_post' [..,D], 'proj' [..,C] of unit length
-    views: str = 'one'           # 'one', or 'anovl': the class token of 22 augmented views as well
-    windows: tuple = ()          # sides of the k x k patch windows that are encoded on their own
+    layers: object = (-1,)  # after which blocks, from 0, negative from the end; 'all'; 'quarters'
+    stage: str = 'proj'  # 'raw' [..,D], 'ln_post' [..,D], 'proj' [..,C] of unit length
+    views: str = 'one'  # 'one', or 'anovl': the class token of 22 augmented views as well
+    windows: tuple = ()  # sides of the k x k patch windows that are encoded on their own
 
     def __post_init__(self):
         check_fields(self, stage=STAGES, views=('one', 'anovl'))
-        if not all(isinstance(k, int) and k > 0 for k in self.windows) or len(set(self.windows)) < len(self.windows): raise ValueError(f'windows={self.windows!r}: different sides in patches, such as (2, 3)')
-        given = self.layers in ('all', 'quarters') if isinstance(self.layers, str) else isinstance(self.layers, (tuple, list)) and self.layers and all(isinstance(l, int) for l in self.layers)
-        if not given: raise ValueError(f"layers={self.layers!r}: choose 'all', 'quarters' or block numbers such as (5, 11)")
+        if not all(isinstance(k, int) and k > 0 for k in self.windows) or len(
+            set(self.windows)
+        ) < len(self.windows):
+            raise ValueError(
+                f'windows={self.windows!r}: different sides in patches, such as (2, 3)'
+            )
+        given = (
+            self.layers in ('all', 'quarters')
+            if isinstance(self.layers, str)
+            else isinstance(self.layers, (tuple, list))
+            and self.layers
+            and all(isinstance(l, int) for l in self.layers)
+        )
+        if not given:
+            raise ValueError(
+                f"layers={self.layers!r}: choose 'all', 'quarters' or block numbers such as (5, 11)"
+            )
 
-    def resolved(self, n:int)->'EncodeSpec':
+    def resolved(self, n: int) -> 'EncodeSpec':
         "Replace fractions and negative numbers by block numbers of an encoder with `n` blocks."
-        quarters, every = tuple((i + 1)*n//4 - 1 for i in range(4)), tuple(range(n))
-        if self.layers == 'quarters' and n < 4: raise ValueError(f"layers='quarters' needs an encoder of at least 4 blocks; this one has {n}: name them, such as layers=({n - 1},)")
-        layers = {'all': every, 'quarters': quarters}[self.layers] if isinstance(self.layers, str) else tuple(self.layers)
-        if any(not -n <= l < n for l in layers): raise ValueError(f'layers={layers}: this encoder has blocks 0 to {n - 1}')
-        paths = [p if p.attention == 'qkv' else replace(p, depth=(n if p.attention == 'vv' else 1) if p.depth is None else p.depth) for p in self.paths]
-        if any((p.depth or 0) > n for p in paths): raise ValueError(f'depth={max(p.depth or 0 for p in paths)}: this encoder has {n} blocks')
+        quarters, every = tuple((i + 1) * n // 4 - 1 for i in range(4)), tuple(range(n))
+        if self.layers == 'quarters' and n < 4:
+            raise ValueError(
+                f"layers='quarters' needs an encoder of at least 4 blocks; this one has {n}: name them, such as layers=({n - 1},)"
+            )
+        layers = (
+            {'all': every, 'quarters': quarters}[self.layers]
+            if isinstance(self.layers, str)
+            else tuple(self.layers)
+        )
+        if any(not -n <= l < n for l in layers):
+            raise ValueError(f'layers={layers}: this encoder has blocks 0 to {n - 1}')
+        paths = [
+            p
+            if p.attention == 'qkv'
+            else replace(p, depth=(n if p.attention == 'vv' else 1) if p.depth is None else p.depth)
+            for p in self.paths
+        ]
+        if any((p.depth or 0) > n for p in paths):
+            raise ValueError(
+                f'depth={max(p.depth or 0 for p in paths)}: this encoder has {n} blocks'
+            )
         return replace(self, layers=tuple(l % n for l in layers), paths=tuple(dict.fromkeys(paths)))
 
 # %% ../../nbs/encoder/clip.ipynb #ef67637a
 @dataclass(frozen=True)
 class Tokens:
     "What an encoder gives for B images. `patches` holds one tensor [L,B,N,C or D] per path."
-    cls: Tensor              # [B,C] unit class token of CLIP's own path
-    patches: dict            # {AttentionPath: [L,B,N,C or D]}
-    grid: tuple              # rows, columns; N = rows*columns
-    stage: str               # of the patches: one of STAGES
-    views: Tensor = None     # [B,V,C] unit class tokens of augmented views, the image itself first
-    windows: dict = field(default_factory=dict)     # {k: [B,M,C]} unit class tokens of windows of k x k patches
 
-    def __post_init__(self): check_fields(self, stage=STAGES)
+    cls: Tensor  # [B,C] unit class token of CLIP's own path
+    patches: dict  # {AttentionPath: [L,B,N,C or D]}
+    grid: tuple  # rows, columns; N = rows*columns
+    stage: str  # of the patches: one of STAGES
+    views: Tensor = None  # [B,V,C] unit class tokens of augmented views, the image itself first
+    windows: dict = field(
+        default_factory=dict
+    )  # {k: [B,M,C]} unit class tokens of windows of k x k patches
+
+    def __post_init__(self):
+        check_fields(self, stage=STAGES)
 
     @property
-    def single(self)->Tensor:
+    def single(self) -> Tensor:
         "Give the patch tokens [L,B,N,C or D] of the only path; raises ValueError where there are none or several."
-        if len(self.patches) == 1: return next(iter(self.patches.values()))
-        raise ValueError(f'these tokens hold {len(self.patches)} attention paths, {list(self.patches)}: '
-                         'choose one of them from .patches')
+        if len(self.patches) == 1:
+            return next(iter(self.patches.values()))
+        raise ValueError(
+            f'these tokens hold {len(self.patches)} attention paths, {list(self.patches)}: '
+            'choose one of them from .patches'
+        )
 
-    def to(self, device)->'Tokens':
+    def to(self, device) -> 'Tokens':
         "Move all tensors to a device."
         return map_tokens(lambda tensors, dim: tensors[0].to(device), self)
 
 # %% ../../nbs/encoder/clip.ipynb #fc9c413e
-def map_tokens(f, *parts)->Tokens:
+def map_tokens(f, *parts) -> Tokens:
     """Apply `f` to each tensor of Tokens that hold the same streams.
 
     `f` gets the tensors of one stream, one of each part, and the dimension that counts images.
     """
-    def of(read, dim=0): return f([read(t) for t in parts], dim)
+
+    def of(read, dim=0):
+        return f([read(t) for t in parts], dim)
+
     first = parts[0]
     patches = {p: of(lambda t: t.patches[p], 1) for p in first.patches}
     windows = {k: of(lambda t: t.windows[k]) for k in first.windows}
     views = None if first.views is None else of(lambda t: t.views)
     return replace(first, cls=of(lambda t: t.cls), patches=patches, views=views, windows=windows)
 
-def join_tokens(parts)->Tokens:
+
+def join_tokens(parts) -> Tokens:
     "Join the Tokens of several batches of images."
     return map_tokens(torch.cat, *parts)
 
@@ -155,268 +231,448 @@ def join_tokens(parts)->Tokens:
 def check_visual(visual, name):
     "Refuse vision towers whose patch tokens the methods cannot read."
     fix = "choose a ViT of open_clip, for example 'ViT-B-16-plus-240'"
-    if not isinstance(visual, open_clip.transformer.VisionTransformer): raise ValueError(f'backbone={name!r}: {type(visual).__name__} is not a vision transformer; {fix}')
-    if visual.attn_pool is not None or visual.pool_type != 'tok': raise ValueError(f'backbone={name!r} pools its patches and has no class token; {fix}')
-    if not all(type(b.attn) is nn.MultiheadAttention for b in visual.transformer.resblocks): raise ValueError(f'backbone={name!r} has attention with extra norms or scales; {fix}')
-    if len(set(visual.patch_size)) > 1 or len(set(visual.grid_size)) > 1: raise ValueError(f'backbone={name!r} is not square: patches {visual.patch_size}, grid {visual.grid_size}; {fix}')
+    if not isinstance(visual, open_clip.transformer.VisionTransformer):
+        raise ValueError(
+            f'backbone={name!r}: {type(visual).__name__} is not a vision transformer; {fix}'
+        )
+    if visual.attn_pool is not None or visual.pool_type != 'tok':
+        raise ValueError(f'backbone={name!r} pools its patches and has no class token; {fix}')
+    if not all(type(b.attn) is nn.MultiheadAttention for b in visual.transformer.resblocks):
+        raise ValueError(f'backbone={name!r} has attention with extra norms or scales; {fix}')
+    if len(set(visual.patch_size)) > 1 or len(set(visual.grid_size)) > 1:
+        raise ValueError(
+            f'backbone={name!r} is not square: patches {visual.patch_size}, grid {visual.grid_size}; {fix}'
+        )
 
 # %% ../../nbs/encoder/clip.ipynb #f8a27c08
 @dataclass(frozen=True, eq=False)
 class Encoder:
     "A frozen CLIP with its preprocessing; make it with `load_encoder`."
+
     model: nn.Module
     backbone: str
     config: dict
     preprocess: Preprocess
     tokenizer: object
-    source: str                  # where the weights came from: tag, file name, 'shipped' or 'random:seed'
+    source: str  # where the weights came from: tag, file name, 'shipped' or 'random:seed'
     dtype: torch.dtype
     device: str
 
     @property
-    def grid(self)->tuple: return tuple(self.model.visual.grid_size)
+    def grid(self) -> tuple:
+        return tuple(self.model.visual.grid_size)
+
     @property
-    def blocks(self)->int: return len(self.model.visual.transformer.resblocks)
+    def blocks(self) -> int:
+        return len(self.model.visual.transformer.resblocks)
+
     @property
-    def dim(self)->int: return self.model.visual.proj.shape[1]
+    def dim(self) -> int:
+        return self.model.visual.proj.shape[1]
 
     @cached_property
-    def weights(self)->str:
+    def weights(self) -> str:
         "Hash of all tensors (as computed with, so bfloat16 has a hash of its own), their names, configuration and preprocessing."
-        parts = [a for k, t in sorted(self.model.state_dict().items()) for a in (k, t.float().cpu().numpy())]
+        parts = [
+            a
+            for k, t in sorted(self.model.state_dict().items())
+            for a in (k, t.float().cpu().numpy())
+        ]
         return digest(json.dumps(self.config, sort_keys=True), self.preprocess, *parts)
 
 # %% ../../nbs/encoder/clip.ipynb #a01b19b4
 def check_finite(encoder, tensors):
     "Raise ValueError where an encoder gave NaN or infinity."
-    if all(t.isfinite().all() for t in tensors): return
-    raise ValueError(f"{encoder.backbone} gives tokens that are not finite in {encoder.dtype}; "
-                     "load it with dtype='float32', or check weights and images")
+    if all(t.isfinite().all() for t in tensors):
+        return
+    raise ValueError(
+        f"{encoder.backbone} gives tokens that are not finite in {encoder.dtype}; "
+        "load it with dtype='float32', or check weights and images"
+    )
 
+# %% ../../nbs/encoder/clip.ipynb #92fa1299
 @patch
-def tokens(self:Encoder, x, spec:EncodeSpec)->Tokens:
+def tokens(self: Encoder, x, spec: EncodeSpec) -> Tokens:
     "Encode `x` [B,3,S,S] along all paths of `spec` in one pass."
-    from zsad.encoder.attention import forward_tokens          # the walk itself is the next section, which knows nothing of this one
+    from zsad.encoder.attention import (
+        forward_tokens,  # the walk itself is the next section, which knows nothing of this one
+    )
     from zsad.methods.windows import encode_windows
+
     S = self.preprocess.size
-    if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point(): raise ValueError(f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)')
+    if x.ndim != 4 or x.shape[1:] != (3, S, S) or not x.is_floating_point():
+        raise ValueError(
+            f'x: need floats [B,3,{S},{S}], got {x.dtype} {list(x.shape)}; make it with encoder.preprocess(images)'
+        )
     v, x = self.model.visual, x.to(self.device)
     cls, patches, views = forward_tokens(v, x, spec.resolved(self.blocks))
     windows = encode_windows(v, x, spec.windows) if spec.windows else {}
-    check_finite(self, [cls, *patches.values(), *([] if views is None else [views]), *windows.values()])
+    check_finite(
+        self, [cls, *patches.values(), *([] if views is None else [views]), *windows.values()]
+    )
     return Tokens(cls, patches, self.grid, spec.stage, views, windows)
 
+# %% ../../nbs/encoder/clip.ipynb #f0832315
 @patch
-def encode(self:Encoder, x, attention='vv', depth=None, layers=(-1,), windows=(), stage='proj')->Tokens:
+def encode(
+    self: Encoder, x, attention='vv', depth=None, layers=(-1,), windows=(), stage='proj'
+) -> Tokens:
     "Encode `x` [B,3,S,S] along one attention path; `.single` of the answer is its tensor [L,B,N,C]."
-    return self.tokens(x, EncodeSpec((AttentionPath(attention, depth),), layers, stage, windows=windows))
+    return self.tokens(
+        x, EncodeSpec((AttentionPath(attention, depth),), layers, stage, windows=windows)
+    )
 
 # %% ../../nbs/encoder/clip.ipynb #c0dc4dfb
-def encode_images(encoder:Encoder, images, spec:EncodeSpec, interpolation:str='bicubic', batch:int=16)->Tokens:
+def encode_images(
+    encoder: Encoder, images, spec: EncodeSpec, interpolation: str = 'bicubic', batch: int = 16
+) -> Tokens:
     "Encode a list of uint8 images in batches and join the results on the CPU."
     prep = replace(encoder.preprocess, interpolation=interpolation)
-    parts = [encoder.tokens(prep(images[i:i + batch]), spec) for i in range(0, len(images), batch)]
+    parts = [
+        encoder.tokens(prep(images[i : i + batch]), spec) for i in range(0, len(images), batch)
+    ]
     return join_tokens(parts).to('cpu')
 
 # %% ../../nbs/encoder/clip.ipynb #270a8893
-SHIPPED = tuple(sorted(p.name.removesuffix('.json') for p in (files('zsad')/'assets').iterdir() if p.name.startswith('mini') and p.name.endswith('.json')))
+SHIPPED = tuple(
+    sorted(
+        p.name.removesuffix('.json')
+        for p in (files('zsad') / 'assets').iterdir()
+        if p.name.startswith('mini') and p.name.endswith('.json')
+    )
+)
 
-def find_config(backbone)->tuple:
+# %% ../../nbs/encoder/clip.ipynb #1ba62e5b
+def find_config(backbone) -> tuple:
     "Read a configuration: (name, model configuration, preprocessing it names)."
-    if backbone in SHIPPED: path = files('zsad')/'assets'/f'{backbone}.json'
-    elif str(backbone).endswith('.json'): path = Path(backbone)
+    if backbone in SHIPPED:
+        path = files('zsad') / 'assets' / f'{backbone}.json'
+    elif str(backbone).endswith('.json'):
+        path = Path(backbone)
     else:
         cfg = open_clip.get_model_config(str(backbone))
         if cfg is None:
-            near = difflib.get_close_matches(str(backbone), open_clip.list_models(), 3, 0.5) or ['ViT-B-16-plus-240']
-            raise ValueError(f"backbone={backbone!r}: not one of {list(SHIPPED)}, not a .json file and not an open_clip model; did you mean {near}?")
+            near = difflib.get_close_matches(str(backbone), open_clip.list_models(), 3, 0.5) or [
+                'ViT-B-16-plus-240'
+            ]
+            raise ValueError(
+                f"backbone={backbone!r}: not one of {list(SHIPPED)}, not a .json file and not an open_clip model; did you mean {near}?"
+            )
         return str(backbone), cfg, {}
-    if not path.is_file(): raise FileNotFoundError(f'backbone={str(backbone)!r}: no such configuration file')
-    try: raw = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as e: raise ValueError(f'{backbone}: not a JSON object ({e})') from e
+    if not path.is_file():
+        raise FileNotFoundError(f'backbone={str(backbone)!r}: no such configuration file')
+    try:
+        raw = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{backbone}: not a JSON object ({e})') from e
     cfg, pre = raw.get('model_cfg', raw), raw.get('preprocess_cfg', {})
     lacks = {'embed_dim', 'vision_cfg', 'text_cfg'} - set(cfg)
-    if lacks: raise ValueError(f'{backbone}: not an open_clip configuration, it lacks {sorted(lacks)}')
-    hub = {'hf_model_name', 'hf_tokenizer_name', 'tokenizer_kwargs', 'tokenizer_mode'} & set(cfg['text_cfg'])
-    if hub: raise ValueError(f'{backbone}: text_cfg asks for {sorted(hub)}, which only open_clip\'s own names bring; give the name instead of a file')
+    if lacks:
+        raise ValueError(f'{backbone}: not an open_clip configuration, it lacks {sorted(lacks)}')
+    hub = {'hf_model_name', 'hf_tokenizer_name', 'tokenizer_kwargs', 'tokenizer_mode'} & set(
+        cfg['text_cfg']
+    )
+    if hub:
+        raise ValueError(
+            f'{backbone}: text_cfg asks for {sorted(hub)}, which only open_clip\'s own names bring; give the name instead of a file'
+        )
     return str(backbone), cfg, pre
 
 # %% ../../nbs/encoder/clip.ipynb #5c64bfee
-def from_hub(name, tag)->bool:
+def from_hub(name, tag) -> bool:
     "Tell whether the hub repository of a tag is its own (and not that of another tag with another file)."
     said = lambda t: open_clip.get_pretrained_cfg(name, t)
     own = said(tag)
-    twins = [t for t in open_clip.list_pretrained_tags_by_model(name) if said(t).get('hf_hub') == own.get('hf_hub') and said(t).get('url') != own.get('url')]
+    twins = [
+        t
+        for t in open_clip.list_pretrained_tags_by_model(name)
+        if said(t).get('hf_hub') == own.get('hf_hub') and said(t).get('url') != own.get('url')
+    ]
     return bool(own.get('hf_hub')) and not (twins and own.get('url'))
 
-def weights_origin(name, weights)->str:
+# %% ../../nbs/encoder/clip.ipynb #5a249509
+def weights_origin(name, weights) -> str:
     "Say where weights come from and how large they are, before anything is fetched."
-    if name in SHIPPED and weights is None: return 'weights shipped with the package'
-    if weights not in open_clip.list_pretrained_tags_by_model(name): return f'weights {weights}'
+    if name in SHIPPED and weights is None:
+        return 'weights shipped with the package'
+    if weights not in open_clip.list_pretrained_tags_by_model(name):
+        return f'weights {weights}'
     said, tower = open_clip.get_pretrained_cfg(name, weights), open_clip.get_model_config(name)
-    with torch.device('meta'): size = sum(p.numel() for p in open_clip.CLIP(**tower).parameters()) if 'hf_model_name' not in tower['text_cfg'] and not tower.get('custom_text') else 0
-    return f"weights {weights} from {'hub ' + said['hf_hub'].strip('/') if from_hub(name, weights) else said['url']}" + (f' (about {4*size/1e6:.0f} MB, fetched once)' if size else '')
+    with torch.device('meta'):
+        size = (
+            sum(p.numel() for p in open_clip.CLIP(**tower).parameters())
+            if 'hf_model_name' not in tower['text_cfg'] and not tower.get('custom_text')
+            else 0
+        )
+    return (
+        f"weights {weights} from {'hub ' + said['hf_hub'].strip('/') if from_hub(name, weights) else said['url']}"
+        + (f' (about {4 * size / 1e6:.0f} MB, fetched once)' if size else '')
+    )
 
 # %% ../../nbs/encoder/clip.ipynb #d9146cba
-def find_weights(name, weights)->tuple:
+def find_weights(name, weights) -> tuple:
     "Locate weights: (file or None for random, source, what the tag says of them)."
-    if name in SHIPPED and weights is None: return files('zsad')/'assets'/f'{name}.safetensors', 'shipped', {}
+    if name in SHIPPED and weights is None:
+        return files('zsad') / 'assets' / f'{name}.safetensors', 'shipped', {}
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights is None: raise ValueError(f"weights=None: {name!r} needs a local file, 'random' or one of its tags {tags}")
+    if weights is None:
+        raise ValueError(
+            f"weights=None: {name!r} needs a local file, 'random' or one of its tags {tags}"
+        )
     if str(weights).split(':')[0] == 'random':
         seed = str(weights).partition(':')[2] or '0'
-        if not seed.isdigit(): raise ValueError(f"weights={weights!r}: 'random' or 'random:SEED' with a whole number")
+        if not seed.isdigit():
+            raise ValueError(f"weights={weights!r}: 'random' or 'random:SEED' with a whole number")
         return None, f'random:{seed}', {}
     if weights in tags:
         said = open_clip.get_pretrained_cfg(name, weights)
-        try: return open_clip.download_pretrained(said, prefer_hf_hub=from_hub(name, weights)), weights, said
-        except Exception as e: raise ValueError(f'weights={weights!r} of {name!r} could not be fetched ({type(e).__name__}); get the file elsewhere and pass its path as weights') from e
-    if not Path(weights).is_file(): raise FileNotFoundError(f"weights={str(weights)!r}: no such file, and not a tag of {name!r} (it has {tags})")
+        try:
+            return (
+                open_clip.download_pretrained(said, prefer_hf_hub=from_hub(name, weights)),
+                weights,
+                said,
+            )
+        except Exception as e:
+            raise ValueError(
+                f'weights={weights!r} of {name!r} could not be fetched ({type(e).__name__}); get the file elsewhere and pass its path as weights'
+            ) from e
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"weights={str(weights)!r}: no such file, and not a tag of {name!r} (it has {tags})"
+        )
     return Path(weights), Path(weights).name, {}
 
 # %% ../../nbs/encoder/clip.ipynb #06ede0bf
 def fill(model, path, source):
     "Load weights into a model; a file that cannot be read and one that does not fit raise different errors."
-    try: rows = {k: v.shape for k, v in load_state_dict(str(path), weights_only=True).items()}
-    except Exception as e: raise ValueError(f'weights {source!r} cannot be read ({type(e).__name__}: {str(e)[:200]}); need safetensors, or a torch file that loads with weights_only') from e
-    for name in ('visual.positional_embedding', 'positional_embedding', 'text.positional_embedding'):
+    try:
+        rows = {k: v.shape for k, v in load_state_dict(str(path), weights_only=True).items()}
+    except Exception as e:
+        raise ValueError(
+            f'weights {source!r} cannot be read ({type(e).__name__}: {str(e)[:200]}); need safetensors, or a torch file that loads with weights_only'
+        ) from e
+    for name in (
+        'visual.positional_embedding',
+        'positional_embedding',
+        'text.positional_embedding',
+    ):
         want, have = dict(model.named_parameters()).get(name), rows.get(name)
-        if want is not None and have is not None and want.shape[1:] == have[1:] and len(want) != have[0]:
-            raise ValueError(f'weights {source!r} do not fit the configuration: {name} has {have[0]} rows in the file and {len(want)} by the configuration; write the file\'s image size and context length there and ask for another size with size=')
-    try: load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except Exception as e: raise ValueError(f'weights {source!r} do not fit the configuration: {str(e)[:600]}') from e
+        if (
+            want is not None
+            and have is not None
+            and want.shape[1:] == have[1:]
+            and len(want) != have[0]
+        ):
+            raise ValueError(
+                f'weights {source!r} do not fit the configuration: {name} has {have[0]} rows in the file and {len(want)} by the configuration; write the file\'s image size and context length there and ask for another size with size='
+            )
+    try:
+        load_checkpoint(model, str(path), strict=True, weights_only=True)
+    except Exception as e:
+        raise ValueError(f'weights {source!r} do not fit the configuration: {str(e)[:600]}') from e
 
 # %% ../../nbs/encoder/clip.ipynb #183ddaef
-def build_model(cfg, name, path, source, dtype)->nn.Module:
+def build_model(cfg, name, path, source, dtype) -> nn.Module:
     "Make the open_clip model and fill it."
     cfg = {**json.loads(json.dumps(cfg)), 'cast_dtype': None if dtype == torch.float32 else dtype}
-    if 'multimodal_cfg' in cfg: raise ValueError(f'backbone={name!r} is a captioning model (CoCa); choose a plain CLIP')
+    if 'multimodal_cfg' in cfg:
+        raise ValueError(f'backbone={name!r} is a captioning model (CoCa); choose a plain CLIP')
     custom = cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg']
     seed = int(source.split(':')[1]) if path is None else 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try: model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
-        except (TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as e: raise ValueError(f'backbone={name!r}: open_clip cannot build this configuration ({type(e).__name__}: {e})') from e
-    if path is not None: fill(model, path, source)
-    if dtype != torch.float32: convert_weights_to_lp(model, dtype)
+        try:
+            model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
+        except (TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as e:
+            raise ValueError(
+                f'backbone={name!r}: open_clip cannot build this configuration ({type(e).__name__}: {e})'
+            ) from e
+    if path is not None:
+        fill(model, path, source)
+    if dtype != torch.float32:
+        convert_weights_to_lp(model, dtype)
     for m in model.modules():
-        if isinstance(m, LayerScale): m.gamma.data = m.gamma.data.to(dtype)
+        if isinstance(m, LayerScale):
+            m.gamma.data = m.gamma.data.to(dtype)
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/encoder/clip.ipynb #ce32478e
-def fit_positions(visual, size:int, mode:str):
+def fit_positions(visual, size: int, mode: str):
     "Resample position embeddings of `visual` to images of `size` pixels, in place, at build time."
     p = visual.patch_size[0]
-    if not isinstance(size, int) or size < p: raise ValueError(f'size={size!r}: a whole number of pixels, at least one patch of {p}')
-    n, old, e = size//p, visual.grid_size[0], visual.positional_embedding.data
+    if not isinstance(size, int) or size < p:
+        raise ValueError(f'size={size!r}: a whole number of pixels, at least one patch of {p}')
+    n, old, e = size // p, visual.grid_size[0], visual.positional_embedding.data
     if n != old:
         g = e[1:].float().T.reshape(1, -1, old, old)
         g = F.interpolate(g, size=(n, n), mode=mode, antialias=True, align_corners=False)
-        visual.positional_embedding = nn.Parameter(torch.cat([e[:1].float(), g.flatten(2)[0].T]).to(e.dtype), requires_grad=False)
+        visual.positional_embedding = nn.Parameter(
+            torch.cat([e[:1].float(), g.flatten(2)[0].T]).to(e.dtype), requires_grad=False
+        )
     visual.grid_size, visual.image_size = (n, n), (size, size)
 
 # %% ../../nbs/encoder/clip.ipynb #a7dadfd2
-def cpu_flags()->set:
+def cpu_flags() -> set:
     "List the CPU's feature flags (empty where the system does not tell)."
     info = Path('/proc/cpuinfo')
-    if not info.exists(): return set()
-    return set(next((l.split(':')[1].split() for l in info.read_text().splitlines() if l.startswith('flags')), []))
+    if not info.exists():
+        return set()
+    return set(
+        next(
+            (
+                l.split(':')[1].split()
+                for l in info.read_text().splitlines()
+                if l.startswith('flags')
+            ),
+            [],
+        )
+    )
 
-def choose_device(device='auto')->str:
+
+def choose_device(device='auto') -> str:
     "Apply the device rule."
     return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else str(device)
 
-def vision_weights(cfg)->int:
+
+def vision_weights(cfg) -> int:
     "Count the weights of a vision transformer's blocks (0 for other towers)."
     v = {'layers': 12, 'width': 768, **cfg['vision_cfg']}
-    return 12*v['layers']*v['width']**2 if isinstance(v['layers'], int) else 0
+    return 12 * v['layers'] * v['width'] ** 2 if isinstance(v['layers'], int) else 0
 
-def choose_dtype(dtype, device:str, vision_weights:int)->torch.dtype:
+# %% ../../nbs/encoder/clip.ipynb #a19a4d46
+def choose_dtype(dtype, device: str, vision_weights: int) -> torch.dtype:
     "Apply the dtype rule."
     known = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
     if dtype == 'auto':
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith('cuda') else 'amx_bf16' in cpu_flags()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.startswith('cuda')
+            else 'amx_bf16' in cpu_flags()
+        )
         return torch.bfloat16 if fast and vision_weights > 20e6 else torch.float32
-    if isinstance(dtype, str) and dtype not in known: raise ValueError(f"dtype={dtype!r}: choose 'auto' or one of {list(known)}")
+    if isinstance(dtype, str) and dtype not in known:
+        raise ValueError(f"dtype={dtype!r}: choose 'auto' or one of {list(known)}")
     return known[dtype] if isinstance(dtype, str) else dtype
 
 # %% ../../nbs/encoder/clip.ipynb #984a65f7
 @lru_cache(4)
-def plain_tokenizer(context:int):
+def plain_tokenizer(context: int):
     "Give CLIP's tokenizer, made once."
     return open_clip.SimpleTokenizer(context_length=context)
 
+
 def find_tokenizer(name, text_cfg):
     "Give open_clip's tokenizer for its own names, CLIP's for configuration files."
-    if name in open_clip.list_models(): return open_clip.get_tokenizer(name)
+    if name in open_clip.list_models():
+        return open_clip.get_tokenizer(name)
     tok = plain_tokenizer(text_cfg.get('context_length', 77))
-    if text_cfg.get('vocab_size', 49408) < tok.vocab_size: raise ValueError(f"backbone={name!r}: vocab_size {text_cfg['vocab_size']} is smaller than CLIP's {tok.vocab_size} tokens")
+    if text_cfg.get('vocab_size', 49408) < tok.vocab_size:
+        raise ValueError(
+            f"backbone={name!r}: vocab_size {text_cfg['vocab_size']} is smaller than CLIP's {tok.vocab_size} tokens"
+        )
     return tok
 
 # %% ../../nbs/encoder/clip.ipynb #c2d0e7c0
-def load_encoder(backbone='mini',    # 'mini', an open_clip name, or a configuration .json
-                 weights=None,       # a tag, a local file (safetensors or torch, weights only), or 'random:SEED'; None: what 'mini' ships
-                 size:int=None,      # pixels per side; None: the configuration's
-                 device='auto',      # 'cpu', 'cuda', ...
-                 dtype='auto',       # 'float32', 'bfloat16', 'float16'
-                 **preprocess        # fields of `Preprocess` to set
-                )->Encoder:
+def load_encoder(
+    backbone='mini',  # 'mini', an open_clip name, or a configuration .json
+    weights=None,  # a tag, a local file (safetensors or torch, weights only), or 'random:SEED'; None: what 'mini' ships
+    size: int = None,  # pixels per side; None: the configuration's
+    device='auto',  # 'cpu', 'cuda', ...
+    dtype='auto',  # 'float32', 'bfloat16', 'float16'
+    **preprocess,  # fields of `Preprocess` to set
+) -> Encoder:
     "Load a CLIP with its right activation, preprocessing, dtype and device."
     name, cfg, pre = find_config(backbone)
     path, source, said = find_weights(name, weights)
-    if 'quick_gelu' in said: cfg = {**cfg, 'quick_gelu': said['quick_gelu']}
+    if 'quick_gelu' in said:
+        cfg = {**cfg, 'quick_gelu': said['quick_gelu']}
     label = Path(name).stem if name.endswith('.json') else name
-    if not vision_weights(cfg) or 'timm_model_name' in cfg['vision_cfg']: raise ValueError(f"backbone={label!r} is not a vision transformer; choose a ViT of open_clip, for example 'ViT-B-16-plus-240'")
+    if not vision_weights(cfg) or 'timm_model_name' in cfg['vision_cfg']:
+        raise ValueError(
+            f"backbone={label!r} is not a vision transformer; choose a ViT of open_clip, for example 'ViT-B-16-plus-240'"
+        )
     device = choose_device(device)
     dtype = choose_dtype(dtype, device, vision_weights(cfg))
     model = build_model(cfg, label, path, source, dtype)
     check_visual(model.visual, label)
-    known = {k: tuple(np.broadcast_to(s[k], 3).tolist()) for s in (pre, said) for k in ('mean', 'std') if s.get(k)}
-    prep = Preprocess(**{'size': model.visual.image_size[0] if size is None else size, **known, **preprocess})
+    known = {
+        k: tuple(np.broadcast_to(s[k], 3).tolist())
+        for s in (pre, said)
+        for k in ('mean', 'std')
+        if s.get(k)
+    }
+    prep = Preprocess(
+        **{'size': model.visual.image_size[0] if size is None else size, **known, **preprocess}
+    )
     fit_positions(model.visual, prep.size, prep.positions)
-    return Encoder(model.to(device), label, cfg, prep, find_tokenizer(name, cfg['text_cfg']), source, dtype, device)
+    return Encoder(
+        model.to(device),
+        label,
+        cfg,
+        prep,
+        find_tokenizer(name, cfg['text_cfg']),
+        source,
+        dtype,
+        device,
+    )
 
 # %% ../../nbs/encoder/clip.ipynb #f91c5384
-def untrained(encoder:Encoder, seed:int=0)->Encoder:
+def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
     "Make an encoder of the same shape with random weights."
     model = build_model(encoder.config, encoder.backbone, None, f'random:{seed}', encoder.dtype)
     fit_positions(model.visual, encoder.preprocess.size, encoder.preprocess.positions)
     return replace(encoder, model=model.to(encoder.device), source=f'random:{seed}')
 
 # %% ../../nbs/encoder/clip.ipynb #5d818c32
-def text_tower(model, ids:Tensor)->Tensor:
+def text_tower(model, ids: Tensor) -> Tensor:
     "Run the text tower on token ids [K,T], cut behind the longest end token: [K,C], not normalised."
     t = getattr(model, 'text', model)
     pool = getattr(t, 'pool_type', getattr(t, 'text_pool_type', 'argmax'))
-    if pool != 'argmax' or getattr(t, 'attn_mask', None) is None or getattr(t, 'text_projection', None) is None or getattr(t, 'cls_emb', None) is not None:
-        return model.encode_text(ids)                       # another kind of text tower: the official way, uncut
-    end = ids.argmax(-1); n = int(end.max()) + 1
+    if (
+        pool != 'argmax'
+        or getattr(t, 'attn_mask', None) is None
+        or getattr(t, 'text_projection', None) is None
+        or getattr(t, 'cls_emb', None) is not None
+    ):
+        return model.encode_text(ids)  # another kind of text tower: the official way, uncut
+    end = ids.argmax(-1)
+    n = int(end.max()) + 1
     p, norm = t.text_projection, t.ln_final
     cast = t.transformer.get_cast_dtype()
     h = t.token_embedding(ids[:, :n]).to(cast) + t.positional_embedding[:n].to(cast)
-    h = norm(t.transformer(h, attn_mask=t.attn_mask[:n, :n].to(cast)))[torch.arange(len(ids), device=ids.device), end].float()
-    return F.linear(h, p.weight.float(), None if p.bias is None else p.bias.float()) if isinstance(p, nn.Linear) else h @ p.float()
+    h = norm(t.transformer(h, attn_mask=t.attn_mask[:n, :n].to(cast)))[
+        torch.arange(len(ids), device=ids.device), end
+    ].float()
+    return (
+        F.linear(h, p.weight.float(), None if p.bias is None else p.bias.float())
+        if isinstance(p, nn.Linear)
+        else h @ p.float()
+    )
 
 # %% ../../nbs/encoder/clip.ipynb #29f6989e
 @patch
 @torch.inference_mode()
-def embed_text(self:Encoder,
-               sentences,            # list of K strings
-               chunk:int=64          # sentences per pass, sorted by length
-              )->Tensor:             # [K,C] float32, not normalised
+def embed_text(
+    self: Encoder,
+    sentences,  # list of K strings
+    chunk: int = 64,  # sentences per pass, sorted by length
+) -> Tensor:  # [K,C] float32, not normalised
     "Embed sentences with CLIP's text encoder."
-    if isinstance(sentences, str) or not len(sentences): raise ValueError(f'sentences={sentences!r}: give a list of at least one sentence')
+    if isinstance(sentences, str) or not len(sentences):
+        raise ValueError(f'sentences={sentences!r}: give a list of at least one sentence')
     ids = self.tokenizer(list(sentences)).to(self.device)
     order = ids.argmax(-1).argsort()
     out = torch.cat([text_tower(self.model, ids[o]).float() for o in order.split(chunk)])
     return out[order.argsort()]
 
 # %% ../../nbs/encoder/clip.ipynb #d0fce37c
-def anomaly_score(p:Tensor,         # [...,C] unit tokens
-                  text:Tensor,      # [2,C] unit rows, or [B,2,C]: normal, anomalous
-                  tau:float=1.      # softmax temperature (1: AnoCLIP as printed; 0.07: WinCLIP)
-                 )->Tensor:         # [...] probability of "anomalous"
+def anomaly_score(
+    p: Tensor,  # [...,C] unit tokens
+    text: Tensor,  # [2,C] unit rows, or [B,2,C]: normal, anomalous
+    tau: float = 1.0,  # softmax temperature (1: AnoCLIP as printed; 0.07: WinCLIP)
+) -> Tensor:  # [...] probability of "anomalous"
     "Score tokens against the two sentences, AnoCLIP Eq. (1) and (2)."
     side = (text[..., 1, :] - text[..., 0, :]).float()
-    if side.ndim == 2: side = side.unflatten(0, (-1, *[1]*(p.ndim - 2)))
-    return torch.sigmoid((p.float()*side).sum(-1)/tau)
+    if side.ndim == 2:
+        side = side.unflatten(0, (-1, *[1] * (p.ndim - 2)))
+    return torch.sigmoid((p.float() * side).sum(-1) / tau)

@@ -8,20 +8,26 @@ __all__ = ['TORCH', 'TRIES', 'Stream', 'streams_of', 'split', 'join', 'DamagedSh
            'encode_missing', 'lost', 'load_or_encode', 'described', 'sizes_of', 'streams_in', 'verify', 'prune']
 
 # %% ../../nbs/encoder/store.ipynb #e7bdd6ba
-import hashlib, json, os, sys, time
+import hashlib
+import json
+import os
+import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from .clip import AttentionPath, Encoder, EncodeSpec, Tokens, encode_images
+
 from ..core.files import digest, write_atomic
-from ..datasets.layouts import load_image
 from ..core.identity import ENCODING_REV, PIPELINE_REV, identity_key
+from ..datasets.layouts import load_image
+from .clip import AttentionPath, Encoder, EncodeSpec, Tokens, encode_images
 
 # %% ../../nbs/encoder/store.ipynb #c05d5950
 TORCH = '.'.join(torch.__version__.split('.')[:2])
@@ -30,92 +36,128 @@ TORCH = '.'.join(torch.__version__.split('.')[:2])
 @dataclass(frozen=True)
 class Stream:
     "One kind of token of one encoder."
-    backbone: str            # name, for people; the hash beside it decides
-    weights: str             # Encoder.weights: tensors, configuration, preprocessing
+
+    backbone: str  # name, for people; the hash beside it decides
+    weights: str  # Encoder.weights: tensors, configuration, preprocessing
     dtype: str
-    device: str              # 'cpu' or 'cuda'
-    interpolation: str       # filter of the resize
-    part: str                # 'cls', 'views anovl', 'windows 2', or an attention: 'qkv', 'vv', ...
+    device: str  # 'cpu' or 'cuda'
+    interpolation: str  # filter of the resize
+    part: str  # 'cls', 'views anovl', 'windows 2', or an attention: 'qkv', 'vv', ...
     depth: int = None
     layer: int = None
     stage: str = 'proj'
-    rev: int = ENCODING_REV    # of the tokens of an image
+    rev: int = ENCODING_REV  # of the tokens of an image
     pipeline: int = PIPELINE_REV
-    made_by: str = TORCH     # minor version of torch
+    made_by: str = TORCH  # minor version of torch
 
     @property
-    def key(self)->str:
+    def key(self) -> str:
         "Name of its folder: the hash of everything that decides its numbers."
         return identity_key({k: v for k, v in asdict(self).items() if k != 'backbone'})
 
     @property
-    def usable(self)->bool:
+    def usable(self) -> bool:
         "Whether today's code and torch would compute it."
         return (self.rev, self.pipeline, self.made_by) == (ENCODING_REV, PIPELINE_REV, TORCH)
 
 # %% ../../nbs/encoder/store.ipynb #af6c9144
-def streams_of(encoder:Encoder, spec:EncodeSpec, interpolation:str)->list:
+def streams_of(encoder: Encoder, spec: EncodeSpec, interpolation: str) -> list:
     "List the streams of a resolved spec: class token, views, windows, then every path at every layer."
-    about = (encoder.backbone, encoder.weights, str(encoder.dtype).split('.')[-1], encoder.device.split(':')[0], interpolation)
-    whole = ['cls', *([] if spec.views == 'one' else [f'views {spec.views}']), *(f'windows {k}' for k in spec.windows)]
+    about = (
+        encoder.backbone,
+        encoder.weights,
+        str(encoder.dtype).split('.')[-1],
+        encoder.device.split(':')[0],
+        interpolation,
+    )
+    whole = [
+        'cls',
+        *([] if spec.views == 'one' else [f'views {spec.views}']),
+        *(f'windows {k}' for k in spec.windows),
+    ]
     parts = [(part, None, None, 'proj') for part in whole]
     parts += [(p.attention, p.depth, l, spec.stage) for p in spec.paths for l in spec.layers]
     return [Stream(*about, *part, rev=ENCODING_REV) for part in parts]
 
 # %% ../../nbs/encoder/store.ipynb #05c78285
-def split(t:Tokens, spec:EncodeSpec)->list:
+def split(t: Tokens, spec: EncodeSpec) -> list:
     "Give the tensors [B,...] of a spec's streams, in their order."
-    return [t.cls, *([] if t.views is None else [t.views]), *(t.windows[k] for k in spec.windows), *(x for p in spec.paths for x in t.patches[p])]
+    return [
+        t.cls,
+        *([] if t.views is None else [t.views]),
+        *(t.windows[k] for k in spec.windows),
+        *(x for p in spec.paths for x in t.patches[p]),
+    ]
 
-def join(tensors:list, spec:EncodeSpec, grid:tuple)->Tokens:
+
+def join(tensors: list, spec: EncodeSpec, grid: tuple) -> Tokens:
     "Make Tokens of the tensors of a spec's streams."
     cls, *rest = tensors
     views = rest.pop(0) if spec.views != 'one' else None
     windows, L = {k: rest.pop(0) for k in spec.windows}, len(spec.layers)
-    return Tokens(cls, {p: torch.stack(rest[i*L:(i + 1)*L]) for i, p in enumerate(spec.paths)}, grid, spec.stage, views, windows)
+    return Tokens(
+        cls,
+        {p: torch.stack(rest[i * L : (i + 1) * L]) for i, p in enumerate(spec.paths)},
+        grid,
+        spec.stage,
+        views,
+        windows,
+    )
 
 # %% ../../nbs/encoder/store.ipynb #ce2d0c4f
 class DamagedShard(ValueError):
     "A shard whose numbers are not what its header says."
-    def __init__(self, file, why): super().__init__(str(file), why); self.file, self.why = Path(file), why
-    def __str__(self): return f'{self.file}: {self.why}'
 
-def touch(root, s:Stream)->Path:
+    def __init__(self, file, why):
+        super().__init__(str(file), why)
+        self.file, self.why = Path(file), why
+
+    def __str__(self):
+        return f'{self.file}: {self.why}'
+
+
+def touch(root, s: Stream) -> Path:
     "Give a stream's folder; its description says by its time when the stream was last of use, and is written again if it is gone."
-    folder = Path(root)/s.key
-    try: os.utime(folder/'stream.json')
-    except FileNotFoundError: write_atomic(folder/'stream.json', json.dumps(asdict(s), indent=1))
+    folder = Path(root) / s.key
+    try:
+        os.utime(folder / 'stream.json')
+    except FileNotFoundError:
+        write_atomic(folder / 'stream.json', json.dumps(asdict(s), indent=1))
     return folder
 
 # %% ../../nbs/encoder/store.ipynb #fc6b0eac
-def shard_bytes(images:list, tokens:Tensor)->bytes:
+def shard_bytes(images: list, tokens: Tensor) -> bytes:
     "Give a shard's bytes; the entries of its header are sorted, which safetensors leaves to chance."
     t = tokens.contiguous()
     about = dict(images=json.dumps(images), sha256=hashlib.sha256(t.numpy().data).hexdigest())
     raw = save({'tokens': t}, about)
     end = 8 + int.from_bytes(raw[:8], 'little')
     header = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(',', ':')).encode()
-    header += b' '*(-len(header) % 8)
+    header += b' ' * (-len(header) % 8)
     return len(header).to_bytes(8, 'little') + header + raw[end:]
 
-def write_shard(root, s:Stream, images:list, tokens:Tensor)->Path:
+
+def write_shard(root, s: Stream, images: list, tokens: Tensor) -> Path:
     "Store tokens [M,...] of images (their pixel hashes) in a stream."
-    return write_atomic(touch(root, s)/f'{digest(*images, n=16)}.safetensors', shard_bytes(images, tokens))
+    return write_atomic(
+        touch(root, s) / f'{digest(*images, n=16)}.safetensors', shard_bytes(images, tokens)
+    )
 
 # %% ../../nbs/encoder/store.ipynb #7fe9e2f2
-def check_names(file, images:list, rows:int)->None:
+def check_names(file, images: list, rows: int) -> None:
     "Make sure that a shard has a row for each of its images and carries their name; raises DamagedShard."
     if len(images) != rows:
         raise DamagedShard(file, f'{len(images)} images, {rows} rows')
     if digest(*images, n=16) != Path(file).stem:
         raise DamagedShard(file, 'its images are not those that its name says')
 
-def read_shard(file)->tuple:      # images, tokens [M,...]
+
+def read_shard(file) -> tuple:  # images, tokens [M,...]
     "Read a shard and check its numbers; a file that is gone is a FileNotFoundError, any other trouble a DamagedShard."
     try:
         raw = Path(file).read_bytes()
         t = load(raw)['tokens']
-        about = json.loads(raw[8:8 + int.from_bytes(raw[:8], 'little')])['__metadata__']
+        about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], 'little')])['__metadata__']
         images = json.loads(about['images'])
         if hashlib.sha256(t.numpy().data).hexdigest() != about['sha256']:
             raise DamagedShard(file, 'checksum differs')
@@ -127,7 +169,7 @@ def read_shard(file)->tuple:      # images, tokens [M,...]
         raise DamagedShard(file, f'{type(e).__name__}: {e}') from e
 
 # %% ../../nbs/encoder/store.ipynb #080220fa
-def read_header(file)->list:      # images
+def read_header(file) -> list:  # images
     "Read the images of a shard off its header; a DamagedShard where the file is not what the header promises."
     with open(file, 'rb') as f:
         size = os.fstat(f.fileno()).st_size
@@ -148,14 +190,15 @@ def read_header(file)->list:      # images
 
 # %% ../../nbs/encoder/store.ipynb #3071576e
 @lru_cache(2**16)
-def rows_in(file, changed:int, size:int)->MappingProxyType:      # image -> (shard file, row)
+def rows_in(file, changed: int, size: int) -> MappingProxyType:  # image -> (shard file, row)
     "List the rows of a shard from its header, read once as long as time and size of the file stay."
     return MappingProxyType({name: (file, i) for i, name in enumerate(read_header(file))})
 
-def headers(root, s:Stream)->tuple:      # {image: (shard file, row)}, [DamagedShard]
+
+def headers(root, s: Stream) -> tuple:  # {image: (shard file, row)}, [DamagedShard]
     "List what a stream holds, from the headers of its shards, and the shards whose headers cannot be used."
     rows, wrong = {}, []
-    for file in sorted((Path(root)/s.key).glob('*.safetensors')):
+    for file in sorted((Path(root) / s.key).glob('*.safetensors')):
         try:
             now = file.stat()
             rows |= rows_in(file, now.st_mtime_ns, now.st_size)
@@ -165,57 +208,98 @@ def headers(root, s:Stream)->tuple:      # {image: (shard file, row)}, [DamagedS
             continue
     return rows, wrong
 
-def index(root, s:Stream)->dict:      # image -> (shard file, row)
+
+def index(root, s: Stream) -> dict:  # image -> (shard file, row)
     "List what a stream holds; a shard whose header cannot be used is passed over here and found by `verify`."
     return headers(root, s)[0]
 
 # %% ../../nbs/encoder/store.ipynb #f16ebd16
-def read_stream(root, s:Stream, images:list)->Tensor:      # [M,...]
+def read_stream(root, s: Stream, images: list) -> Tensor:  # [M,...]
     "Read the tokens of images in their order; a KeyError names an image that is not held."
     where, shards = index(root, s), {}
-    for file in dict.fromkeys(where[i][0] for i in images): shards[file] = read_shard(file)[1]
+    for file in dict.fromkeys(where[i][0] for i in images):
+        shards[file] = read_shard(file)[1]
     touch(root, s)
     return torch.stack([shards[where[i][0]][where[i][1]] for i in images])
 
 # %% ../../nbs/encoder/store.ipynb #99e2efe0
-def load_known(path, image:str)->np.ndarray:
+def load_known(path, image: str) -> np.ndarray:
     "Load an image and make sure that its pixels are those its hash was taken of."
     a = load_image(path)
-    if digest(a, n=24) != image: raise ValueError(f'{path}: the file changed while it was being worked on; start again')
+    if digest(a, n=24) != image:
+        raise ValueError(f'{path}: the file changed while it was being worked on; start again')
     return a
 
-def encode_missing(root, encoder:Encoder, spec:EncodeSpec, interpolation:str, files:dict, batch:int=16, shard:int=32)->int:
+# %% ../../nbs/encoder/store.ipynb #6db58682
+def encode_missing(
+    root,
+    encoder: Encoder,
+    spec: EncodeSpec,
+    interpolation: str,
+    files: dict,
+    batch: int = 16,
+    shard: int = 32,
+) -> int:
     "Encode the images of `files` (hash -> path) of which the store lacks something; gives how many."
     has = {s: index(root, s).keys() for s in streams_of(encoder, spec, interpolation)}
     lacks = [i for i in files if any(i not in h for h in has.values())]
-    def wanted(**one):                                                                         # does any of them lack this path, these windows, the views?
-        return any(i not in has[s] for s in streams_of(encoder, replace(spec, **{'paths': (), 'windows': (), 'views': 'one', **one}), interpolation)[1:] for i in lacks)
-    part = replace(spec, paths=tuple(p for p in spec.paths if wanted(paths=(p,))), windows=tuple(k for k in spec.windows if wanted(windows=(k,))), views=spec.views if wanted(views=spec.views) else 'one')
+
+    def wanted(**one):  # does any of them lack this path, these windows, the views?
+        return any(
+            i not in has[s]
+            for s in streams_of(
+                encoder,
+                replace(spec, **{'paths': (), 'windows': (), 'views': 'one', **one}),
+                interpolation,
+            )[1:]
+            for i in lacks
+        )
+
+    part = replace(
+        spec,
+        paths=tuple(p for p in spec.paths if wanted(paths=(p,))),
+        windows=tuple(k for k in spec.windows if wanted(windows=(k,))),
+        views=spec.views if wanted(views=spec.views) else 'one',
+    )
     for k in range(0, len(lacks), shard):
-        names = lacks[k:k + shard]
-        t = encode_images(encoder, [load_known(files[i], i) for i in names], part, interpolation, batch)
+        names = lacks[k : k + shard]
+        t = encode_images(
+            encoder, [load_known(files[i], i) for i in names], part, interpolation, batch
+        )
         for s, tensor in zip(streams_of(encoder, part, interpolation), split(t, part)):
-            if not has[s] >= set(names): write_shard(root, s, names, tensor)                 # what stands is left alone
+            if not has[s] >= set(names):
+                write_shard(root, s, names, tensor)  # what stands is left alone
     return len(lacks)
 
 # %% ../../nbs/encoder/store.ipynb #be7906b1
-TRIES = 3      # how often tokens that are not there after encoding are encoded again
+TRIES = 3  # how often tokens that are not there after encoding are encoded again
 
-def lost(root, streams:list, names:list)->DamagedShard:
+
+def lost(root, streams: list, names: list) -> DamagedShard:
     "Say which file is the reason that tokens are not there although they were written."
     for s in streams:
         rows, wrong = headers(root, s)
         missing = [n for n in names if n not in rows]
         if missing and wrong:
-            return DamagedShard(wrong[0].file, f'{wrong[0].why}; written {TRIES} times, so look at the disk')
+            return DamagedShard(
+                wrong[0].file, f'{wrong[0].why}; written {TRIES} times, so look at the disk'
+            )
         if missing:
-            return DamagedShard(Path(root)/s.key, f'{len(missing)} images written {TRIES} times are not '
-                                'there; look whether the disk is full, or another process removes them')
-    return DamagedShard(root, f'shards vanished {TRIES} times while they were read; '
-                        'look whether another process removes them')
+            return DamagedShard(
+                Path(root) / s.key,
+                f'{len(missing)} images written {TRIES} times are not '
+                'there; look whether the disk is full, or another process removes them',
+            )
+    return DamagedShard(
+        root,
+        f'shards vanished {TRIES} times while they were read; '
+        'look whether another process removes them',
+    )
 
 # %% ../../nbs/encoder/store.ipynb #90b9b721
-def load_or_encode(root, encoder:Encoder, spec:EncodeSpec, interpolation:str, files:dict, batch:int=16)->Tokens:
+def load_or_encode(
+    root, encoder: Encoder, spec: EncodeSpec, interpolation: str, files: dict, batch: int = 16
+) -> Tokens:
     "Give the tokens of the images of `files` (hash -> path), encoding what the store lacks; a DamagedShard where they do not stay."
     spec, names, damaged, tries = spec.resolved(encoder.blocks), list(files), set(), 0
     streams = streams_of(encoder, spec, interpolation)
@@ -223,25 +307,30 @@ def load_or_encode(root, encoder:Encoder, spec:EncodeSpec, interpolation:str, fi
         encode_missing(root, encoder, spec, interpolation, files, batch)
         try:
             return join([read_stream(root, s, names) for s in streams], spec, encoder.grid)
-        except (FileNotFoundError, KeyError):      # another process removed it, or it was not written whole
+        except (
+            FileNotFoundError,
+            KeyError,
+        ):  # another process removed it, or it was not written whole
             tries += 1
         except DamagedShard as e:
-            if e.file in damaged: raise            # written again and damaged again
+            if e.file in damaged:
+                raise  # written again and damaged again
             print(f'{e}; removed, its images are encoded again', file=sys.stderr)
             damaged.add(e.file)
             e.file.unlink(missing_ok=True)
     raise lost(root, streams, names)
 
 # %% ../../nbs/encoder/store.ipynb #d884da87
-def described(folder)->Stream:      # None where the description is missing or not that of the folder
+def described(folder) -> Stream:  # None where the description is missing or not that of the folder
     "Read the description of a stream's folder."
     try:
-        s = Stream(**json.loads((folder/'stream.json').read_text()))
+        s = Stream(**json.loads((folder / 'stream.json').read_text()))
         return s if s.key == folder.name else None
     except (OSError, ValueError, TypeError):
         return None
 
-def sizes_of(files)->dict:      # {file: (bytes, time of the last change)}
+
+def sizes_of(files) -> dict:  # {file: (bytes, time of the last change)}
     "Look at files, leaving out those that another process removes meanwhile."
     out = {}
     for f in files:
@@ -251,7 +340,8 @@ def sizes_of(files)->dict:      # {file: (bytes, time of the last change)}
             continue
     return out
 
-def streams_in(root)->list:      # (Stream or None, folder, shards, images, bytes), largest first
+
+def streams_in(root) -> list:  # (Stream or None, folder, shards, images, bytes), largest first
     "List the streams of a store; None where a folder's description cannot be read or is one of another version of zsad."
     out = []
     for folder in sorted(p for p in Path(root).glob('*') if p.is_dir()):
@@ -261,29 +351,34 @@ def streams_in(root)->list:      # (Stream or None, folder, shards, images, byte
     return sorted(out, key=lambda r: -r[-1])
 
 # %% ../../nbs/encoder/store.ipynb #c4d5aca9
-def verify(root)->list:      # (file, what is wrong)
+def verify(root) -> list:  # (file, what is wrong)
     "Read every shard of a store against its checksum."
     wrong = []
     for file in sorted(Path(root).glob('*/*.safetensors')):
-        try: read_shard(file)
-        except DamagedShard as e: wrong.append((file, e.why))
-        except FileNotFoundError: continue      # removed since it was listed
+        try:
+            read_shard(file)
+        except DamagedShard as e:
+            wrong.append((file, e.why))
+        except FileNotFoundError:
+            continue  # removed since it was listed
     return wrong
 
 # %% ../../nbs/encoder/store.ipynb #f16f49f2
-def prune(root, days:float=None)->int:      # bytes freed
+def prune(root, days: float = None) -> int:  # bytes freed
     "Remove streams of other revisions or of another torch, leftovers older than an hour and, with `days`, streams not read for so long (0: everything)."
     now, freed = time.time(), 0
     for s, folder, *_ in streams_in(root):
         files = sizes_of(folder.glob('*'))
         idle = now - max([changed for _, changed in files.values()], default=0)
-        unused = days is not None and idle >= days*86400
+        unused = days is not None and idle >= days * 86400
         gone = s is None or not s.usable or unused
         for f, (size, changed) in files.items():
             if gone or (f.name.startswith('.') and now - changed > 3600):
                 freed += size
                 f.unlink(missing_ok=True)
         if gone:
-            try: folder.rmdir()
-            except OSError: continue      # another process writes there again
+            try:
+                folder.rmdir()
+            except OSError:
+                continue  # another process writes there again
     return freed

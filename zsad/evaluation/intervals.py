@@ -9,16 +9,18 @@ __all__ = ['BINS', 'resample_weights', 'bin_ends', 'Bins', 'place_within', 'end_
 
 # %% ../../nbs/evaluation/intervals.ipynb #9b329528
 from dataclasses import dataclass
+
 import numpy as np
 from scipy.special import ndtr, ndtri
+
 from ..core.files import seeded_rng
 
 # %% ../../nbs/evaluation/intervals.ipynb #f4458ce2
 def resample_weights(
-    n:int,             # images of the category
-    key,               # what the draws belong to, e.g. (data set, category)
-    resamples:int=200, # number of draws, the set itself included
-)->np.ndarray:         # [resamples,n] how often each image was drawn
+    n: int,  # images of the category
+    key,  # what the draws belong to, e.g. (data set, category)
+    resamples: int = 200,  # number of draws, the set itself included
+) -> np.ndarray:  # [resamples,n] how often each image was drawn
     "Draw images with replacement; the first row is the set itself."
     if resamples < 1:
         raise ValueError(f'{resamples} draws: give 1 or more; 200 are enough for a 95 % interval')
@@ -29,14 +31,16 @@ def resample_weights(
 # %% ../../nbs/evaluation/intervals.ipynb #372586e0
 BINS = 3072
 
+
 def bin_ends(
-    c,          # Counts of the set itself
-    limit,      # FPR limit of PRO
+    c,  # Counts of the set itself
+    limit,  # FPR limit of PRO
     bins=BINS,  # number of bins, about
-)->np.ndarray:
+) -> np.ndarray:
     "Return the index of the last distinct score of every bin; each score is one if they are few."
     T = len(c.score)
-    if T <= bins: return np.arange(T)
+    if T <= bins:
+        return np.arange(T)
     recall = (np.arange(1, bins + 1) / bins) ** 1.5
     even = np.maximum(np.searchsorted(c.tp, c.positives * recall), np.arange(bins))
     best = np.argmax(c.tp / (c.tp + c.fp + c.positives))
@@ -48,57 +52,65 @@ def bin_ends(
 @dataclass(frozen=True, eq=False)
 class Bins:
     "Counts of single images at bins of thresholds, strictest first, and the places within bins."
-    above: np.ndarray      # normal pixels above the highest score of a bin [M,B]
-    fp: np.ndarray         # normal pixels at or above its lowest score [M,B]
-    tp: np.ndarray         # anomalous pixels at or above its lowest score [A,B]
-    cover: np.ndarray      # sum over the image's regions of their share in the bin [A,B]
-    image: np.ndarray      # which images have anomalous pixels [A]
-    regions: np.ndarray    # number of regions of those [A]
+
+    above: np.ndarray  # normal pixels above the highest score of a bin [M,B]
+    fp: np.ndarray  # normal pixels at or above its lowest score [M,B]
+    tp: np.ndarray  # anomalous pixels at or above its lowest score [A,B]
+    cover: np.ndarray  # sum over the image's regions of their share in the bin [A,B]
+    image: np.ndarray  # which images have anomalous pixels [A]
+    regions: np.ndarray  # number of regions of those [A]
     negatives: np.ndarray  # normal pixels [M]
-    place: np.ndarray      # of the bin's anomalous pixels between `above` and `fp`, 0..1 [B]
-    cover_place: np.ndarray    # the same, pixels weighted by their share of their region [B]
-    several: np.ndarray    # True where a bin holds more than one score [B]
-    excess: np.ndarray     # mean precision less that of both ends, 0 where there is one score [B]
-    limit: float           # FPR limit of PRO
+    place: np.ndarray  # of the bin's anomalous pixels between `above` and `fp`, 0..1 [B]
+    cover_place: np.ndarray  # the same, pixels weighted by their share of their region [B]
+    several: np.ndarray  # True where a bin holds more than one score [B]
+    excess: np.ndarray  # mean precision less that of both ends, 0 where there is one score [B]
+    limit: float  # FPR limit of PRO
 
 # %% ../../nbs/evaluation/intervals.ipynb #dfddaf34
 def place_within(
-    weight,       # of the anomalous pixels at each distinct score [T]
-    c,            # Counts of the set itself
-    starts, ends, # first and last index of every bin [B]
-)->np.ndarray:
+    weight,  # of the anomalous pixels at each distinct score [T]
+    c,  # Counts of the set itself
+    starts,
+    ends,  # first and last index of every bin [B]
+) -> np.ndarray:
     "Return the mean place of a bin's pixels between its first and last normal pixel [B]."
     low, high = c.above[starts], c.fp[ends]
-    middle = (c.above + c.fp) / 2 - np.repeat(low, ends - starts + 1)   # ties count half
+    middle = (c.above + c.fp) / 2 - np.repeat(low, ends - starts + 1)  # ties count half
     mean = np.add.reduceat(weight * middle, starts) / np.add.reduceat(weight, starts)
-    return np.divide(mean, high - low, out=np.full(len(ends), .5), where=high > low)
+    return np.divide(mean, high - low, out=np.full(len(ends), 0.5), where=high > low)
 
 # %% ../../nbs/evaluation/intervals.ipynb #27e4e2e5
 def end_precisions(
-    above, fp, tp, # at bins [...,B], `tp` cumulated
-)->tuple:          # (at the start, at the end) of every bin [...,B]
+    above,
+    fp,
+    tp,  # at bins [...,B], `tp` cumulated
+) -> tuple:  # (at the start, at the end) of every bin [...,B]
     "Return the precision before a bin's first anomalous pixel and after its last pixel."
     before = np.concatenate([np.zeros_like(tp[..., :1]), tp[..., :-1]], -1)
     end = np.divide(tp, tp + fp, out=np.zeros_like(tp), where=tp + fp > 0)
     return np.divide(before, before + above, out=end.copy(), where=before + above > 0), end
 
-def excess_precision(p, c, starts, ends)->np.ndarray:
+
+def excess_precision(p, c, starts, ends) -> np.ndarray:
     "Return the mean precision of each bin's `p` pixels less that of its ends, 0 for one score [B]."
     mean = np.add.reduceat(p * c.tp / (c.tp + c.fp), starts) / np.add.reduceat(p, starts)
-    ends_mean = np.mean(end_precisions(c.above[starts], c.fp[ends], c.tp[ends] * 1.), 0)
+    ends_mean = np.mean(end_precisions(c.above[starts], c.fp[ends], c.tp[ends] * 1.0), 0)
     return np.where(ends > starts, mean - ends_mean, 0)
 
 # %% ../../nbs/evaluation/intervals.ipynb #76fbdfca
 def count_image(
-    scores, regions, # pixels of one image [n]
-    low, high,       # lowest and highest score of every bin, ascending [B]
-)->tuple:            # (above, fp, negatives, tp or None, cover, number of regions)
+    scores,
+    regions,  # pixels of one image [n]
+    low,
+    high,  # lowest and highest score of every bin, ascending [B]
+) -> tuple:  # (above, fp, negatives, tp or None, cover, number of regions)
     "Count one image at bins of thresholds, strictest first."
     hit, B = regions > 0, len(low)
     normal = np.sort(scores[~hit])
     above = len(normal) - np.searchsorted(normal, high, 'right')[::-1]
     fp = len(normal) - np.searchsorted(normal, low, 'left')[::-1]
-    if not hit.any(): return above, fp, len(normal), None, None, 0
+    if not hit.any():
+        return above, fp, len(normal), None, None, 0
     at = B - np.searchsorted(low, scores[hit], 'right')
     _, region, area = np.unique(regions[hit], return_inverse=True, return_counts=True)
     tp = np.bincount(at, minlength=B).cumsum()
@@ -106,13 +118,13 @@ def count_image(
 
 # %% ../../nbs/evaluation/intervals.ipynb #a43fa78e
 def threshold_bins(
-    maps,        # scores without NaN [M,...]
-    regions,     # same shape: 0 normal, else the number of the region
-    c,           # Counts of both, from `sorted_counts`, defined
-    limit=.3,    # FPR limit of PRO
-    within=None, # same shape: count only where True
-    bins=BINS,   # number of bins, about
-)->Bins:
+    maps,  # scores without NaN [M,...]
+    regions,  # same shape: 0 normal, else the number of the region
+    c,  # Counts of both, from `sorted_counts`, defined
+    limit=0.3,  # FPR limit of PRO
+    within=None,  # same shape: count only where True
+    bins=BINS,  # number of bins, about
+) -> Bins:
     "Count every image at the distinct anomalous scores of the set, or at bins of them."
     ends = bin_ends(c, limit, bins)
     starts = np.append(0, ends[:-1] + 1)
@@ -125,19 +137,30 @@ def threshold_bins(
     image = np.flatnonzero(n)
     tp, cover = (np.array([a[m] for m in image], float) for a in (tp, cover))
     p, share = np.diff(c.tp, prepend=0), np.diff(c.cover, prepend=0)
-    return Bins(np.array(above, float), np.array(fp, float), tp, cover, image, np.array(n)[image],
-                np.array(negatives, float), place_within(p, c, starts, ends),
-                place_within(share, c, starts, ends), ends > starts,
-                excess_precision(p, c, starts, ends), limit)
+    return Bins(
+        np.array(above, float),
+        np.array(fp, float),
+        tp,
+        cover,
+        image,
+        np.array(n)[image],
+        np.array(negatives, float),
+        place_within(p, c, starts, ends),
+        place_within(share, c, starts, ends),
+        ends > starts,
+        excess_precision(p, c, starts, ends),
+        limit,
+    )
 
 # %% ../../nbs/evaluation/intervals.ipynb #738e8e39
-def mean_precision(b:Bins, above, fp, tp, p)->np.ndarray:
+def mean_precision(b: Bins, above, fp, tp, p) -> np.ndarray:
     "Return AP times the number of anomalous pixels for counts of draws [R,B]: [R]."
     start, end = end_precisions(above, fp, tp)
     precision = np.where(b.several, (start + end) / 2 + b.excess, end)
     return np.einsum('rb,rb->r', p, precision)
 
-def missed_area(b:Bins, above, fp, cover, limit)->np.ndarray:
+
+def missed_area(b: Bins, above, fp, cover, limit) -> np.ndarray:
     "Return the area up to `limit` [R] normal pixels that the PRO curve of each draw lacks: [R]."
     x = np.minimum(above + b.cover_place * (fp - above), limit[:, None])
     row, cut = np.arange(len(fp)), (fp > limit[:, None]).argmax(1)
@@ -149,15 +172,16 @@ def missed_area(b:Bins, above, fp, cover, limit)->np.ndarray:
 
 # %% ../../nbs/evaluation/intervals.ipynb #e0f76da7
 def resample(
-    b:Bins,
-    w,    # how often each image is drawn [R,M]
-)->dict:  # {'auroc', 'f1max', 'ap', 'pro'}: [R], NaN where a class was not drawn
+    b: Bins,
+    w,  # how often each image is drawn [R,M]
+) -> dict:  # {'auroc', 'f1max', 'ap', 'pro'}: [R], NaN where a class was not drawn
     "Compute AUROC, F1max, AP and PRO of every draw."
     w = np.asarray(w, float)
-    parts = [draw_metrics(b, w[i:i + 16]) for i in range(0, len(w), 16)]   # fits the cache
+    parts = [draw_metrics(b, w[i : i + 16]) for i in range(0, len(w), 16)]  # fits the cache
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
-def draw_metrics(b:Bins, w)->dict:
+
+def draw_metrics(b: Bins, w) -> dict:
     "Compute the metrics of a few draws."
     own = w[:, b.image]
     above, fp, tp, cover = w @ b.above, w @ b.fp, own @ b.tp, own @ b.cover
@@ -165,42 +189,48 @@ def draw_metrics(b:Bins, w)->dict:
     with np.errstate(invalid='ignore', divide='ignore'):
         lost = np.einsum('rb,rb->r', p, above + b.place * (fp - above))
         missed = missed_area(b, above, fp, cover, b.limit * N)
-        out = dict(auroc=1 - lost / (P * N),
-                   f1max=(2 * tp / (tp + fp + P[:, None])).max(1),
-                   ap=mean_precision(b, above, fp, tp, p) / P,
-                   pro=1 - missed / (b.limit * N * (own @ b.regions)))
+        out = dict(
+            auroc=1 - lost / (P * N),
+            f1max=(2 * tp / (tp + fp + P[:, None])).max(1),
+            ap=mean_precision(b, above, fp, tp, p) / P,
+            pro=1 - missed / (b.limit * N * (own @ b.regions)),
+        )
     return {k: np.where((P == 0) | (N == 0), np.nan, v) for k, v in out.items()}
 
 # %% ../../nbs/evaluation/intervals.ipynb #a20b6352
 def resample_scores(
-    scores, labels, # [M], without NaN; 0 normal, 1 anomalous
-    c,              # Counts of both, defined
-    w,              # how often each image is drawn [R,M]
-)->dict:            # {'auroc', 'f1max', 'ap'}: [R]
+    scores,
+    labels,  # [M], without NaN; 0 normal, 1 anomalous
+    c,  # Counts of both, defined
+    w,  # how often each image is drawn [R,M]
+) -> dict:  # {'auroc', 'f1max', 'ap'}: [R]
     "Compute image AUROC, F1max and AP of every draw."
     out = resample(threshold_bins(scores[:, None], labels[:, None], c, bins=len(scores)), w)
     return {k: out[k] for k in ('auroc', 'f1max', 'ap')}
 
 # %% ../../nbs/evaluation/intervals.ipynb #1cd515bb
 def corrected_interval(
-    draws, # values of draws [R], the first is that of the set itself; NaN where undefined
-)->tuple:  # (low, high), NaN where the set itself has no value
+    draws,  # values of draws [R], the first is that of the set itself; NaN where undefined
+) -> tuple:  # (low, high), NaN where the set itself has no value
     "Return the bias-corrected 95 % percentile interval (Efron 1981), widened to hold its value."
     draws = np.asarray(draws, float)
-    if not (len(draws) and np.isfinite(draws[0])): return float('nan'), float('nan')
+    if not (len(draws) and np.isfinite(draws[0])):
+        return float('nan'), float('nan')
     value, draws = draws[0], draws[np.isfinite(draws)]
     R = len(draws)
     below = (np.sum(draws < value) + np.sum(draws == value) / 2) / R
-    shift = 2 * ndtri(np.clip(below, .5 / R, 1 - .5 / R))
-    low, high = np.quantile(draws, ndtr(shift + ndtri([.025, .975])))
+    shift = 2 * ndtri(np.clip(below, 0.5 / R, 1 - 0.5 / R))
+    low, high = np.quantile(draws, ndtr(shift + ndtri([0.025, 0.975])))
     return float(min(low, value)), float(max(high, value))
 
+
 def interval(
-    bootstrap_values, # [categories][R], the first draw is the set itself
-)->tuple:             # (low, high) in percent
+    bootstrap_values,  # [categories][R], the first draw is the set itself
+) -> tuple:  # (low, high) in percent
     "Return the 95 % interval of the mean over categories of values or of paired differences."
     a = np.asarray(bootstrap_values, float)
-    if not a.size: return float('nan'), float('nan')
+    if not a.size:
+        return float('nan'), float('nan')
     known = np.isfinite(a)
     mean = np.where(known, a, 0).sum(0) / np.maximum(known.sum(0), 1)
     low, high = corrected_interval(np.where(known.any(0), mean, np.nan))

@@ -13,15 +13,23 @@ __all__ = ['METRIC_OPERATIONS', 'MASK_RULES', 'METRICS', 'PROTOCOLS', 'as_array'
 # %% ../../nbs/evaluation/metrics.ipynb #622a5f2b
 import inspect
 from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from .intervals import corrected_interval, resample, resample_scores, resample_weights, threshold_bins
+
 from ..core.identity import Registry
+from zsad.evaluation.intervals import (
+    corrected_interval,
+    resample,
+    resample_scores,
+    resample_weights,
+    threshold_bins,
+)
 
 # %% ../../nbs/evaluation/metrics.ipynb #ebae7728
 def as_array(
-    x, # NumPy array, torch tensor or nested list
+    x,  # NumPy array, torch tensor or nested list
 ):
     "Return `x` as a NumPy array, half precision widened to float32."
     if hasattr(x, 'detach'):
@@ -34,27 +42,30 @@ def as_array(
 @dataclass(frozen=True, eq=False)
 class Counts:
     "Cumulative counts of a category at each distinct anomalous score, strictest first."
-    score: np.ndarray   # distinct scores of anomalous pixels, descending [T]
-    tp: np.ndarray      # anomalous pixels at or above each score [T]
-    fp: np.ndarray      # normal pixels at or above each score [T]
-    above: np.ndarray   # normal pixels strictly above each score [T]
-    cover: np.ndarray   # mean covered fraction of the regions at each score [T]
-    normal: tuple       # scores of the normal pixels, in one or more ascending arrays
-    nans: int = 0       # NaN among all values; the arrays are empty then
-    total: int = 0      # number of values
+
+    score: np.ndarray  # distinct scores of anomalous pixels, descending [T]
+    tp: np.ndarray  # anomalous pixels at or above each score [T]
+    fp: np.ndarray  # normal pixels at or above each score [T]
+    above: np.ndarray  # normal pixels strictly above each score [T]
+    cover: np.ndarray  # mean covered fraction of the regions at each score [T]
+    normal: tuple  # scores of the normal pixels, in one or more ascending arrays
+    nans: int = 0  # NaN among all values; the arrays are empty then
+    total: int = 0  # number of values
     positives = property(lambda c: int(c.tp[-1]) if len(c.tp) else 0)
     negatives = property(lambda c: sum(map(len, c.normal)))
 
 # %% ../../nbs/evaluation/metrics.ipynb #d9e5486e
 def sorted_counts(
-    maps,        # scores of any shape: pixels [M,H,W] or images [M]
-    regions,     # same shape: 0 or False normal, else anomalous; integers number the regions
-    within=None, # same shape: count only where True; None = everywhere
+    maps,  # scores of any shape: pixels [M,H,W] or images [M]
+    regions,  # same shape: 0 or False normal, else anomalous; integers number the regions
+    within=None,  # same shape: count only where True; None = everywhere
 ) -> Counts:
     "Sort the scores once and count anomalous and normal ones at every distinct anomalous score."
     s, r = chosen_values(maps, regions, within)
-    if nans := int(np.isnan(s).sum()): return Counts(*[np.empty(0)] * 5, (), nans=nans, total=s.size)
+    if nans := int(np.isnan(s).sum()):
+        return Counts(*[np.empty(0)] * 5, (), nans=nans, total=s.size)
     return counts_of(sort_normal(s, r))
+
 
 def chosen_values(maps, regions, within=None) -> tuple:
     "Return scores and regions where `within` is True, flat; raises ValueError for other shapes."
@@ -71,40 +82,50 @@ def sort_normal(s, r) -> tuple:
     hit = r > 0
     return np.sort(s[~hit]), s[hit], r[hit].astype(np.int32)
 
+
 def counts_of(
-    *parts, # from `sort_normal`, without NaN
+    *parts,  # from `sort_normal`, without NaN
 ) -> Counts:
     "Count the parts together."
     normal, s, r = zip(*parts)
     s, r = np.concatenate(s), np.concatenate(r)
     order = np.argsort(s)[::-1]
     s, r = s[order], r[order]
-    last = np.flatnonzero(np.append(s[1:] != s[:-1], True)[:len(s)])    # the last pixel of each tie
+    last = np.flatnonzero(np.append(s[1:] != s[:-1], True)[: len(s)])  # the last pixel of each tie
     area = np.bincount(r)
     share = 1 / (np.maximum(area, 1) * max(1, np.count_nonzero(area)))  # a pixel adds it to cover
     at = s[last[::-1]]
-    fp, above = (sum(len(n) - np.searchsorted(n, at, side)[::-1] for n in normal) for side in ('left', 'right'))
+    fp, above = (
+        sum(len(n) - np.searchsorted(n, at, side)[::-1] for n in normal)
+        for side in ('left', 'right')
+    )
     total = len(s) + sum(map(len, normal))
     return Counts(s[last], last + 1, fp, above, np.cumsum(share[r])[last], normal, total=total)
 
 # %% ../../nbs/evaluation/metrics.ipynb #47235205
 def reason(
-    c,            # Counts, or a str: a reason found earlier
-    unit='pixel', # what is counted: 'pixel' or 'image'
+    c,  # Counts, or a str: a reason found earlier
+    unit='pixel',  # what is counted: 'pixel' or 'image'
 ) -> str:
     "Say why the metrics of `c` are undefined; empty when they are defined."
-    if isinstance(c, str): return c
-    if c.nans: return f'{c.nans} of {c.total} {unit} scores are NaN'
-    if not c.total: return f'no {unit}s'
-    if not c.positives: return f'no anomalous {unit} among {c.total}'
-    if not c.negatives: return f'no normal {unit} among {c.total}'
+    if isinstance(c, str):
+        return c
+    if c.nans:
+        return f'{c.nans} of {c.total} {unit} scores are NaN'
+    if not c.total:
+        return f'no {unit}s'
+    if not c.positives:
+        return f'no anomalous {unit} among {c.total}'
+    if not c.negatives:
+        return f'no normal {unit} among {c.total}'
     return ''
 
 # %% ../../nbs/evaluation/metrics.ipynb #6f29d151
 METRIC_OPERATIONS = Registry('metric', given=('c', 'limit'))
 
+
 def metric(
-    name, # key of the result, such as 'pixel_auroc'
+    name,  # key of the result, such as 'pixel_auroc'
     rev,  # raised when the function gives other values
 ):
     "Register a function of `Counts` as a metric: of images if `name` begins with 'image_'."
@@ -115,10 +136,11 @@ def metric(
 @metric('image_auroc', rev=1)
 @metric('pixel_auroc', rev=1)
 def auroc(
-    c: Counts, # from `sorted_counts`
+    c: Counts,  # from `sorted_counts`
 ) -> float:
     "Area under the ROC curve with ties counted half, NaN when `reason(c)`."
-    if reason(c): return float('nan')
+    if reason(c):
+        return float('nan')
     p = np.diff(c.tp, prepend=0)
     return 1 - float(p @ (c.fp + c.above)) / (2 * c.positives * c.negatives)
 
@@ -126,39 +148,44 @@ def auroc(
 @metric('image_ap', rev=1)
 @metric('pixel_ap', rev=1)
 def average_precision(
-    c: Counts, # from `sorted_counts`
+    c: Counts,  # from `sorted_counts`
 ) -> float:
     "Sum precision over the steps of recall (scikit-learn's definition), NaN when `reason(c)`."
-    if reason(c): return float('nan')
+    if reason(c):
+        return float('nan')
     return float(np.diff(c.tp, prepend=0) @ (c.tp / (c.tp + c.fp))) / c.positives
 
 # %% ../../nbs/evaluation/metrics.ipynb #d49cd022
 @metric('image_f1max', rev=1)
 @metric('pixel_f1max', rev=1)
 def f1max(
-    c: Counts, # from `sorted_counts`
+    c: Counts,  # from `sorted_counts`
 ) -> float:
     "Return the largest F1 over all thresholds, NaN when `reason(c)`."
-    if reason(c): return float('nan')
+    if reason(c):
+        return float('nan')
     return float((2 * c.tp / (c.tp + c.fp + c.positives)).max())
 
 # %% ../../nbs/evaluation/metrics.ipynb #2a6a799a
 def components(
-    masks,          # anomalous where True or nonzero [M,H,W]
-    connectivity=8, # 8: corners touch; 4: only edges do
+    masks,  # anomalous where True or nonzero [M,H,W]
+    connectivity=8,  # 8: corners touch; 4: only edges do
 ) -> np.ndarray:
     "Number the connected regions of every mask, 0 elsewhere, unique over the stack [M,H,W]."
-    if connectivity not in (4, 8): raise ValueError(f'connectivity {connectivity}: choose 4 or 8')
-    if (masks := as_array(masks)).ndim != 3: raise ValueError(f'masks {masks.shape}: give a stack [M,H,W]')
+    if connectivity not in (4, 8):
+        raise ValueError(f'connectivity {connectivity}: choose 4 or 8')
+    if (masks := as_array(masks)).ndim != 3:
+        raise ValueError(f'masks {masks.shape}: give a stack [M,H,W]')
     plane = ndimage.generate_binary_structure(2, connectivity // 4)
     flat, on = np.pad(plane[None], ((1, 1), (0, 0), (0, 0))), masks > 0
     out, some = np.zeros(masks.shape, np.int32), on.any((1, 2))
-    if some.any(): out[some] = ndimage.label(on[some], flat)[0]
+    if some.any():
+        out[some] = ndimage.label(on[some], flat)[0]
     return out
 
 # %% ../../nbs/evaluation/metrics.ipynb #38c50f34
 def pro_curve(
-    c: Counts, # from `sorted_counts` with numbered regions
+    c: Counts,  # from `sorted_counts` with numbered regions
 ) -> tuple[np.ndarray, np.ndarray]:
     "Return the corners (FPR, mean covered fraction) of the exact PRO curve (MVTec-AD)."
     before = np.append(0, c.cover)[:-1]
@@ -169,11 +196,12 @@ def pro_curve(
 # %% ../../nbs/evaluation/metrics.ipynb #f0a1cfe7
 @metric('pro', rev=1)
 def pro(
-    c: Counts, # from `sorted_counts` with numbered regions
-    limit=.3,  # FPR up to which is integrated
+    c: Counts,  # from `sorted_counts` with numbered regions
+    limit=0.3,  # FPR up to which is integrated
 ) -> float:
     "Integrate the exact PRO curve up to an FPR of `limit` and divide by it (MVTec-AD), NaN when `reason(c)`."
-    if reason(c): return float('nan')
+    if reason(c):
+        return float('nan')
     x, y = pro_curve(c)
     width, part = np.diff(x), np.diff(np.minimum(x, limit))
     slope = np.divide(np.diff(y), width, out=np.zeros_like(width), where=width > 0)
@@ -181,14 +209,15 @@ def pro(
 
 # %% ../../nbs/evaluation/metrics.ipynb #8f95f017
 def field_curve(
-    c: Counts, # from `sorted_counts` with numbered regions
-    steps=200, # number of thresholds
+    c: Counts,  # from `sorted_counts` with numbered regions
+    steps=200,  # number of thresholds
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Sample FPR and mean covered fraction strictly above evenly spaced thresholds (CFLOW-AD's routine)."
     ends = [v for n in c.normal if len(n) for v in (n[0], n[-1])] + [c.score[0], c.score[-1]]
     low, high = float(min(ends)), float(max(ends))
     step = (high - low) / steps
-    if not (step > 0 and np.isfinite(step)): return (np.empty(0),) * 3
+    if not (step > 0 and np.isfinite(step)):
+        return (np.empty(0),) * 3
     t = np.arange(low, high, step)
     fpr = sum(len(n) - np.searchsorted(n, t, 'right') for n in c.normal) / c.negatives
     passed = len(c.score) - np.searchsorted(c.score[::-1], t, 'right')
@@ -197,44 +226,50 @@ def field_curve(
 # %% ../../nbs/evaluation/metrics.ipynb #8c54332b
 @metric('pro_field', rev=1)
 def field_area(
-    c: Counts, # from `sorted_counts` with numbered regions
-    limit=.3,  # thresholds with FPR below it are kept
-    steps=200, # number of thresholds
+    c: Counts,  # from `sorted_counts` with numbered regions
+    limit=0.3,  # thresholds with FPR below it are kept
+    steps=200,  # number of thresholds
 ) -> tuple[float, str]:
     "Return the field's PRO and, when it is NaN, the reason (CFLOW-AD's routine)."
-    if why := reason(c): return float('nan'), why
+    if why := reason(c):
+        return float('nan'), why
     t, fpr, cover = field_curve(c, steps)
-    if not len(t): return float('nan'), 'maps are constant or infinite: no evenly spaced thresholds'
+    if not len(t):
+        return float('nan'), 'maps are constant or infinite: no evenly spaced thresholds'
     x, y = fpr[fpr < limit], cover[fpr < limit]
-    if len(np.unique(x)) < 2: return float('nan'), f'{len(np.unique(x))} distinct FPR below {limit} at {len(t)} thresholds'
+    if len(np.unique(x)) < 2:
+        return float(
+            'nan'
+        ), f'{len(np.unique(x))} distinct FPR below {limit} at {len(t)} thresholds'
     return abs(float(np.trapezoid(y, (x - x.min()) / (x.max() - x.min())))), ''
 
 # %% ../../nbs/evaluation/metrics.ipynb #34b0dda7
 def pro_field(
-    maps,           # anomaly maps [M,H,W]
-    masks,          # anomalous where True or nonzero [M,H,W]
-    limit=.3,       # thresholds with FPR below it are kept
-    steps=200,      # number of thresholds
-    connectivity=8, # of the regions
+    maps,  # anomaly maps [M,H,W]
+    masks,  # anomalous where True or nonzero [M,H,W]
+    limit=0.3,  # thresholds with FPR below it are kept
+    steps=200,  # number of thresholds
+    connectivity=8,  # of the regions
 ) -> float:
     "Compute PRO by the 200-threshold routine of most CLIP repositories, NaN when it has no value."
     return field_area(sorted_counts(maps, components(masks, connectivity)), limit, steps)[0]
 
 # %% ../../nbs/evaluation/metrics.ipynb #7950ecf1
 def pixel_auroc_within(
-    maps,       # anomaly maps [M,H,W]
-    masks,      # anomalous where True or nonzero [M,H,W]
-    foreground, # True on the object [M,H,W]
+    maps,  # anomaly maps [M,H,W]
+    masks,  # anomalous where True or nonzero [M,H,W]
+    foreground,  # True on the object [M,H,W]
 ) -> float:
     "Compute pixel AUROC over foreground pixels only, NaN when one class is missing there."
     return auroc(sorted_counts(maps, components(masks) > 0, foreground))
 
 # %% ../../nbs/evaluation/metrics.ipynb #b740f371
 def group_counts(
-    maps, regions, # scores without NaN and regions [M,...]
-    groups,        # lists of images, which together are the whole set; the first stands beside each
-    within=None,   # count only where True [M,...]
-) -> tuple:        # Counts of the set, [Counts of the first group with each other one]
+    maps,
+    regions,  # scores without NaN and regions [M,...]
+    groups,  # lists of images, which together are the whole set; the first stands beside each
+    within=None,  # count only where True [M,...]
+) -> tuple:  # Counts of the set, [Counts of the first group with each other one]
     "Count a set of images, and each group beside the first, from one sort of every group."
     parts = []
     for images in groups:
@@ -244,82 +279,120 @@ def group_counts(
 
 # %% ../../nbs/evaluation/metrics.ipynb #77bf71fd
 def resize_weights(
-    n,    # old length in pixels
-    size, # new length in pixels
-    rule, # 'bilinear', 'nearest' or 'any'
+    n,  # old length in pixels
+    size,  # new length in pixels
+    rule,  # 'bilinear', 'nearest' or 'any'
 ) -> np.ndarray:
     "Return weights [size,n] that resample a line of `n` pixels."
     old, low = np.arange(n), np.arange(size)[:, None] * n / size
     high = low + n / size
     centre = (low + high) / 2
-    if rule == 'any': return (np.minimum(high, old + 1) - np.maximum(low, old) > 1e-9) * 1.
-    if rule == 'nearest': return (old == np.floor(centre)) * 1.
-    w = np.maximum(0, 1 - abs(old + .5 - centre) / max(1, n / size))
+    if rule == 'any':
+        return (np.minimum(high, old + 1) - np.maximum(low, old) > 1e-9) * 1.0
+    if rule == 'nearest':
+        return (old == np.floor(centre)) * 1.0
+    w = np.maximum(0, 1 - abs(old + 0.5 - centre) / max(1, n / size))
     return w / w.sum(1, keepdims=True)
 
 # %% ../../nbs/evaluation/metrics.ipynb #d3d7a7d5
 def resize(
-    x,               # stack [M,H,W]
-    size,            # new side in pixels, or (height, width)
-    rule='bilinear', # 'bilinear', 'nearest' or 'any'
+    x,  # stack [M,H,W]
+    size,  # new side in pixels, or (height, width)
+    rule='bilinear',  # 'bilinear', 'nearest' or 'any'
 ) -> np.ndarray:
     "Resample every plane of a stack to `size`, in its own float type [M,size,size]."
     x, (h, w) = as_array(x), np.broadcast_to(size, 2)
-    if x.shape[1:] == (h, w): return x
+    if x.shape[1:] == (h, w):
+        return x
     kind = x.dtype if x.dtype.kind == 'f' else np.float32
     rows, columns = (resize_weights(n, k, rule).astype(kind) for n, k in zip(x.shape[1:], (h, w)))
-    return np.stack([rows @ a.astype(kind) @ columns.T for a in x]) if len(x) else np.empty((0, h, w), kind)
+    return (
+        np.stack([rows @ a.astype(kind) @ columns.T for a in x])
+        if len(x)
+        else np.empty((0, h, w), kind)
+    )
 
 # %% ../../nbs/evaluation/metrics.ipynb #8f869e8d
 MASK_RULES = ('bilinear>0.5', 'nearest', 'any')
 
+
 def resize_bilinear(
-    on,   # boolean [M,H,W]
-    size, # new side in pixels, or (height, width)
+    on,  # boolean [M,H,W]
+    size,  # new side in pixels, or (height, width)
 ) -> np.ndarray:
     "Resize binary masks bilinearly with Pillow and divide them at one half [M,h,w]."
     h, w = map(int, np.broadcast_to(size, 2))
-    planes = (Image.fromarray(m.astype('u1') * 255).resize((w, h), Image.Resampling.BILINEAR) for m in on)
-    return np.stack([np.asarray(im) > 127 for im in planes]) if len(on) else np.empty((0, h, w), bool)
+    planes = (
+        Image.fromarray(m.astype('u1') * 255).resize((w, h), Image.Resampling.BILINEAR) for m in on
+    )
+    return (
+        np.stack([np.asarray(im) > 127 for im in planes]) if len(on) else np.empty((0, h, w), bool)
+    )
 
+# %% ../../nbs/evaluation/metrics.ipynb #1659038e
 def resize_mask(
-    masks,               # boolean, 0/1, 0/255 or soft [M,H,W]
-    size=None,           # new side in pixels; None = as it is
-    rule='bilinear>0.5', # one of MASK_RULES
+    masks,  # boolean, 0/1, 0/255 or soft [M,H,W]
+    size=None,  # new side in pixels; None = as it is
+    rule='bilinear>0.5',  # one of MASK_RULES
 ) -> np.ndarray:
     "Resample masks to `size` and return them as booleans; one that marks something stays so."
     x = as_array(masks)
-    if rule not in MASK_RULES: raise ValueError(f'mask rule {rule!r}: choose one of {MASK_RULES}')
-    if x.dtype.kind == 'f' and np.isnan(x).any(): raise ValueError(f'{np.isnan(x).sum()} mask values are NaN: pass 0 for normal, 1 for anomalous')
-    on = x > (0 if rule == 'any' else .5)
-    if size is None or on.shape[1:] == tuple(np.broadcast_to(size, 2)): return on
+    if rule not in MASK_RULES:
+        raise ValueError(f'mask rule {rule!r}: choose one of {MASK_RULES}')
+    if x.dtype.kind == 'f' and np.isnan(x).any():
+        raise ValueError(
+            f'{np.isnan(x).sum()} mask values are NaN: pass 0 for normal, 1 for anomalous'
+        )
+    on = x > (0 if rule == 'any' else 0.5)
+    if size is None or on.shape[1:] == tuple(np.broadcast_to(size, 2)):
+        return on
     out = resize_bilinear(on, size) if rule == 'bilinear>0.5' else resize(on, size, rule) > 0
     gone = on.any((1, 2)) & ~out.any((1, 2))
-    if gone.any(): out[gone] = resize(on[gone], size, 'any') > 0
+    if gone.any():
+        out[gone] = resize(on[gone], size, 'any') > 0
     return out
 
 # %% ../../nbs/evaluation/metrics.ipynb #157e2129
-METRICS = ('image_auroc', 'image_f1max', 'image_ap', 'pixel_auroc', 'pixel_f1max', 'pixel_ap', 'pro', 'pro_field')
+METRICS = (
+    'image_auroc',
+    'image_f1max',
+    'image_ap',
+    'pixel_auroc',
+    'pixel_f1max',
+    'pixel_ap',
+    'pro',
+    'pro_field',
+)
 
+# %% ../../nbs/evaluation/metrics.ipynb #e77f918b
 @dataclass(frozen=True)
 class Protocol:
     "State every evaluation choice that changes a number."
+
     name: str = 'native'
     size: int | tuple | None = None  # evaluation size in pixels; None = maps and masks as they come
     mask_rule: str = 'bilinear>0.5'  # one of MASK_RULES, used when a mask is resized
-    pro_limit: float = .3            # FPR limit of pro and pro_field
-    connectivity: int = 8            # of the regions: 8 or 4
-    within: str | None = None        # 'foreground': pixel metrics only where `foreground` is True
-    metrics: tuple = METRICS         # which keys are computed
+    pro_limit: float = 0.3  # FPR limit of pro and pro_field
+    connectivity: int = 8  # of the regions: 8 or 4
+    within: str | None = None  # 'foreground': pixel metrics only where `foreground` is True
+    metrics: tuple = METRICS  # which keys are computed
 
     def __post_init__(self):
         ask = lambda name, good, valid: good or _refuse(name, getattr(self, name), valid)
-        ask('size', self.size is None or (np.size(self.size) in (1, 2) and np.min(self.size) > 0), 'None, a positive number of pixels or (height, width)')
+        ask(
+            'size',
+            self.size is None or (np.size(self.size) in (1, 2) and np.min(self.size) > 0),
+            'None, a positive number of pixels or (height, width)',
+        )
         ask('mask_rule', self.mask_rule in MASK_RULES, MASK_RULES)
         ask('pro_limit', 0 < self.pro_limit <= 1, 'a rate in (0, 1]')
         ask('connectivity', self.connectivity in (4, 8), (4, 8))
         ask('within', self.within in (None, 'foreground'), (None, 'foreground'))
-        ask('metrics', not isinstance(self.metrics, str) and set(self.metrics) <= set(METRIC_OPERATIONS), f'a tuple of {tuple(METRIC_OPERATIONS)}')
+        ask(
+            'metrics',
+            not isinstance(self.metrics, str) and set(self.metrics) <= set(METRIC_OPERATIONS),
+            f'a tuple of {tuple(METRIC_OPERATIONS)}',
+        )
 
 # %% ../../nbs/evaluation/metrics.ipynb #605b76d5
 def _refuse(name, value, valid):
@@ -327,17 +400,23 @@ def _refuse(name, value, valid):
     raise ValueError(f'Protocol({name}={value!r}): choose {valid}')
 
 # %% ../../nbs/evaluation/metrics.ipynb #2edbf693
-PROTOCOLS = {p.name: p for p in (
-    Protocol('native'),                                                       # maps and masks as they come
-    Protocol('images', metrics=METRICS[:3]),                                  # scores only
-    Protocol('within', within='foreground', metrics=METRICS[3:]))}            # control: only on the object
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol('native'),  # maps and masks as they come
+        Protocol('images', metrics=METRICS[:3]),  # scores only
+        Protocol('within', within='foreground', metrics=METRICS[3:]),
+    )
+}  # control: only on the object
 
 # %% ../../nbs/evaluation/metrics.ipynb #41d7df17
 def check_shapes(
-    maps, masks,    # [M,H,W] or None
-    scores, labels, # [M] or None
-    foreground,     # [M,H,W] or None
-    size,           # of the protocol: None asks masks to have the maps' own size
+    maps,
+    masks,  # [M,H,W] or None
+    scores,
+    labels,  # [M] or None
+    foreground,  # [M,H,W] or None
+    size,  # of the protocol: None asks masks to have the maps' own size
 ):
     "Raise ValueError naming every shape unless all of them fit; return the number of images."
     given = dict(maps=maps, masks=masks, scores=scores, labels=labels, foreground=foreground)
@@ -345,67 +424,86 @@ def check_shapes(
     text = ', '.join(f'{k} {v}' for k, v in shapes.items())
     planes = {k: v for k, v in shapes.items() if k in ('maps', 'masks', 'foreground')}
     wrong = [k for k, v in shapes.items() if len(v) != (3 if k in planes else 1)]
-    if wrong: raise ValueError(f'{" and ".join(wrong)}: need maps and masks [M,H,W], scores and labels [M]; got {text}')
-    if len({v[0] for v in shapes.values()}) > 1: raise ValueError(f'different numbers of images: {text}')
+    if wrong:
+        raise ValueError(
+            f'{" and ".join(wrong)}: need maps and masks [M,H,W], scores and labels [M]; got {text}'
+        )
+    if len({v[0] for v in shapes.values()}) > 1:
+        raise ValueError(f'different numbers of images: {text}')
     if size is None and len({v[1:] for v in planes.values()}) > 1:
-        raise ValueError(f'different sizes: {text}; resize them, or give a Protocol with size=, such as 240')
+        raise ValueError(
+            f'different sizes: {text}; resize them, or give a Protocol with size=, such as 240'
+        )
     return next((v[0] for v in shapes.values()), 0)
 
 # %% ../../nbs/evaluation/metrics.ipynb #24e52e2f
 def image_counts(
-    scores, labels, # [M] or None
+    scores,
+    labels,  # [M] or None
 ):
     "Return the counts of a category's images, or why there are none."
     missing = [k for k, v in dict(scores=scores, labels=labels).items() if v is None]
-    if missing: return f'no {" and no ".join(missing)} given'
+    if missing:
+        return f'no {" and no ".join(missing)} given'
     y = as_array(labels)
-    if not np.isin(y, (0, 1)).all(): raise ValueError(f'labels {np.unique(y)[:5]}: use 0 for normal, 1 for anomalous')
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError(f'labels {np.unique(y)[:5]}: use 0 for normal, 1 for anomalous')
     return sorted_counts(scores, y)
 
 # %% ../../nbs/evaluation/metrics.ipynb #e8b72eaf
 @dataclass(frozen=True, eq=False)
 class Pixels:
     "Maps, regions and foreground of a category at the evaluation size."
-    maps: np.ndarray           # [M,H,W], without NaN
-    regions: np.ndarray        # 0 normal, else the number of the region [M,H,W]
+
+    maps: np.ndarray  # [M,H,W], without NaN
+    regions: np.ndarray  # 0 normal, else the number of the region [M,H,W]
     within: np.ndarray = None  # count only where True [M,H,W]; None = everywhere
 
 # %% ../../nbs/evaluation/metrics.ipynb #ece820ac
 def pixel_arrays(
-    maps, masks,     # [M,H,W] or None
-    protocol,        # Protocol
-    foreground=None, # True on the object [M,H,W], used when the protocol says so
+    maps,
+    masks,  # [M,H,W] or None
+    protocol,  # Protocol
+    foreground=None,  # True on the object [M,H,W], used when the protocol says so
 ):
     "Return the Pixels of a category, or why there are none."
     p, given = protocol, dict(maps=maps, masks=masks)
-    if p.within: given |= dict(foreground=foreground)
+    if p.within:
+        given |= dict(foreground=foreground)
     missing = [k for k, v in given.items() if v is None]
-    if missing: return f'no {" and no ".join(missing)} given'
+    if missing:
+        return f'no {" and no ".join(missing)} given'
     maps = as_array(maps)
-    if nans := int(np.isnan(maps).sum()): return f'{nans} of {maps.size} map values are NaN'
+    if nans := int(np.isnan(maps).sum()):
+        return f'{nans} of {maps.size} map values are NaN'
     on = resize_mask(masks, p.size, p.mask_rule)
-    if p.size is not None: maps = resize(maps, p.size)
+    if p.size is not None:
+        maps = resize(maps, p.size)
     inside = resize_mask(foreground, p.size, 'nearest') if p.within else None
     return Pixels(maps, components(on, p.connectivity), inside)
 
+# %% ../../nbs/evaluation/metrics.ipynb #414fadc7
 def pixel_counts(
-    pixels, # Pixels, or a str: why there are none
+    pixels,  # Pixels, or a str: why there are none
 ):
     "Return the counts of a category's pixels, or why there are none."
-    if isinstance(pixels, str): return pixels
+    if isinstance(pixels, str):
+        return pixels
     return sorted_counts(pixels.maps, pixels.regions, pixels.within)
 
 # %% ../../nbs/evaluation/metrics.ipynb #13aa53c1
 def measure(
     name,  # a registered metric
-    c,     # Counts, or a str: why there are none
-    limit, # FPR limit of the two PROs
+    c,  # Counts, or a str: why there are none
+    limit,  # FPR limit of the two PROs
 ) -> tuple[float, str]:
     "Return one metric and, when it is NaN, the reason."
     operation = METRIC_OPERATIONS.find(name)
-    if why := reason(c, 'image' if 'scores' in operation.needs else 'pixel'): return float('nan'), why
+    if why := reason(c, 'image' if 'scores' in operation.needs else 'pixel'):
+        return float('nan'), why
     value = operation(c, limit) if takes_limit(operation) else operation(c)
     return value if isinstance(value, tuple) else (value, '')
+
 
 def takes_limit(operation) -> bool:
     "Tell whether a metric has an argument `limit`."
@@ -413,25 +511,30 @@ def takes_limit(operation) -> bool:
 
 # %% ../../nbs/evaluation/metrics.ipynb #c2991a74
 def measure_set(
-    pixels,         # Pixels, or a str: why there are none
-    scores, labels, # [M] or None
-    protocol,       # Protocol
-    weights=None,   # how often each image is drawn [R,M], the first row all ones; None: no draws
-    counted=None,   # Counts of the pixels where they are known
-) -> tuple:         # {metric: value}, {metric: reason of NaN}, {metric: values of draws [R]}
+    pixels,  # Pixels, or a str: why there are none
+    scores,
+    labels,  # [M] or None
+    protocol,  # Protocol
+    weights=None,  # how often each image is drawn [R,M], the first row all ones; None: no draws
+    counted=None,  # Counts of the pixels where they are known
+) -> tuple:  # {metric: value}, {metric: reason of NaN}, {metric: values of draws [R]}
     "Compute the metrics of one category and those of draws of its images."
     p, units = protocol, {metric_unit(k) for k in protocol.metrics}
     image = image_counts(scores, labels) if 'image' in units else 'no image metric asked for'
     pixel = pixel_counts(pixels) if counted is None else counted
     counts, draws = dict(image=image, pixel=pixel), {}
     measured = {k: measure(k, counts[metric_unit(k)], p.pro_limit) for k in p.metrics}
-    values, why = {k: v for k, (v, _) in measured.items()}, {k: w for k, (_, w) in measured.items() if w}
+    values, why = (
+        {k: v for k, (v, _) in measured.items()},
+        {k: w for k, (_, w) in measured.items() if w},
+    )
     if weights is not None and not reason(image):
         draws |= image_draws(scores, labels, image, weights)
     if weights is not None and not reason(pixel):
         draws |= pixel_draws(pixels, pixel, p.pro_limit, weights)
     return values, why, {k: draws[k] for k in p.metrics if k in draws}
 
+# %% ../../nbs/evaluation/metrics.ipynb #1b28866b
 def metric_unit(name) -> str:
     "Tell what a metric counts: 'image' or 'pixel'."
     return 'image' if 'scores' in METRIC_OPERATIONS.find(name).needs else 'pixel'
@@ -442,6 +545,7 @@ def image_draws(scores, labels, c, weights) -> dict:
     out = resample_scores(as_array(scores), as_array(labels), c, weights)
     return {f'image_{k}': v for k, v in out.items()}
 
+
 def pixel_draws(pixels, c, limit, weights) -> dict:
     "Return the pixel metrics and PRO of draws: {metric: [R]}."
     bins = threshold_bins(pixels.maps, pixels.regions, c, limit, pixels.within)
@@ -449,18 +553,19 @@ def pixel_draws(pixels, c, limit, weights) -> dict:
 
 # %% ../../nbs/evaluation/metrics.ipynb #1eef4146
 def evaluate(
-    maps,              # anomaly maps, higher = more anomalous [M,H,W]; None if the method has none
-    masks,             # ground truth, normal images all zero [M,H,W]; None if the set has none
-    scores,            # image scores [M], or None
-    labels,            # 0 normal, 1 anomalous [M], or None
-    protocol='native', # Protocol, or a name in PROTOCOLS
-    draws=0,           # draws of images for intervals, such as 200; 0: no intervals
-    seed=0,            # of the draws
-    foreground=None,   # True on the object [M,H,W], for protocols with within='foreground'
-) -> dict:             # metric -> fraction in 0..1 or NaN, 'why': {metric: reason of NaN}
+    maps,  # anomaly maps, higher = more anomalous [M,H,W]; None if the method has none
+    masks,  # ground truth, normal images all zero [M,H,W]; None if the set has none
+    scores,  # image scores [M], or None
+    labels,  # 0 normal, 1 anomalous [M], or None
+    protocol='native',  # Protocol, or a name in PROTOCOLS
+    draws=0,  # draws of images for intervals, such as 200; 0: no intervals
+    seed=0,  # of the draws
+    foreground=None,  # True on the object [M,H,W], for protocols with within='foreground'
+) -> dict:  # metric -> fraction in 0..1 or NaN, 'why': {metric: reason of NaN}
     "Compute the metrics of one category and, with `draws`, 'interval': {metric: (low, high)}."
     p = PROTOCOLS.get(protocol, protocol) if isinstance(protocol, str) else protocol
-    if not isinstance(p, Protocol): raise ValueError(f'protocol {protocol!r}: give a Protocol or one of {tuple(PROTOCOLS)}')
+    if not isinstance(p, Protocol):
+        raise ValueError(f'protocol {protocol!r}: give a Protocol or one of {tuple(PROTOCOLS)}')
     n = check_shapes(maps, masks, scores, labels, foreground, p.size)
     if isinstance(draws, bool) or draws != int(draws) or draws < 0:
         raise ValueError(f'draws={draws!r}: give 0 for no intervals, or a number such as 200')
@@ -468,12 +573,15 @@ def evaluate(
     asked = any(metric_unit(k) == 'pixel' for k in p.metrics)
     pixels = pixel_arrays(maps, masks, p, foreground) if asked else 'no pixel metric asked for'
     values, why, again = measure_set(pixels, scores, labels, p, weights)
-    if weights is None: return values | {'why': why}
+    if weights is None:
+        return values | {'why': why}
     return values | {'why': why, 'interval': intervals_of(values, again)}
 
 # %% ../../nbs/evaluation/metrics.ipynb #688453b4
 def intervals_of(values, bootstrap_values) -> dict:
     "Return the interval of every metric, NaN where there are no draws: {metric: (low, high)}."
     none = (float('nan'), float('nan'))
-    return {k: corrected_interval([v, *bootstrap_values[k][1:]]) if k in bootstrap_values else none
-            for k, v in values.items()}
+    return {
+        k: corrected_interval([v, *bootstrap_values[k][1:]]) if k in bootstrap_values else none
+        for k, v in values.items()
+    }

@@ -14,179 +14,266 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from weakref import WeakKeyDictionary
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..encoder.clip import AttentionPath, EncodeSpec, anomaly_score
+
 from ..core.files import cache_dir, digest
+from ..encoder.clip import AttentionPath, EncodeSpec, anomaly_score
 from .fusion import KAnoCLIP, blur
 from .heads import MVFA, AprilGan
-from .prompts import (Learned, PromptRecipe, artifact_files, fit_learned, joined_map, load_artifact,
-                       read_artifact, save_artifact, state_maps, text_of, text_weights, vision_tower_weights)
+
+# %% ../../nbs/learned/artifacts.ipynb #39812d19
+from zsad.learned.prompts import (
+    Learned,
+    PromptRecipe,
+    artifact_files,
+    fit_learned,
+    joined_map,
+    load_artifact,
+    read_artifact,
+    save_artifact,
+    state_maps,
+    text_of,
+    text_weights,
+    vision_tower_weights,
+)
 
 # %% ../../nbs/learned/artifacts.ipynb #63fe4d31
 class LayerMaps(nn.Module):
     "Add the maps of several layers and smooth them; the class token gives the score (AnomalyCLIP@45ed4dd, test.py)."
-    def __init__(self, tau:float=0.07, sigma:float=4.): super().__init__(); self.tau, self.sigma = tau, sigma
 
-    def forward(self, cls:Tensor, patches:Tensor, text:Tensor, grid, size)->tuple:     # [B,C], [L,B,N,C], [2,C] -> [B], [B,H,W]
-        return anomaly_score(cls[:, None], text, self.tau)[:, 0], blur(joined_map(state_maps(patches, text, grid, size, self.tau)), self.sigma)
+    def __init__(self, tau: float = 0.07, sigma: float = 4.0):
+        super().__init__()
+        self.tau, self.sigma = tau, sigma
+
+    def forward(
+        self, cls: Tensor, patches: Tensor, text: Tensor, grid, size
+    ) -> tuple:  # [B,C], [L,B,N,C], [2,C] -> [B], [B,H,W]
+        return anomaly_score(cls[:, None], text, self.tau)[:, 0], blur(
+            joined_map(state_maps(patches, text, grid, size, self.tau)), self.sigma
+        )
+
 
 HEADS = {'anomalyclip': LayerMaps, 'kanoclip': KAnoCLIP, 'april-gan': AprilGan, 'mvfa': MVFA}
-HEAD_REVS = dict.fromkeys(HEADS, 1)      # raised when a head gives other values
+HEAD_REVS = dict.fromkeys(HEADS, 1)  # raised when a head gives other values
 
 # %% ../../nbs/learned/artifacts.ipynb #807faff8
 @dataclass(frozen=True, eq=False)
 class Artifact:
     "An artifact on an encoder."
+
     hash: str
-    about: dict                # its identity (head, settings, prompts, ...) and notes (seed, data, ...)
+    about: dict  # its identity (head, settings, prompts, ...) and notes (seed, data, ...)
     prompts: Learned = None
     head: nn.Module = None
 
-def head_name(head)->str:
+
+def head_name(head) -> str:
     "Name a module of HEADS; None for anything else."
     return next((k for k, kind in HEADS.items() if type(head) is kind), None)
 
-def artifact_tensors(prompts:Learned, head)->dict:      # {name: tensor}
+
+def artifact_tensors(prompts: Learned, head) -> dict:  # {name: tensor}
     "Collect the tensors of learned prompts and of a head; a head may have none."
     parts = dict(prompts=prompts.tensors if prompts else {}, head=head.state_dict() if head else {})
     tensors = {f'{part}.{k}': t for part, own in parts.items() for k, t in own.items()}
     return tensors or {'nothing': torch.zeros(1)}
 
-TOWERS = WeakKeyDictionary()      # what an encoder that is in use was found to be
 
-def tower_weights(encoder)->dict:
+TOWERS = WeakKeyDictionary()  # what an encoder that is in use was found to be
+
+
+def tower_weights(encoder) -> dict:
     "Name both towers of an encoder by hashes that do not depend on image size."
     if encoder not in TOWERS:
-        TOWERS[encoder] = dict(text_weights=text_weights(encoder), vision_weights=vision_tower_weights(encoder))
+        TOWERS[encoder] = dict(
+            text_weights=text_weights(encoder), vision_weights=vision_tower_weights(encoder)
+        )
     return TOWERS[encoder]
 
 # %% ../../nbs/learned/artifacts.ipynb #0552f142
-def save_trained(path, encoder, prompts:Learned=None,
-                 head=None,                # a module of HEADS
-                 settings=None,            # what the head is built with
-                 required_inputs=None,     # what a row has to give it: dict(encode=, prompts=)
-                 **notes                   # seed=, data=, losses=, ...: not part of the hash
-                )->str:                    # hash
+def save_trained(
+    path,
+    encoder,
+    prompts: Learned = None,
+    head=None,  # a module of HEADS
+    settings=None,  # what the head is built with
+    required_inputs=None,  # what a row has to give it: dict(encode=, prompts=)
+    **notes,  # seed=, data=, losses=, ...: not part of the hash
+) -> str:  # hash
     "Save what was trained on an encoder."
     name = head_name(head)
-    if prompts is None and name is None: raise ValueError(f'nothing to save: give learned prompts, or a head of {list(HEADS)}')
+    if prompts is None and name is None:
+        raise ValueError(f'nothing to save: give learned prompts, or a head of {list(HEADS)}')
     recipe = asdict(prompts.recipe) if prompts else None
-    identity = dict(kind='trained', head=name, settings=settings or {}, prompts=recipe,
-                    required_inputs=required_inputs, **tower_weights(encoder))
+    identity = dict(
+        kind='trained',
+        head=name,
+        settings=settings or {},
+        prompts=recipe,
+        required_inputs=required_inputs,
+        **tower_weights(encoder),
+    )
     notes = dict(backbone=encoder.backbone, encoder=encoder.weights, **notes)
     return save_artifact(path, artifact_tensors(prompts, head), identity, notes)
 
 # %% ../../nbs/learned/artifacts.ipynb #a46f5c6f
-def misfit(identity:dict, encoder)->str:      # '' where it fits
+def misfit(identity: dict, encoder) -> str:  # '' where it fits
     "Say which towers of an encoder are not those that an artifact was trained on."
     now = tower_weights(encoder)
-    wrong = [f'the {part} tower {identity.get(f"{part}_weights")} (this one is {now[f"{part}_weights"]})'
-             for part in ('text', 'vision') if identity.get(f'{part}_weights') != now[f'{part}_weights']]
+    wrong = [
+        f'the {part} tower {identity.get(f"{part}_weights")} (this one is {now[f"{part}_weights"]})'
+        for part in ('text', 'vision')
+        if identity.get(f'{part}_weights') != now[f'{part}_weights']
+    ]
     return ' and '.join(wrong)
 
-def cached_artifact(name, encoder)->Path:
+
+def cached_artifact(name, encoder) -> Path:
     "Give the place in the cache of an artifact that is trained here: a folder per pair of towers."
-    return cache_dir('trained', digest(*tower_weights(encoder).values()))/str(name)
+    return cache_dir('trained', digest(*tower_weights(encoder).values())) / str(name)
 
-def shipped_artifact(name)->Path:
+
+def shipped_artifact(name) -> Path:
     "Give the place in the package of an artifact."
-    return Path(str(files('zsad')/'assets'/'trained'/f'{name}.json'))
+    return Path(str(files('zsad') / 'assets' / 'trained' / f'{name}.json'))
 
-def no_artifact(path)->FileNotFoundError:
+
+def no_artifact(path) -> FileNotFoundError:
     "Say that there is no such artifact, and which ones ship."
     folder = shipped_artifact(path).parent
     shipped = sorted(p.stem for p in folder.glob('*.json'))
-    return FileNotFoundError(f'artifact={str(path)!r}: no such file, and not one of those that ship with the package: {shipped}; train one with `zsad train`')
+    return FileNotFoundError(
+        f'artifact={str(path)!r}: no such file, and not one of those that ship with the package: {shipped}; train one with `zsad train`'
+    )
 
 # %% ../../nbs/learned/artifacts.ipynb #4bcbccaf
-def read_candidate(file:Path, encoder)->tuple:      # hash or None, what is wrong with it
+def read_candidate(file: Path, encoder) -> tuple:  # hash or None, what is wrong with it
     "Read whose towers an artifact in the cache or the package belongs to."
-    try: identity, _, both = read_artifact(file)
-    except ValueError as e: return None, str(e)
+    try:
+        identity, _, both = read_artifact(file)
+    except ValueError as e:
+        return None, str(e)
     wrong = misfit(identity, encoder)
     return (None, f'{file} belongs to {wrong}') if wrong else (both, '')
 
-def find_artifact(path, encoder=None)->Path:
+# %% ../../nbs/learned/artifacts.ipynb #1a35e6aa
+def find_artifact(path, encoder=None) -> Path:
     """Give an artifact's file: `path` itself where it is a file, else the one of that name.
 
     A name is looked up in the package and, with an encoder, among what was trained for it here. An
     artifact of other towers is passed over. Where both fit and differ, the one of the package is
     given, and a line says so. Raises FileNotFoundError where there is none, ValueError where none fits.
     """
-    if artifact_files(path)[1].is_file(): return Path(path)
+    if artifact_files(path)[1].is_file():
+        return Path(path)
     own = [] if encoder is None else [artifact_files(cached_artifact(path, encoder))[1]]
     there = [p for p in (shipped_artifact(path), *own) if p.is_file()]
-    if not there: raise no_artifact(path)
-    if encoder is None: return there[0]
+    if not there:
+        raise no_artifact(path)
+    if encoder is None:
+        return there[0]
     read = {p: read_candidate(p, encoder) for p in there}
     fits = [p for p in there if read[p][0]]
-    if not fits: raise ValueError(f'artifact={str(path)!r}: ' + '; '.join(why for _, why in read.values())
-                                  + '; load the encoder that it was trained with')
-    if len({read[p][0] for p in fits}) > 1: tell_conflict(path, *fits, *(read[p][0] for p in fits))
+    if not fits:
+        raise ValueError(
+            f'artifact={str(path)!r}: '
+            + '; '.join(why for _, why in read.values())
+            + '; load the encoder that it was trained with'
+        )
+    if len({read[p][0] for p in fits}) > 1:
+        tell_conflict(path, *fits, *(read[p][0] for p in fits))
     return fits[0]
 
 # %% ../../nbs/learned/artifacts.ipynb #f6ae25d9
 @lru_cache(None)
 def tell_conflict(name, shipped, own, *hashes):
     "Say, once, that what was trained here is not what ships under the same name."
-    print(f'artifact {name!r}: the package ships {hashes[0]} and {own} holds {hashes[1]}; the shipped '
-          'one is used: give the file to use the other', file=sys.stderr)
+    print(
+        f'artifact {name!r}: the package ships {hashes[0]} and {own} holds {hashes[1]}; the shipped '
+        'one is used: give the file to use the other',
+        file=sys.stderr,
+    )
 
 # %% ../../nbs/learned/artifacts.ipynb #216526f9
-def fill_head(identity:dict, tensors:dict, source)->nn.Module:
+def fill_head(identity: dict, tensors: dict, source) -> nn.Module:
     "Build the head of an artifact and fill it; None where the artifact has none."
-    if identity['head'] is None: return None
+    if identity['head'] is None:
+        return None
     head = HEADS[identity['head']](**identity['settings'])
-    try: head.load_state_dict(tensors)
-    except RuntimeError as e: raise ValueError(f"{source}: its tensors do not fill a head {identity['head']!r} with {identity['settings']} ({e}); save it again") from e
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise ValueError(
+            f"{source}: its tensors do not fill a head {identity['head']!r} with {identity['settings']} ({e}); save it again"
+        ) from e
     return head.eval().requires_grad_(False)
 
-def load_trained(path, encoder)->Artifact:
+# %% ../../nbs/learned/artifacts.ipynb #2be4bed9
+def load_trained(path, encoder) -> Artifact:
     "Load an artifact, a file or a name, for the encoder it was trained on; raises ValueError on others."
     tensors, about, both = load_artifact(find_artifact(path, encoder), 'trained')
+
     def part(name):
-        return {k.removeprefix(f'{name}.'): t for k, t in tensors.items() if k.startswith(f'{name}.')}
+        return {
+            k.removeprefix(f'{name}.'): t for k, t in tensors.items() if k.startswith(f'{name}.')
+        }
+
     recipe = about['prompts'] and PromptRecipe(**about['prompts'])
     prompts = fit_learned(recipe, part('prompts'), encoder, path) if recipe else None
-    if wrong := misfit(about, encoder): raise ValueError(f"{path}: belongs to {wrong} of {about['backbone']!r}; load the encoder that it was trained with")
+    if wrong := misfit(about, encoder):
+        raise ValueError(
+            f"{path}: belongs to {wrong} of {about['backbone']!r}; load the encoder that it was trained with"
+        )
     head = fill_head(about, part('head'), path)
     return Artifact(both, about, prompts, head and head.to(encoder.device))
 
 # %% ../../nbs/learned/artifacts.ipynb #563733d1
-def auxiliary_of(dataset:str)->str:
+def auxiliary_of(dataset: str) -> str:
     "Name the training set when `dataset` is evaluated (AnomalyCLIP, KAnoCLIP)."
-    return 'procad-aux' if dataset.startswith('procad') else 'visa' if dataset == 'mvtec' else 'mvtec'
+    return (
+        'procad-aux' if dataset.startswith('procad') else 'visa' if dataset == 'mvtec' else 'mvtec'
+    )
 
-def artifact_name(pattern:str,       # with {backbone}, {on} and {seed}; or a name or file, which stays as it is
-                  backbone:str,
-                  on:str,            # set that was learned from
-                  seed:int=0
-                 )->str:
+
+def artifact_name(
+    pattern: str,  # with {backbone}, {on} and {seed}; or a name or file, which stays as it is
+    backbone: str,
+    on: str,  # set that was learned from
+    seed: int = 0,
+) -> str:
     "Fill in the pattern of an artifact's name."
-    for k, v in dict(backbone=Path(backbone).stem, on=on, seed=seed).items(): pattern = pattern.replace(f'{{{k}}}', str(v))
+    for k, v in dict(backbone=Path(backbone).stem, on=on, seed=seed).items():
+        pattern = pattern.replace(f'{{{k}}}', str(v))
     return pattern
 
+# %% ../../nbs/learned/artifacts.ipynb #b0d03d9b
 @patch(as_prop=True)
-def reads(self:Artifact)->dict:       # fields of a row; empty where the artifact does not say
+def reads(self: Artifact) -> dict:  # fields of a row; empty where the artifact does not say
     "Tell what a head was trained to read: of the encoder, and which hand-written sentences."
     inputs = self.about['required_inputs']
-    if not inputs or not self.head: return {}
+    if not inputs or not self.head:
+        return {}
     e = inputs['encode']
-    lists = dict(paths=tuple(AttentionPath(**p) for p in e['paths']),
-                 layers=tuple(e['layers']), windows=tuple(e['windows']))
+    lists = dict(
+        paths=tuple(AttentionPath(**p) for p in e['paths']),
+        layers=tuple(e['layers']),
+        windows=tuple(e['windows']),
+    )
     return dict(encode=EncodeSpec(**{**e, **lists}), prompts=inputs['prompts'])
 
 # %% ../../nbs/learned/artifacts.ipynb #31d19afe
 @patch
 @torch.no_grad()
-def texts(self:Artifact, encoder, categories)->dict:      # {category: Text}
+def texts(self: Artifact, encoder, categories) -> dict:  # {category: Text}
     "Encode the learned prompts of categories."
     return text_of(self.prompts, encoder, list(categories)) if len(categories) else {}
 
+
 @patch
-def predict(self:Artifact, s, size:int)->tuple:      # scores [B], maps [B,size,size]
+def predict(self: Artifact, s, size: int) -> tuple:  # scores [B], maps [B,size,size]
     "Run the head on scoring inputs; what is not on the encoder's device is moved there."
     device = s.encoder.device
     text = s.class_embeddings.to(device)

@@ -9,85 +9,182 @@ __all__ = ['VV', 'STAGES', 'CONFIGS', 'kano', 'PLAIN', 'ALONE', 'knpl', 'MODULES
 
 # %% ../../nbs/learned/configs.ipynb #702b87f1
 from dataclasses import dataclass, field, replace
+
 from ..encoder.clip import AttentionPath, Encoder, EncodeSpec
-from .prompts import PROMPT_RECIPES, PromptRecipe, dpam_path
 from .artifacts import HEADS
+from .prompts import PROMPT_RECIPES, PromptRecipe, dpam_path
 
 # %% ../../nbs/learned/configs.ipynb #bfafdd37
 def check_train_config(c):
     "Refuse a course that learns nothing, or whose parts contradict one another."
-    if c.head not in HEADS: raise ValueError(f'head={c.head!r}: choose from {list(HEADS)}')
-    if (c.prompts is None) == (c.text is None): raise ValueError(f'{c.name}: give prompts=, to be learned, or text=, the name of hand-written ones')
-    if c.kd and c.prompts is None: raise ValueError(f'{c.name}: kd={c.kd} moves prompts, and none are learned')
-    if c.teacher not in ('knowledge', 'clip'): raise ValueError(f"{c.name}: teacher={c.teacher!r}: choose 'knowledge' or 'clip'")
+    if c.head not in HEADS:
+        raise ValueError(f'head={c.head!r}: choose from {list(HEADS)}')
+    if (c.prompts is None) == (c.text is None):
+        raise ValueError(
+            f'{c.name}: give prompts=, to be learned, or text=, the name of hand-written ones'
+        )
+    if c.kd and c.prompts is None:
+        raise ValueError(f'{c.name}: kd={c.kd} moves prompts, and none are learned')
+    if c.teacher not in ('knowledge', 'clip'):
+        raise ValueError(f"{c.name}: teacher={c.teacher!r}: choose 'knowledge' or 'clip'")
     for k in ('epochs', 'batch', 'loss_size'):
-        if not isinstance(getattr(c, k), int) or getattr(c, k) < 1: raise ValueError(f'{k}={getattr(c, k)!r}: a whole number, 1 or more')
+        if not isinstance(getattr(c, k), int) or getattr(c, k) < 1:
+            raise ValueError(f'{k}={getattr(c, k)!r}: a whole number, 1 or more')
 
 # %% ../../nbs/learned/configs.ipynb #10366448
 @dataclass(frozen=True)
 class TrainConfig:
     "How one method is trained."
+
     name: str
-    encode: EncodeSpec                  # what is read of the frozen encoder; no paths: the images themselves
-    head: str                           # one of zsad.learned.artifacts.HEADS
-    prompts: PromptRecipe = None        # learned prompts; None: the hand-written ones of `text`
+    encode: EncodeSpec  # what is read of the frozen encoder; no paths: the images themselves
+    head: str  # one of zsad.learned.artifacts.HEADS
+    prompts: PromptRecipe = None  # learned prompts; None: the hand-written ones of `text`
     text: str = None
-    settings: dict = field(default_factory=dict)      # of the head, beside the encoder's sizes
-    kd: float = 0.                      # weights of the losses: knowledge,
-    image: float = 1.                   # image score,
-    local: float = 1.                   # maps
-    known: tuple = (5, 1)               # descriptions of a category, of an image
-    base: str = ''                      # a knowledge file of your own, over the one that ships
-    teacher: str = 'knowledge'          # of the knowledge loss: 'knowledge' (KAnoCLIP Eq. 2), or 'clip', two fixed sentences (KgCoOp)
-    margin: float = 0.                  # of Eq. (2)
+    settings: dict = field(default_factory=dict)  # of the head, beside the encoder's sizes
+    kd: float = 0.0  # weights of the losses: knowledge,
+    image: float = 1.0  # image score,
+    local: float = 1.0  # maps
+    known: tuple = (5, 1)  # descriptions of a category, of an image
+    base: str = ''  # a knowledge file of your own, over the one that ships
+    teacher: str = 'knowledge'  # of the knowledge loss: 'knowledge' (KAnoCLIP Eq. 2), or 'clip', two fixed sentences (KgCoOp)
+    margin: float = 0.0  # of Eq. (2)
     epochs: int = 3
     batch: int = 8
     lr: float = 1e-3
-    lr_head: float = None               # of the head beside learned prompts; None: as `lr`
+    lr_head: float = None  # of the head beside learned prompts; None: as `lr`
     betas: tuple = (0.5, 0.999)
-    loss_size: int = 120                # side of the maps that are judged, in pixels; at most the encoder's
+    loss_size: int = 120  # side of the maps that are judged, in pixels; at most the encoder's
     seed: int = 0
 
-    def __post_init__(self): check_train_config(self)
+    def __post_init__(self):
+        check_train_config(self)
 
 # %% ../../nbs/learned/configs.ipynb #ff60c7e8
-VV, STAGES = EncodeSpec((AttentionPath('vv'),), 'quarters'), EncodeSpec((AttentionPath('qkv'),), 'quarters', 'raw')
-CONFIGS = {c.name: c for c in (
-    TrainConfig('anomalyclip', VV, 'anomalyclip', PROMPT_RECIPES['anomalyclip'], local=4.),
-    TrainConfig('kanoclip', VV, 'kanoclip', PROMPT_RECIPES['kanoclip'], kd=1., epochs=1, lr_head=3e-5, loss_size=240),
-    TrainConfig('april-gan', STAGES, 'april-gan', text='april-gan', image=0.),
-    TrainConfig('mvfa', EncodeSpec(()), 'mvfa', text='april-gan', epochs=1))}
+VV, STAGES = (
+    EncodeSpec((AttentionPath('vv'),), 'quarters'),
+    EncodeSpec((AttentionPath('qkv'),), 'quarters', 'raw'),
+)
+CONFIGS = {
+    c.name: c
+    for c in (
+        TrainConfig('anomalyclip', VV, 'anomalyclip', PROMPT_RECIPES['anomalyclip'], local=4.0),
+        TrainConfig(
+            'kanoclip',
+            VV,
+            'kanoclip',
+            PROMPT_RECIPES['kanoclip'],
+            kd=1.0,
+            epochs=1,
+            lr_head=3e-5,
+            loss_size=240,
+        ),
+        TrainConfig('april-gan', STAGES, 'april-gan', text='april-gan', image=0.0),
+        TrainConfig('mvfa', EncodeSpec(()), 'mvfa', text='april-gan', epochs=1),
+    )
+}
 
 # %% ../../nbs/learned/configs.ipynb #0119d566
-kano = CONFIGS['kanoclip']; PLAIN = EncodeSpec((AttentionPath('qkv'),), 'quarters')
-def variant(name:str, base:TrainConfig=kano, **changes)->TrainConfig:
-    "Change fields of a course and call it by another name; settings of the head join those it has."
-    return replace(base, name=name, **{**changes, 'settings': {**base.settings, **changes.get('settings', {})}})
+kano = CONFIGS['kanoclip']
+PLAIN = EncodeSpec((AttentionPath('qkv'),), 'quarters')
 
-ALONE = dict(cross=False, adapter=None)                                      # prompts without fusion and adapter
+
+def variant(name: str, base: TrainConfig = kano, **changes) -> TrainConfig:
+    "Change fields of a course and call it by another name; settings of the head join those it has."
+    return replace(
+        base, name=name, **{**changes, 'settings': {**base.settings, **changes.get('settings', {})}}
+    )
+
+
+ALONE = dict(cross=False, adapter=None)  # prompts without fusion and adapter
 knpl = variant('kanoclip-vv', settings=ALONE)
-MODULES = (variant('kanoclip-knpl', encode=PLAIN, settings=ALONE), knpl, variant('kanoclip-cross', settings=dict(adapter=None)), variant('kanoclip-alone', settings=dict(cross=False)),
-           variant('kanoclip-qkv', encode=PLAIN), variant('kanoclip-by-hand', prompts=None, text='anoclip', kd=0., lr=3e-5), variant('kanoclip-max', settings=dict(rule='max')))
-SOURCED = (variant('knpl-none', knpl, kd=0.), variant('knpl-clip', knpl, teacher='clip'), variant('knpl-llm', knpl, known=(5, 0)), variant('knpl-vqa', knpl, known=(0, 1)), *(variant(f'knpl-n{n}', knpl, known=(n, 1)) for n in (1, 3, 10)),
-           variant('knpl-one', knpl, prompts=replace(kano.prompts, normal=('normal {}',), abnormal=('abnormal {}',))), variant('knpl-margin', knpl, margin=.3))
-NAMED = (variant('kanoclip-vv-object', knpl, prompts=replace(kano.prompts, noun='object')), variant('anomalyclip-aware', CONFIGS['anomalyclip'], prompts=replace(PROMPT_RECIPES['anomalyclip'], noun='')))
-READINGS = (variant('kanoclip-eq11', settings=dict(adapter='literal')), variant('kanoclip-norm', settings=dict(norm='image')), variant('kanoclip-grid', settings=dict(reference='code')), variant('kanoclip-drawn', settings=dict(start='drawn')),
-            variant('kanoclip-apart', prompts=replace(kano.prompts, shared=False)))
-LAST = variant('kanoclip-last', encode=EncodeSpec((AttentionPath('vv'),)))      # the last block's patches alone, as AnoCLIP (which walks V-V through all blocks, not 19 of 24)
-ATTEMPTS = (LAST, variant('kanoclip-last-by-hand', LAST, prompts=None, text='anoclip', kd=0., lr=3e-5))
+MODULES = (
+    variant('kanoclip-knpl', encode=PLAIN, settings=ALONE),
+    knpl,
+    variant('kanoclip-cross', settings=dict(adapter=None)),
+    variant('kanoclip-alone', settings=dict(cross=False)),
+    variant('kanoclip-qkv', encode=PLAIN),
+    variant('kanoclip-by-hand', prompts=None, text='anoclip', kd=0.0, lr=3e-5),
+    variant('kanoclip-max', settings=dict(rule='max')),
+)
+
+# %% ../../nbs/learned/configs.ipynb #3306dabb
+SOURCED = (
+    variant('knpl-none', knpl, kd=0.0),
+    variant('knpl-clip', knpl, teacher='clip'),
+    variant('knpl-llm', knpl, known=(5, 0)),
+    variant('knpl-vqa', knpl, known=(0, 1)),
+    *(variant(f'knpl-n{n}', knpl, known=(n, 1)) for n in (1, 3, 10)),
+    variant(
+        'knpl-one',
+        knpl,
+        prompts=replace(kano.prompts, normal=('normal {}',), abnormal=('abnormal {}',)),
+    ),
+    variant('knpl-margin', knpl, margin=0.3),
+)
+NAMED = (
+    variant('kanoclip-vv-object', knpl, prompts=replace(kano.prompts, noun='object')),
+    variant(
+        'anomalyclip-aware',
+        CONFIGS['anomalyclip'],
+        prompts=replace(PROMPT_RECIPES['anomalyclip'], noun=''),
+    ),
+)
+
+# %% ../../nbs/learned/configs.ipynb #436e8caa
+READINGS = (
+    variant('kanoclip-eq11', settings=dict(adapter='literal')),
+    variant('kanoclip-norm', settings=dict(norm='image')),
+    variant('kanoclip-grid', settings=dict(reference='code')),
+    variant('kanoclip-drawn', settings=dict(start='drawn')),
+    variant('kanoclip-apart', prompts=replace(kano.prompts, shared=False)),
+)
+LAST = variant(
+    'kanoclip-last', encode=EncodeSpec((AttentionPath('vv'),))
+)  # the last block's patches alone, as AnoCLIP (which walks V-V through all blocks, not 19 of 24)
+ATTEMPTS = (
+    LAST,
+    variant('kanoclip-last-by-hand', LAST, prompts=None, text='anoclip', kd=0.0, lr=3e-5),
+)
 VARIANTS = {c.name: c for c in (*MODULES, *SOURCED, *NAMED, *READINGS, *ATTEMPTS)}
 
 # %% ../../nbs/learned/configs.ipynb #55a83d4c
-def find_train_config(name:str)->TrainConfig:
+def find_train_config(name: str) -> TrainConfig:
     "Give a course or a variant by name."
-    if name not in CONFIGS | VARIANTS: raise ValueError(f'course={name!r}: choose from {list(CONFIGS | VARIANTS)}')
+    if name not in CONFIGS | VARIANTS:
+        raise ValueError(f'course={name!r}: choose from {list(CONFIGS | VARIANTS)}')
     return (CONFIGS | VARIANTS)[name]
 
-def resolve_config(course, encoder:Encoder)->TrainConfig:
+# %% ../../nbs/learned/configs.ipynb #8160aad7
+def resolve_config(course, encoder: Encoder) -> TrainConfig:
     "Resolve a course, or the one of a name, for an encoder: depth of the V-V path, sizes of the head."
     c = find_train_config(course) if isinstance(course, str) else course
-    width, quarters = encoder.model.visual.conv1.out_channels, EncodeSpec(layers='quarters').resolved(encoder.blocks).layers
-    sizes = {'anomalyclip': {}, 'kanoclip': dict(dim=encoder.dim, stages=len(c.encode.resolved(encoder.blocks).layers), seed=c.seed), 'april-gan': dict(width=width, dim=encoder.dim, seed=c.seed), 'mvfa': dict(width=width, dim=encoder.dim, layers=list(quarters), seed=c.seed)}[c.head]
-    paths = tuple(dpam_path(encoder.blocks) if p == AttentionPath('vv') else p for p in c.encode.paths)
-    prompts = c.prompts and replace(c.prompts, depth=min(c.prompts.depth, len(getattr(encoder.model, 'text', encoder.model).transformer.resblocks)))
-    return replace(c, encode=replace(c.encode, paths=paths).resolved(encoder.blocks), settings={**sizes, **c.settings}, prompts=prompts, loss_size=min(c.loss_size, encoder.preprocess.size))
+    width, quarters = (
+        encoder.model.visual.conv1.out_channels,
+        EncodeSpec(layers='quarters').resolved(encoder.blocks).layers,
+    )
+    sizes = {
+        'anomalyclip': {},
+        'kanoclip': dict(
+            dim=encoder.dim, stages=len(c.encode.resolved(encoder.blocks).layers), seed=c.seed
+        ),
+        'april-gan': dict(width=width, dim=encoder.dim, seed=c.seed),
+        'mvfa': dict(width=width, dim=encoder.dim, layers=list(quarters), seed=c.seed),
+    }[c.head]
+    paths = tuple(
+        dpam_path(encoder.blocks) if p == AttentionPath('vv') else p for p in c.encode.paths
+    )
+    prompts = c.prompts and replace(
+        c.prompts,
+        depth=min(
+            c.prompts.depth,
+            len(getattr(encoder.model, 'text', encoder.model).transformer.resblocks),
+        ),
+    )
+    return replace(
+        c,
+        encode=replace(c.encode, paths=paths).resolved(encoder.blocks),
+        settings={**sizes, **c.settings},
+        prompts=prompts,
+        loss_size=min(c.loss_size, encoder.preprocess.size),
+    )

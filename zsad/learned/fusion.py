@@ -10,270 +10,433 @@ __all__ = ['REFERENCE', 'PARTS', 'RULES', 'weights_from', 'last', 'check_heads',
 
 # %% ../../nbs/learned/fusion.ipynb #0d4c3156
 from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core.files import seeded_rng
-from ..methods.adaptation import anomaly_logit
 from ..encoder.attention import attend
+from ..methods.adaptation import anomaly_logit
 
 # %% ../../nbs/learned/fusion.ipynb #1987d4cc
 @contextmanager
-def weights_from(seed:int, *purpose):
+def weights_from(seed: int, *purpose):
     "Draw the weights of modules that are built inside from `seed` and `purpose` alone."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seeded_rng(seed, 'weights', *purpose).integers(2**62))); yield
+        torch.manual_seed(int(seeded_rng(seed, 'weights', *purpose).integers(2**62)))
+        yield
 
-def last(layer:nn.Linear, start:str='zero')->nn.Linear:
+
+def last(layer: nn.Linear, start: str = 'zero') -> nn.Linear:
     "Begin a residual branch's last layer at zero, or leave it as it was drawn."
-    if start not in ('zero', 'drawn'): raise ValueError(f"start={start!r}: choose 'zero', an untrained module changes nothing, or 'drawn'")
+    if start not in ('zero', 'drawn'):
+        raise ValueError(
+            f"start={start!r}: choose 'zero', an untrained module changes nothing, or 'drawn'"
+        )
     if start == 'zero':
-        for t in layer.parameters(): nn.init.zeros_(t)
+        for t in layer.parameters():
+            nn.init.zeros_(t)
     return layer
 
-def check_heads(dim:int, heads:int, groups:int=1):
+
+def check_heads(dim: int, heads: int, groups: int = 1):
     "Refuse heads and groups that do not divide the channels."
-    if dim % heads or heads % groups: raise ValueError(f'heads={heads}, groups={groups}: {dim} channels are cut into heads, and heads into groups; choose divisors, for example heads={next(h for h in (8, 4, 2, 1) if dim % h == 0)}, groups=1')
+    if dim % heads or heads % groups:
+        raise ValueError(
+            f'heads={heads}, groups={groups}: {dim} channels are cut into heads, and heads into groups; choose divisors, for example heads={next(h for h in (8, 4, 2, 1) if dim % h == 0)}, groups=1'
+        )
 
 # %% ../../nbs/learned/fusion.ipynb #2a513144
 class CrossAttention(nn.Module):
     "Attend from tokens to a context, KAnoCLIP Eq. (4) with another side's keys and values (Fig. 3)."
-    def __init__(self,
-                 dim:int,               # channels C
-                 heads:int=8,
-                 start:str='zero'       # of the last layer: 'zero' or 'drawn'
-                ):
-        super().__init__(); check_heads(dim, heads); self.heads = heads
-        self.norm, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2*dim), last(nn.Linear(dim, dim), start)
 
-    def forward(self, x:Tensor, context:Tensor)->Tensor:     # [B,N,C], [B,T,C] -> what x gains [B,N,C]
+    def __init__(
+        self,
+        dim: int,  # channels C
+        heads: int = 8,
+        start: str = 'zero',  # of the last layer: 'zero' or 'drawn'
+    ):
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.norm, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.kv, self.out = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            last(nn.Linear(dim, dim), start),
+        )
+
+    def forward(
+        self, x: Tensor, context: Tensor
+    ) -> Tensor:  # [B,N,C], [B,T,C] -> what x gains [B,N,C]
         k, v = self.kv(self.norm_context(context)).chunk(2, -1)
         return self.out(attend(self.q(self.norm(x)), k, v, self.heads))
 
 # %% ../../nbs/learned/fusion.ipynb #3cbba3e1
 REFERENCE = ('printed', 'code')
 
-def reference_points(h:int, w:int, kind:str='printed')->Tensor:     # [h,w,2] row, column
+
+def reference_points(h: int, w: int, kind: str = 'printed') -> Tensor:  # [h,w,2] row, column
     "Lay out the reference grid of deformable attention (DAT, deformable attention)."
-    if kind not in REFERENCE: raise ValueError(f"reference={kind!r}: choose 'printed', from edge to edge, or 'code', half a cell to the lower right")
-    line = lambda n: torch.linspace(-1, 1, n) + (kind == 'code')/max(n - 1, 1)
+    if kind not in REFERENCE:
+        raise ValueError(
+            f"reference={kind!r}: choose 'printed', from edge to edge, or 'code', half a cell to the lower right"
+        )
+    line = lambda n: torch.linspace(-1, 1, n) + (kind == 'code') / max(n - 1, 1)
     return torch.stack(torch.meshgrid(line(h), line(w), indexing='ij'), -1)
 
-def read_places(x:Tensor,       # [B,N,C] tokens
-                at:Tensor,      # [B,g,n,2] places of each group, row and column
-                grid            # (rows, columns) of patches
-               )->Tensor:       # [B,n,C]
+
+def read_places(
+    x: Tensor,  # [B,N,C] tokens
+    at: Tensor,  # [B,g,n,2] places of each group, row and column
+    grid,  # (rows, columns) of patches
+) -> Tensor:  # [B,n,C]
     "Read tokens between the patches, bilinearly, each group of channels at its own places (DAT, deformable attention)."
     B, g, n, _ = at.shape
-    maps = x.float().mT.reshape(B*g, -1, *grid)
-    return F.grid_sample(maps, at.flip(-1).reshape(B*g, n, 1, 2), align_corners=True)[..., 0].reshape(B, -1, n).mT
+    maps = x.float().mT.reshape(B * g, -1, *grid)
+    return (
+        F.grid_sample(maps, at.flip(-1).reshape(B * g, n, 1, 2), align_corners=True)[..., 0]
+        .reshape(B, -1, n)
+        .mT
+    )
 
-def displacement_bias(table:Tensor,     # [heads,2h-1,2w-1] learned
-                      at:Tensor,        # [B,g,n,2] places
-                      grid              # (rows, columns) of patches
-                     )->Tensor:         # [B,heads,N,n]
+# %% ../../nbs/learned/fusion.ipynb #fa2a21c8
+def displacement_bias(
+    table: Tensor,  # [heads,2h-1,2w-1] learned
+    at: Tensor,  # [B,g,n,2] places
+    grid,  # (rows, columns) of patches
+) -> Tensor:  # [B,heads,N,n]
     "Read the bias of every displacement between a patch and a place off a table (DAT, deformable attention)."
-    R = (reference_points(*grid).to(at).reshape(-1, 1, 2) - at.flatten(0, 1)[:, None])/2
+    R = (reference_points(*grid).to(at).reshape(-1, 1, 2) - at.flatten(0, 1)[:, None]) / 2
     tables = table.float().unflatten(0, (at.shape[1], -1)).repeat(len(at), 1, 1, 1)
-    return F.grid_sample(tables, R.flip(-1), align_corners=True).unflatten(0, at.shape[:2]).flatten(1, 2)
+    return (
+        F.grid_sample(tables, R.flip(-1), align_corners=True)
+        .unflatten(0, at.shape[:2])
+        .flatten(1, 2)
+    )
 
 # %% ../../nbs/learned/fusion.ipynb #285d8a96
 class DeformableAttention(nn.Module):
     "Attend from patches to a few places that move with the image (DAT, deformable attention)."
-    def __init__(self,
-                 dim:int,                       # channels C
-                 heads:int=8, groups:int=4,     # heads of a group look at the same places
-                 kernel:int=5, stride:int=2,    # of the network that finds the places; one place for every `stride` patches
-                 reach:float=None,              # bound of a shift in cells of the reference grid; None: unbounded, places are clipped to the image
-                 reference:str='printed',       # one of REFERENCE
-                 bias:tuple=None,               # (rows, columns) of a table of displacements; None: no bias
-                 start:str='zero'               # of the last layers: 'zero', regular places and nothing gained, or 'drawn'
-                ):
-        super().__init__(); check_heads(dim, heads, groups); reference_points(1, 1, reference); c = dim//groups
+
+    def __init__(
+        self,
+        dim: int,  # channels C
+        heads: int = 8,
+        groups: int = 4,  # heads of a group look at the same places
+        kernel: int = 5,
+        stride: int = 2,  # of the network that finds the places; one place for every `stride` patches
+        reach: float = None,  # bound of a shift in cells of the reference grid; None: unbounded, places are clipped to the image
+        reference: str = 'printed',  # one of REFERENCE
+        bias: tuple = None,  # (rows, columns) of a table of displacements; None: no bias
+        start: str = 'zero',  # of the last layers: 'zero', regular places and nothing gained, or 'drawn'
+    ):
+        super().__init__()
+        check_heads(dim, heads, groups)
+        reference_points(1, 1, reference)
+        c = dim // groups
         self.heads, self.groups, self.reach, self.reference = heads, groups, reach, reference
-        self.norm, self.q, self.kv = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2*dim)
-        self.near = nn.Conv2d(c, c, kernel, stride, kernel//2 if kernel != stride else 0, groups=c)
-        self.shift = nn.Sequential(nn.LayerNorm(c), nn.GELU(), last(nn.Linear(c, 2, bias=False), start))
+        self.norm, self.q, self.kv = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.near = nn.Conv2d(
+            c, c, kernel, stride, kernel // 2 if kernel != stride else 0, groups=c
+        )
+        self.shift = nn.Sequential(
+            nn.LayerNorm(c), nn.GELU(), last(nn.Linear(c, 2, bias=False), start)
+        )
         self.out = last(nn.Linear(dim, dim), start)
-        self.bias = None if bias is None else nn.Parameter(torch.zeros(heads, 2*bias[0] - 1, 2*bias[1] - 1))
-        if bias is not None and start == 'drawn': nn.init.trunc_normal_(self.bias, std=.01)
+        self.bias = (
+            None
+            if bias is None
+            else nn.Parameter(torch.zeros(heads, 2 * bias[0] - 1, 2 * bias[1] - 1))
+        )
+        if bias is not None and start == 'drawn':
+            nn.init.trunc_normal_(self.bias, std=0.01)
 
 # %% ../../nbs/learned/fusion.ipynb #5f6efc2d
 @patch
-def places(self:DeformableAttention,
-           q:Tensor,       # [B,N,C] queries
-           grid            # (rows, columns) of patches
-          )->Tensor:       # [B,g,n,2] row, column from -1 to 1
+def places(
+    self: DeformableAttention,
+    q: Tensor,  # [B,N,C] queries
+    grid,  # (rows, columns) of patches
+) -> Tensor:  # [B,g,n,2] row, column from -1 to 1
     "Find the places that each group of heads looks at (DAT, deformable attention)."
-    seen = self.near(q.mT.unflatten(1, (self.groups, -1)).unflatten(-1, grid).flatten(0, 1)).permute(0, 2, 3, 1)
+    seen = self.near(
+        q.mT.unflatten(1, (self.groups, -1)).unflatten(-1, grid).flatten(0, 1)
+    ).permute(0, 2, 3, 1)
     p, d = reference_points(*seen.shape[1:3], self.reference).to(q.device), self.shift(seen).float()
-    if self.reach is not None: d = self.reach*d.tanh()/torch.tensor(p.shape[:2], device=d.device).sub(1).clamp(min=1)
+    if self.reach is not None:
+        d = self.reach * d.tanh() / torch.tensor(p.shape[:2], device=d.device).sub(1).clamp(min=1)
     at = (p + d).flatten(1, 2).unflatten(0, (-1, self.groups))
     return at.clamp(-1, 1) if self.reach is None else at
 
+# %% ../../nbs/learned/fusion.ipynb #a2a48db9
 @patch
-def forward(self:DeformableAttention, x:Tensor, grid)->Tensor:     # [B,N,C] -> what x gains [B,N,C]
+def forward(
+    self: DeformableAttention, x: Tensor, grid
+) -> Tensor:  # [B,N,C] -> what x gains [B,N,C]
     "Attend to the places found for the image (DAT, deformable attention)."
-    y = self.norm(x); q = self.q(y)
+    y = self.norm(x)
+    q = self.q(y)
     at = self.places(q, grid)
     split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
     k, v = self.kv(read_places(y, at, grid)).chunk(2, -1)
     bias = None if self.bias is None else displacement_bias(self.bias, at, grid).to(q.dtype)
-    return self.out(F.scaled_dot_product_attention(split(q), split(k), split(v), bias).transpose(1, 2).flatten(2))
+    return self.out(
+        F.scaled_dot_product_attention(split(q), split(k), split(v), bias)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 # %% ../../nbs/learned/fusion.ipynb #3d28df4f
-PARTS = ('text', 'patches', 't2v', 'v2t')     # two self-attentions, then text-to-visual and visual-to-text
+PARTS = (
+    'text',
+    'patches',
+    't2v',
+    'v2t',
+)  # two self-attentions, then text-to-visual and visual-to-text
 
+# %% ../../nbs/learned/fusion.ipynb #2b4ccc2e
 class BiCA(nn.Module):
     "Let the sentences and the patches of one stage look at themselves and at each other (KAnoCLIP Fig. 3)."
-    def __init__(self,
-                 dim:int,                   # channels C
-                 heads:int=8,
-                 parts:tuple=PARTS,         # those of PARTS it has
-                 start:str='zero',          # of the last layers: 'zero' or 'drawn'
-                 key:tuple=(0,),            # seed and stage
-                 **deform                   # settings of `DeformableAttention`
-                ):
-        super().__init__(); self.parts = nn.ModuleDict()
-        if set(parts) - set(PARTS): raise ValueError(f'parts={parts}: choose from {PARTS}')
-        for k in parts:
-            with weights_from(*key, k): self.parts[k] = DeformableAttention(dim, heads, start=start, **deform) if k == 'patches' else CrossAttention(dim, heads, start)
 
-    def forward(self, p:Tensor, t:Tensor, grid)->tuple:     # [B,N,C], [B,2,C] -> the same
+    def __init__(
+        self,
+        dim: int,  # channels C
+        heads: int = 8,
+        parts: tuple = PARTS,  # those of PARTS it has
+        start: str = 'zero',  # of the last layers: 'zero' or 'drawn'
+        key: tuple = (0,),  # seed and stage
+        **deform,  # settings of `DeformableAttention`
+    ):
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        if set(parts) - set(PARTS):
+            raise ValueError(f'parts={parts}: choose from {PARTS}')
+        for k in parts:
+            with weights_from(*key, k):
+                self.parts[k] = (
+                    DeformableAttention(dim, heads, start=start, **deform)
+                    if k == 'patches'
+                    else CrossAttention(dim, heads, start)
+                )
+
+    def forward(self, p: Tensor, t: Tensor, grid) -> tuple:  # [B,N,C], [B,2,C] -> the same
         a = self.parts
-        if 'text' in a: t = t + a['text'](t, t)
-        if 'patches' in a: p = p + a['patches'](p, grid)
+        if 'text' in a:
+            t = t + a['text'](t, t)
+        if 'patches' in a:
+            p = p + a['patches'](p, grid)
         return p + a['t2v'](p, t) if 't2v' in a else p, t + a['v2t'](t, p) if 'v2t' in a else t
 
 # %% ../../nbs/learned/fusion.ipynb #6f5e410a
 class BiCMCI(nn.Module):
     "Run one BiCA per stage (KAnoCLIP, multi-level cross-modal interaction)."
-    def __init__(self, dim:int, stages:int=4, seed:int=0, **bica):     # settings of `BiCA` and of its `DeformableAttention`
-        super().__init__(); self.stages = nn.ModuleList(BiCA(dim, key=(seed, i), **bica) for i in range(stages))
 
-    def forward(self, patches:Tensor, text:Tensor, grid)->tuple:     # [L,B,N,C], [2,C] or [B,2,C] -> [L,B,N,C], [L,B,2,C]
+    def __init__(
+        self, dim: int, stages: int = 4, seed: int = 0, **bica
+    ):  # settings of `BiCA` and of its `DeformableAttention`
+        super().__init__()
+        self.stages = nn.ModuleList(BiCA(dim, key=(seed, i), **bica) for i in range(stages))
+
+    def forward(
+        self, patches: Tensor, text: Tensor, grid
+    ) -> tuple:  # [L,B,N,C], [2,C] or [B,2,C] -> [L,B,N,C], [L,B,2,C]
         text = text.expand(patches.shape[1], -1, -1)
-        return tuple(map(torch.stack, zip(*(s(p, text, grid) for s, p in zip(self.stages, patches)))))
+        return tuple(
+            map(torch.stack, zip(*(s(p, text, grid) for s, p in zip(self.stages, patches))))
+        )
 
-def stage_logits(p:Tensor,           # [L,B,N,C] patches of any length
-                 text:Tensor,        # [2,C], [B,2,C] or [L,B,2,C] sentences of any length: normal, anomalous
-                 tau:float=.07       # softmax temperature
-                )->Tensor:           # [L,B,N] float32; the sigmoid is M^a, the rest M^n
+
+def stage_logits(
+    p: Tensor,  # [L,B,N,C] patches of any length
+    text: Tensor,  # [2,C], [B,2,C] or [L,B,2,C] sentences of any length: normal, anomalous
+    tau: float = 0.07,  # softmax temperature
+) -> Tensor:  # [L,B,N] float32; the sigmoid is M^a, the rest M^n
     "Compare the patches of all stages with the sentences, KAnoCLIP Eq. (9) before its sum."
-    with torch.autocast(p.device.type, enabled=False): return anomaly_logit(p.float(), F.normalize(text.float(), dim=-1), tau)
+    with torch.autocast(p.device.type, enabled=False):
+        return anomaly_logit(p.float(), F.normalize(text.float(), dim=-1), tau)
 
 # %% ../../nbs/learned/fusion.ipynb #469186ac
-def blur_matrix(n:int, sigma:float)->Tensor:     # [n,n] rows sum to 1
+def blur_matrix(n: int, sigma: float) -> Tensor:  # [n,n] rows sum to 1
     "Write the Gaussian filter of a line of n values, mirrored at its ends and cut at 4 sigma, as a matrix."
-    r = int(4*sigma + .5); o = torch.arange(-r, r + 1)
-    k = torch.exp(-.5*(o/max(sigma, 1e-9))**2); k = k/k.sum()
-    at = (torch.arange(n)[:, None] + o) % (2*n)
-    return torch.zeros(n, n).scatter_add_(1, torch.minimum(at, 2*n - 1 - at), k.expand(n, -1))
+    r = int(4 * sigma + 0.5)
+    o = torch.arange(-r, r + 1)
+    k = torch.exp(-0.5 * (o / max(sigma, 1e-9)) ** 2)
+    k = k / k.sum()
+    at = (torch.arange(n)[:, None] + o) % (2 * n)
+    return torch.zeros(n, n).scatter_add_(1, torch.minimum(at, 2 * n - 1 - at), k.expand(n, -1))
 
-def blur(a:Tensor, sigma:float)->Tensor:     # [...,H,W]
+
+def blur(a: Tensor, sigma: float) -> Tensor:  # [...,H,W]
     "Smooth maps with a Gaussian of `sigma` pixels, KAnoCLIP Eq. (10); 0 leaves them as they are."
-    if not sigma >= 0: raise ValueError(f'sigma={sigma!r}: pixels, 0 (no smoothing) or more')
-    if sigma == 0: return a
-    with torch.autocast(a.device.type, enabled=False): return blur_matrix(a.shape[-2], sigma).to(a) @ a @ blur_matrix(a.shape[-1], sigma).T.to(a)
+    if not sigma >= 0:
+        raise ValueError(f'sigma={sigma!r}: pixels, 0 (no smoothing) or more')
+    if sigma == 0:
+        return a
+    with torch.autocast(a.device.type, enabled=False):
+        return blur_matrix(a.shape[-2], sigma).to(a) @ a @ blur_matrix(a.shape[-1], sigma).T.to(a)
 
-def norm_map(a:Tensor,         # [B,H,W] sum of the stages' probabilities
-             stages:int,
-             norm:str          # 'fixed': by its bounds 0 and `stages`; 'image': by each image's own
-            )->Tensor:         # [B,H,W] from 0 to 1
+# %% ../../nbs/learned/fusion.ipynb #36854b1d
+def norm_map(
+    a: Tensor,  # [B,H,W] sum of the stages' probabilities
+    stages: int,
+    norm: str,  # 'fixed': by its bounds 0 and `stages`; 'image': by each image's own
+) -> Tensor:  # [B,H,W] from 0 to 1
     "Bring a summed map to 0..1, the Norm of KAnoCLIP Eq. (9)."
-    if norm not in ('fixed', 'image'): raise ValueError(f"norm={norm!r}: choose 'fixed', bounds that no image moves, or 'image', each map's own minimum and maximum")
-    if norm == 'fixed': return a/stages
+    if norm not in ('fixed', 'image'):
+        raise ValueError(
+            f"norm={norm!r}: choose 'fixed', bounds that no image moves, or 'image', each map's own minimum and maximum"
+        )
+    if norm == 'fixed':
+        return a / stages
     low, high = a.amin((-2, -1), True), a.amax((-2, -1), True)
-    return (a - low)/(high - low).clamp(min=1e-12)
+    return (a - low) / (high - low).clamp(min=1e-12)
 
 # %% ../../nbs/learned/fusion.ipynb #8b68520b
-def fuse_maps(logits:Tensor,         # [L,B,N] from `stage_logits`
-              grid,                  # (rows, columns) of patches
-              size,                  # of the map in pixels, a side or (H, W); `grid` itself: the patch map
-              norm:str='fixed',      # 'fixed' or 'image', see `norm_map`
-              sigma:float=4.         # of the smoothing, in pixels
-             )->Tensor:              # [B,H,W] from 0 to 1
+def fuse_maps(
+    logits: Tensor,  # [L,B,N] from `stage_logits`
+    grid,  # (rows, columns) of patches
+    size,  # of the map in pixels, a side or (H, W); `grid` itself: the patch map
+    norm: str = 'fixed',  # 'fixed' or 'image', see `norm_map`
+    sigma: float = 4.0,  # of the smoothing, in pixels
+) -> Tensor:  # [B,H,W] from 0 to 1
     "Join the maps of all stages, KAnoCLIP Eq. (9) and (10)."
     L, size = len(logits), (size, size) if isinstance(size, int) else tuple(size)
-    large = lambda p: F.interpolate(p.sum(0).unflatten(-1, grid)[:, None], size=size, mode='bilinear', align_corners=False)[:, 0]
+    large = lambda p: F.interpolate(
+        p.sum(0).unflatten(-1, grid)[:, None], size=size, mode='bilinear', align_corners=False
+    )[:, 0]
     Ma, Mn = (norm_map(large(z.float().sigmoid()), L, norm) for z in (logits, -logits))
-    return blur((Ma + 1 - Mn)/2, sigma)
+    return blur((Ma + 1 - Mn) / 2, sigma)
 
 # %% ../../nbs/learned/fusion.ipynb #b5327f89
 class ConvAdapter(nn.Module):
     "Turn the class token towards the sentences (KAnoCLIP Fig. 4 and Eq. 11)."
-    def __init__(self,
-                 dim:int,                       # channels C
-                 inner:int=None,                # channels of the bottleneck; None: a quarter
-                 kernel:int=3,                  # tokens of the depthwise convolution
-                 ratio:float=.2,                # share of the new in the residual
-                 literal_eq11:bool=False,       # True: as the equation prints it, no convolution, no residual
-                 start:str='zero'               # of the last layer: 'zero' or 'drawn' (literal: always drawn)
-                ):
-        super().__init__(); inner = inner or max(1, dim//4)
-        self.ratio, self.norm = ratio, nn.LayerNorm(dim)
-        self.down, self.up = nn.Linear(dim, inner, bias=False), last(nn.Linear(inner, dim, bias=False), 'drawn' if literal_eq11 else start)
-        self.conv = None if literal_eq11 else nn.Conv1d(inner, inner, kernel, padding=kernel//2, groups=inner)
 
-    def forward(self, x:Tensor)->Tensor:     # [B,C] or [B,T,C] -> the same, not of unit length
+    def __init__(
+        self,
+        dim: int,  # channels C
+        inner: int = None,  # channels of the bottleneck; None: a quarter
+        kernel: int = 3,  # tokens of the depthwise convolution
+        ratio: float = 0.2,  # share of the new in the residual
+        literal_eq11: bool = False,  # True: as the equation prints it, no convolution, no residual
+        start: str = 'zero',  # of the last layer: 'zero' or 'drawn' (literal: always drawn)
+    ):
+        super().__init__()
+        inner = inner or max(1, dim // 4)
+        self.ratio, self.norm = ratio, nn.LayerNorm(dim)
+        self.down, self.up = (
+            nn.Linear(dim, inner, bias=False),
+            last(nn.Linear(inner, dim, bias=False), 'drawn' if literal_eq11 else start),
+        )
+        self.conv = (
+            None
+            if literal_eq11
+            else nn.Conv1d(inner, inner, kernel, padding=kernel // 2, groups=inner)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B,C] or [B,T,C] -> the same, not of unit length
         y = self.down(self.norm(x))
-        if self.conv is None: return self.up(y.relu())
+        if self.conv is None:
+            return self.up(y.relu())
         y = self.conv(y.reshape(len(x), -1, y.shape[-1]).mT).mT.reshape(y.shape)
-        return (1 - self.ratio)*x + self.ratio*self.up(y.relu())
+        return (1 - self.ratio) * x + self.ratio * self.up(y.relu())
 
 # %% ../../nbs/learned/fusion.ipynb #57832d62
-RULES = dict(mean=lambda s, m: (s + m)/2, sum=lambda s, m: s + m, max=lambda s, m: m)
+RULES = dict(mean=lambda s, m: (s + m) / 2, sum=lambda s, m: s + m, max=lambda s, m: m)
 
-def global_score(cls:Tensor,            # [B,C] class token, adapted or not
-                 text:Tensor,           # [2,C] or [B,2,C] sentences: normal, anomalous
-                 a:Tensor,              # [B,H,W] from `fuse_maps`
-                 rule:str='mean',       # one of RULES
-                 tau:float=.07          # softmax temperature
-                )->Tensor:              # [B] float32
+
+def global_score(
+    cls: Tensor,  # [B,C] class token, adapted or not
+    text: Tensor,  # [2,C] or [B,2,C] sentences: normal, anomalous
+    a: Tensor,  # [B,H,W] from `fuse_maps`
+    rule: str = 'mean',  # one of RULES
+    tau: float = 0.07,  # softmax temperature
+) -> Tensor:  # [B] float32
     "Join the class token's answer and the worst place of the map, KAnoCLIP Eq. (12)."
-    if rule not in RULES: raise ValueError(f'rule={rule!r}: choose from {list(RULES)}')
+    if rule not in RULES:
+        raise ValueError(f'rule={rule!r}: choose from {list(RULES)}')
     return RULES[rule](stage_logits(cls[:, None], text, tau)[:, 0].sigmoid(), a.flatten(1).amax(1))
 
 # %% ../../nbs/learned/fusion.ipynb #f5e32863
-def ordinary(t:Tensor)->Tensor:
+def ordinary(t: Tensor) -> Tensor:
     "Copy a tensor made under inference mode where gradients are wanted."
     return t.clone() if t.is_inference() and torch.is_grad_enabled() else t
 
+
 def check_tokens(cls, patches, text, grid, stages, dim):
     "Refuse tokens and sentences that do not belong together."
-    B, N = patches.shape[1] if patches.ndim == 4 else 'B', grid[0]*grid[1]
+    B, N = patches.shape[1] if patches.ndim == 4 else 'B', grid[0] * grid[1]
     if patches.ndim != 4 or patches.shape[0] != stages or patches.shape[2:] != (N, dim):
-        raise ValueError(f"patches: {list(patches.shape)}, this head needs [{stages},B,{N},{dim}] on a grid of {grid[0]} x {grid[1]}; encode {stages} layers (layers='quarters') at stage 'proj' with the encoder it was made for")
-    if cls.shape != (B, dim): raise ValueError(f'cls: {list(cls.shape)}, these patches need [{B},{dim}], the class tokens of the same images')
-    if text.shape not in ((2, dim), (B, 2, dim)): raise ValueError(f'text: {list(text.shape)}, these patches need [2,{dim}] or [{B},2,{dim}], normal and anomalous, of the same encoder')
+        raise ValueError(
+            f"patches: {list(patches.shape)}, this head needs [{stages},B,{N},{dim}] on a grid of {grid[0]} x {grid[1]}; encode {stages} layers (layers='quarters') at stage 'proj' with the encoder it was made for"
+        )
+    if cls.shape != (B, dim):
+        raise ValueError(
+            f'cls: {list(cls.shape)}, these patches need [{B},{dim}], the class tokens of the same images'
+        )
+    if text.shape not in ((2, dim), (B, 2, dim)):
+        raise ValueError(
+            f'text: {list(text.shape)}, these patches need [2,{dim}] or [{B},2,{dim}], normal and anomalous, of the same encoder'
+        )
 
 # %% ../../nbs/learned/fusion.ipynb #3c9f9f82
 class KAnoCLIP(nn.Module):
     "Give score, map and stage logits of images from their tokens (KAnoCLIP, Sec. 2.4)."
-    def __init__(self,
-                 dim:int,                       # channels C of the encoder's joint space
-                 stages:int=4,                  # layers whose tokens come
-                 cross:bool=True,               # False: no Bi-CMCI
-                 adapter:str='figure',          # Conv-Adapter: 'figure', 'literal' (Eq. 11), None
-                 tau:float=.07, norm:str='fixed', sigma:float=4., rule:str='mean',      # of `stage_logits`, `fuse_maps`, `global_score`
-                 start:str='zero', seed:int=0,
-                 **bica                         # settings of `BiCA` and of its `DeformableAttention`
-                ):
-        super().__init__(); self.dim, self.depth, self.tau, self.norm, self.sigma, self.rule = dim, stages, tau, norm, sigma, rule
-        if adapter not in ('figure', 'literal', None): raise ValueError(f"adapter={adapter!r}: choose 'figure', 'literal' (Eq. 11) or None")
-        self.cross = BiCMCI(dim, stages, seed, start=start, **bica) if cross else None
-        with weights_from(seed, 'adapter'): self.adapter = ConvAdapter(dim, literal_eq11=adapter == 'literal', start=start) if adapter else None
 
-    def forward(self, cls:Tensor, patches:Tensor, text:Tensor, grid, size)->tuple:     # [B,C], [L,B,N,C], [2,C] or [B,2,C] -> [B], [B,H,W], [L,B,N]
+    def __init__(
+        self,
+        dim: int,  # channels C of the encoder's joint space
+        stages: int = 4,  # layers whose tokens come
+        cross: bool = True,  # False: no Bi-CMCI
+        adapter: str = 'figure',  # Conv-Adapter: 'figure', 'literal' (Eq. 11), None
+        tau: float = 0.07,
+        norm: str = 'fixed',
+        sigma: float = 4.0,
+        rule: str = 'mean',  # of `stage_logits`, `fuse_maps`, `global_score`
+        start: str = 'zero',
+        seed: int = 0,
+        **bica,  # settings of `BiCA` and of its `DeformableAttention`
+    ):
+        super().__init__()
+        self.dim, self.depth, self.tau, self.norm, self.sigma, self.rule = (
+            dim,
+            stages,
+            tau,
+            norm,
+            sigma,
+            rule,
+        )
+        if adapter not in ('figure', 'literal', None):
+            raise ValueError(f"adapter={adapter!r}: choose 'figure', 'literal' (Eq. 11) or None")
+        self.cross = BiCMCI(dim, stages, seed, start=start, **bica) if cross else None
+        with weights_from(seed, 'adapter'):
+            self.adapter = (
+                ConvAdapter(dim, literal_eq11=adapter == 'literal', start=start)
+                if adapter
+                else None
+            )
+
+    def forward(
+        self, cls: Tensor, patches: Tensor, text: Tensor, grid, size
+    ) -> tuple:  # [B,C], [L,B,N,C], [2,C] or [B,2,C] -> [B], [B,H,W], [L,B,N]
         check_tokens(cls, patches, text, grid, self.depth, self.dim)
         cls, patches, text = map(ordinary, (cls, patches, text))
-        z = stage_logits(*(self.cross(patches, text, grid) if self.cross is not None else (patches, text)), self.tau)
+        z = stage_logits(
+            *(self.cross(patches, text, grid) if self.cross is not None else (patches, text)),
+            self.tau,
+        )
         a = fuse_maps(z, grid, size, self.norm, self.sigma)
-        return global_score(cls if self.adapter is None else self.adapter(cls), text, a, self.rule, self.tau), a, z
+        return (
+            global_score(
+                cls if self.adapter is None else self.adapter(cls), text, a, self.rule, self.tau
+            ),
+            a,
+            z,
+        )
 
 # %% ../../nbs/learned/fusion.ipynb #67acff30
-def count_parameters(module:nn.Module)->int:
+def count_parameters(module: nn.Module) -> int:
     "Count the numbers that training moves."
     return sum(t.numel() for t in module.parameters() if t.requires_grad)

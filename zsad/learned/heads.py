@@ -8,135 +8,225 @@ __all__ = ['compare', 'sum_maps', 'check_text', 'check_raw', 'AprilGan', 'Adapte
 
 # %% ../../nbs/learned/heads.ipynb #67576c17
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..encoder.attention import add_mlp, attend, project, qkv, to_stage
 from .fusion import ordinary, weights_from
 from ..methods.adaptation import anomaly_logit
-from ..encoder.attention import add_mlp, attend, to_stage, project, qkv
 
 # %% ../../nbs/learned/heads.ipynb #2b15b4dc
-def compare(p:Tensor,            # [L,B,N,C] tokens of any length
-            text:Tensor,         # [2,C] or [B,2,C] unit rows: normal, anomalous
-            tau:float=.01        # softmax temperature
-           )->Tensor:            # [L,B,N] float32
+def compare(
+    p: Tensor,  # [L,B,N,C] tokens of any length
+    text: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    tau: float = 0.01,  # softmax temperature
+) -> Tensor:  # [L,B,N] float32
     "Compare the tokens of all stages with the sentences (APRIL-GAN, zero-shot)."
-    with torch.autocast(p.device.type, enabled=False): return anomaly_logit(p.float(), text.float(), tau)
+    with torch.autocast(p.device.type, enabled=False):
+        return anomaly_logit(p.float(), text.float(), tau)
 
-def sum_maps(logits:Tensor,      # [L,B,N]
-             grid,               # (rows, columns) of patches
-             size                # of the map in pixels, a side or (H, W); `grid` itself: the patch map
-            )->Tensor:           # [B,H,W] from 0 to L
+
+def sum_maps(
+    logits: Tensor,  # [L,B,N]
+    grid,  # (rows, columns) of patches
+    size,  # of the map in pixels, a side or (H, W); `grid` itself: the patch map
+) -> Tensor:  # [B,H,W] from 0 to L
     "Enlarge the logits of every stage and add the stages' probabilities (APRIL-GAN, zero-shot)."
-    large = F.interpolate(logits.float().transpose(0, 1).unflatten(-1, grid), size=size, mode='bilinear', align_corners=True)
+    large = F.interpolate(
+        logits.float().transpose(0, 1).unflatten(-1, grid),
+        size=size,
+        mode='bilinear',
+        align_corners=True,
+    )
     return large.sigmoid().sum(1)
 
 # %% ../../nbs/learned/heads.ipynb #445f2ca2
-def check_text(text:Tensor, B:int, C:int):
+def check_text(text: Tensor, B: int, C: int):
     "Refuse sentences of another encoder or of other images."
-    if text.shape not in ((2, C), (B, 2, C)): raise ValueError(f'text: {list(text.shape)}, need [2,{C}] or one pair per image [{B},2,{C}], normal and anomalous; make it with encode_prompts of the same encoder')
+    if text.shape not in ((2, C), (B, 2, C)):
+        raise ValueError(
+            f'text: {list(text.shape)}, need [2,{C}] or one pair per image [{B},2,{C}], normal and anomalous; make it with encode_prompts of the same encoder'
+        )
+
 
 def check_raw(cls, patches, text, grid, stages, width, dim):
     "Refuse tokens that do not belong together or are not raw."
-    N, B = grid[0]*grid[1], len(cls)
+    N, B = grid[0] * grid[1], len(cls)
     if patches.shape != (stages, B, N, width) or cls.shape != (B, dim):
-        raise ValueError(f"patches: {list(patches.shape)}, cls: {list(cls.shape)}; this head needs [{stages},{B},{N},{width}] and [{B},{dim}] on a grid of {grid[0]} x {grid[1]}: encode(x, 'qkv', layers='quarters', stage='raw') of the encoder it was made for")
+        raise ValueError(
+            f"patches: {list(patches.shape)}, cls: {list(cls.shape)}; this head needs [{stages},{B},{N},{width}] and [{B},{dim}] on a grid of {grid[0]} x {grid[1]}: encode(x, 'qkv', layers='quarters', stage='raw') of the encoder it was made for"
+        )
     check_text(text, B, dim)
 
 # %% ../../nbs/learned/heads.ipynb #ecdc674d
 class AprilGan(nn.Module):
     "Translate raw patch tokens by one linear layer per stage (APRIL-GAN, zero-shot)."
-    def __init__(self,
-                 width:int,            # channels D of the encoder's blocks
-                 dim:int,              # channels C of its joint space
-                 stages:int=4,         # layers whose tokens come
-                 tau:float=.01,        # softmax temperature
-                 seed:int=0            # of the weights
-                ):
-        super().__init__(); self.width, self.dim, self.tau = width, dim, tau
+
+    def __init__(
+        self,
+        width: int,  # channels D of the encoder's blocks
+        dim: int,  # channels C of its joint space
+        stages: int = 4,  # layers whose tokens come
+        tau: float = 0.01,  # softmax temperature
+        seed: int = 0,  # of the weights
+    ):
+        super().__init__()
+        self.width, self.dim, self.tau = width, dim, tau
         with weights_from(seed, 'april-gan'):
             self.fc = nn.ModuleList(nn.Linear(width, dim) for _ in range(stages))
 
-    def forward(self, cls:Tensor, patches:Tensor, text:Tensor, grid, size)->tuple:     # [B,C], [L,B,N,D], [2,C] or [B,2,C] -> score [B], map [B,H,W], logits [L,B,N]
+    def forward(
+        self, cls: Tensor, patches: Tensor, text: Tensor, grid, size
+    ) -> tuple:  # [B,C], [L,B,N,D], [2,C] or [B,2,C] -> score [B], map [B,H,W], logits [L,B,N]
         check_raw(cls, patches, text, grid, len(self.fc), self.width, self.dim)
-        logits = compare(torch.stack([f(p) for f, p in zip(self.fc, ordinary(patches))]), ordinary(text), self.tau)
-        return compare(cls[:, None], text, self.tau)[:, 0].sigmoid(), sum_maps(logits, grid, size), logits
+        logits = compare(
+            torch.stack([f(p) for f, p in zip(self.fc, ordinary(patches))]),
+            ordinary(text),
+            self.tau,
+        )
+        return (
+            compare(cls[:, None], text, self.tau)[:, 0].sigmoid(),
+            sum_maps(logits, grid, size),
+            logits,
+        )
 
 # %% ../../nbs/learned/heads.ipynb #09b8a475
 class Adapter(nn.Module):
     "Go down to the joint space's channels and up again (MVFA-AD, residual adapter)."
-    def __init__(self, width:int, dim:int):
-        super().__init__()
-        self.fc1, self.fc2 = (nn.Sequential(nn.Linear(a, b, bias=False), nn.LeakyReLU()) for a, b in ((width, dim), (dim, width)))
 
-    def forward(self, z:Tensor)->tuple:     # [...,D] -> middle [...,C], way up [...,D]
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.fc1, self.fc2 = (
+            nn.Sequential(nn.Linear(a, b, bias=False), nn.LeakyReLU())
+            for a, b in ((width, dim), (dim, width))
+        )
+
+    def forward(self, z: Tensor) -> tuple:  # [...,D] -> middle [...,C], way up [...,D]
         m = self.fc1(z)
         return m, self.fc2(m)
 
-def forward_adapted(visual,            # open_clip VisionTransformer
-                 z:Tensor,          # [B,1+N,D] embedded tokens, after ln_pre
-                 seg, det,          # an `Adapter` per layer each
-                 layers:tuple,      # after which blocks they stand, from 0
-                 gamma:float=.1     # share of each adapter in the stream
-                )->tuple:           # the stream after the last block [B,1+N,D], middles of seg and of det [L,B,1+N,C]
+# %% ../../nbs/learned/heads.ipynb #64a77097
+def forward_adapted(
+    visual,  # open_clip VisionTransformer
+    z: Tensor,  # [B,1+N,D] embedded tokens, after ln_pre
+    seg,
+    det,  # an `Adapter` per layer each
+    layers: tuple,  # after which blocks they stand, from 0
+    gamma: float = 0.1,  # share of each adapter in the stream
+) -> tuple:  # the stream after the last block [B,1+N,D], middles of seg and of det [L,B,1+N,C]
     "Walk all blocks with adapters between them (MVFA-AD, multi-level adaptation)."
     middles = []
     for l, b in enumerate(visual.transformer.resblocks):
         q, k, v = qkv(b, z)
         z = add_mlp(b, z + project(b, attend(q, k, v, b.attn.num_heads)))
-        if l not in layers: continue
+        if l not in layers:
+            continue
         (m, s), (n, d) = (a[layers.index(l)](z.float()) for a in (seg, det))
-        z = ((1 - 2*gamma)*z + gamma*s + gamma*d).to(z.dtype); middles.append((m, n))
+        z = ((1 - 2 * gamma) * z + gamma * s + gamma * d).to(z.dtype)
+        middles.append((m, n))
     return z, *map(torch.stack, zip(*middles))
 
 # %% ../../nbs/learned/heads.ipynb #35536e58
-def check_images(visual, x:Tensor, layers, width):
+def check_images(visual, x: Tensor, layers, width):
     "Refuse an encoder or images that the adapters do not fit."
     n, S, D = len(visual.transformer.resblocks), visual.image_size[0], visual.conv1.out_channels
-    if D != width or max(layers) >= n: raise ValueError(f'visual: {D} channels and blocks 0 to {n - 1}; these adapters need {width} channels and stand behind blocks {layers}; make them for this encoder')
-    if x.ndim != 4 or x.shape[1:] != (3, S, S): raise ValueError(f'x: need images [B,3,{S},{S}], got {list(x.shape)}; make it with encoder.preprocess(images)')
-    if visual.proj.is_inference(): raise ValueError('visual: its weights were made under torch.inference_mode() and give no gradients; load the encoder outside of it')
+    if D != width or max(layers) >= n:
+        raise ValueError(
+            f'visual: {D} channels and blocks 0 to {n - 1}; these adapters need {width} channels and stand behind blocks {layers}; make them for this encoder'
+        )
+    if x.ndim != 4 or x.shape[1:] != (3, S, S):
+        raise ValueError(
+            f'x: need images [B,3,{S},{S}], got {list(x.shape)}; make it with encoder.preprocess(images)'
+        )
+    if visual.proj.is_inference():
+        raise ValueError(
+            'visual: its weights were made under torch.inference_mode() and give no gradients; load the encoder outside of it'
+        )
 
 # %% ../../nbs/learned/heads.ipynb #742d7338
 class MVFA(nn.Module):
     "Adapt the encoder's stream at four depths, for maps and for image scores (MVFA-AD, zero-shot)."
-    def __init__(self,
-                 width:int,                       # channels D of the encoder's blocks
-                 dim:int,                         # channels C of its joint space
-                 layers:tuple=(5, 11, 17, 23),    # blocks with adapters behind them, from 0
-                 gamma:float=.1,                  # share of each adapter in the stream
-                 tau:float=.01,                   # softmax temperature
-                 seed:int=0                       # of the weights
-                ):
-        super().__init__(); self.width, self.dim, self.layers, self.gamma, self.tau = width, dim, tuple(layers), gamma, tau
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0: raise ValueError(f"layers={layers!r}: different block numbers from 0, in order; EncodeSpec(layers='quarters').resolved(encoder.blocks).layers gives four")
-        with weights_from(seed, 'mvfa'):
-            self.seg, self.det = (nn.ModuleList(Adapter(width, dim) for _ in self.layers) for _ in range(2))
 
-    def forward(self, visual, x:Tensor, text:Tensor, size=None)->tuple:     # [B,3,S,S], [2,C] or [B,2,C] -> score [B], map [B,H,W], logits and det [L,B,N]
-        check_images(visual, x, self.layers, self.width); check_text(text, len(x), self.dim)
-        _, *middles = forward_adapted(visual, visual._embeds(x.to(visual.conv1.weight)), self.seg, self.det, self.layers, self.gamma)
+    def __init__(
+        self,
+        width: int,  # channels D of the encoder's blocks
+        dim: int,  # channels C of its joint space
+        layers: tuple = (5, 11, 17, 23),  # blocks with adapters behind them, from 0
+        gamma: float = 0.1,  # share of each adapter in the stream
+        tau: float = 0.01,  # softmax temperature
+        seed: int = 0,  # of the weights
+    ):
+        super().__init__()
+        self.width, self.dim, self.layers, self.gamma, self.tau = (
+            width,
+            dim,
+            tuple(layers),
+            gamma,
+            tau,
+        )
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(
+                f"layers={layers!r}: different block numbers from 0, in order; EncodeSpec(layers='quarters').resolved(encoder.blocks).layers gives four"
+            )
+        with weights_from(seed, 'mvfa'):
+            self.seg, self.det = (
+                nn.ModuleList(Adapter(width, dim) for _ in self.layers) for _ in range(2)
+            )
+
+    def forward(
+        self, visual, x: Tensor, text: Tensor, size=None
+    ) -> tuple:  # [B,3,S,S], [2,C] or [B,2,C] -> score [B], map [B,H,W], logits and det [L,B,N]
+        check_images(visual, x, self.layers, self.width)
+        check_text(text, len(x), self.dim)
+        _, *middles = forward_adapted(
+            visual,
+            visual._embeds(x.to(visual.conv1.weight)),
+            self.seg,
+            self.det,
+            self.layers,
+            self.gamma,
+        )
         logits, det = (compare(m[:, :, 1:], ordinary(text), self.tau) for m in middles)
-        return det.sigmoid().mean(-1).sum(0), sum_maps(logits, visual.grid_size, size or visual.image_size), logits, det
+        return (
+            det.sigmoid().mean(-1).sum(0),
+            sum_maps(logits, visual.grid_size, size or visual.image_size),
+            logits,
+            det,
+        )
 
 # %% ../../nbs/learned/heads.ipynb #57de7364
-def read_published(path, names:tuple)->list:
+def read_published(path, names: tuple) -> list:
     "Read the named states from a published checkpoint, tensors only."
-    try: saved = torch.load(Path(path), map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path}: not a checkpoint of tensors ({type(e).__name__}: {e}); give the .pth file as published') from e
+    try:
+        saved = torch.load(Path(path), map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f'{path}: not a checkpoint of tensors ({type(e).__name__}: {e}); give the .pth file as published'
+        ) from e
     missing = [n for n in names if not isinstance(saved, dict) or n not in saved]
-    if missing: raise ValueError(f'{path}: has no {missing}, it holds {list(saved)[:5] if isinstance(saved, dict) else type(saved).__name__}; give the .pth file as published')
+    if missing:
+        raise ValueError(
+            f'{path}: has no {missing}, it holds {list(saved)[:5] if isinstance(saved, dict) else type(saved).__name__}; give the .pth file as published'
+        )
     return [saved[n] for n in names]
 
-def load_april_gan(path)->AprilGan:     # mvtec_pretrained.pth or visa_pretrained.pth
+
+def load_april_gan(path) -> AprilGan:  # mvtec_pretrained.pth or visa_pretrained.pth
     "Load the linear layers that APRIL-GAN's authors published."
-    w, = read_published(path, ('trainable_linearlayer',))
-    head = AprilGan(*w['fc.0.weight'].T.shape, len(w)//2); head.load_state_dict(w)
+    (w,) = read_published(path, ('trainable_linearlayer',))
+    head = AprilGan(*w['fc.0.weight'].T.shape, len(w) // 2)
+    head.load_state_dict(w)
     return head
 
-def load_mvfa(path, layers:tuple=(5, 11, 17, 23))->MVFA:
+# %% ../../nbs/learned/heads.ipynb #903577c7
+def load_mvfa(path, layers: tuple = (5, 11, 17, 23)) -> MVFA:
     "Load the adapters that MVFA-AD's authors published."
     seg, det = read_published(path, ('seg_adapters', 'det_adapters'))
-    head = MVFA(*seg['0.fc1.0.weight'].T.shape, layers); head.seg.load_state_dict(seg); head.det.load_state_dict(det)
+    head = MVFA(*seg['0.fc1.0.weight'].T.shape, layers)
+    head.seg.load_state_dict(seg)
+    head.det.load_state_dict(det)
     return head

@@ -11,404 +11,707 @@ __all__ = ['FORMAT', 'PLACES', 'SIZES', 'NUMBERS', 'ASK', 'LOOK', 'RULES', 'EXTR
            'Report', 'to_base', 'write_base', 'build_base', 'place_answers', 'ask_all']
 
 # %% ../../nbs/learned/knowledge.ipynb #cba36cec
-import base64, difflib, io, json, os, re
+import base64
+import difflib
+import io
+import json
+import os
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
+
 from ..core.files import cache_dir, digest, write_atomic
 from ..datasets.layouts import load_image
 
 # %% ../../nbs/learned/knowledge.ipynb #7e89f5c7
 FORMAT = 'zsad-knowledge-1'
 
-def check_entry(at:str, e):
+
+def check_entry(at: str, e):
     "Refuse an entry of a knowledge base that is neither an alias 'set/category' nor complete."
     if isinstance(e, str):
-        if e.count('/') != 1: raise ValueError(f"{at}: {e!r}; an alias is written 'set/category'")
+        if e.count('/') != 1:
+            raise ValueError(f"{at}: {e!r}; an alias is written 'set/category'")
         return
-    bad = [k for k in ('noun', 'background') if not isinstance(e, dict) or not isinstance(e.get(k), str) or not e[k].strip()]
+    bad = [
+        k
+        for k in ('noun', 'background')
+        if not isinstance(e, dict) or not isinstance(e.get(k), str) or not e[k].strip()
+    ]
     told = e.get('anomalies') if isinstance(e, dict) else None
-    if bad or not isinstance(told, list) or not told: raise ValueError(f'{at}: {", ".join(bad) or "anomalies"} missing or empty; an entry needs a noun, a background and a list of anomalies')
+    if bad or not isinstance(told, list) or not told:
+        raise ValueError(
+            f'{at}: {", ".join(bad) or "anomalies"} missing or empty; an entry needs a noun, a background and a list of anomalies'
+        )
     check_sentences(at, told)
 
-def check_sentences(at:str, told):
+# %% ../../nbs/learned/knowledge.ipynb #6c4ffc7d
+def check_sentences(at: str, told):
     "Refuse descriptions that are not different, non-empty strings."
-    wrong = [s for s in told if not isinstance(s, str) or not s.strip()] if isinstance(told, list) else [told]
-    if wrong: raise ValueError(f'{at}: {wrong[0]!r} among its descriptions; give a list of non-empty strings')
+    wrong = (
+        [s for s in told if not isinstance(s, str) or not s.strip()]
+        if isinstance(told, list)
+        else [told]
+    )
+    if wrong:
+        raise ValueError(
+            f'{at}: {wrong[0]!r} among its descriptions; give a list of non-empty strings'
+        )
     twice = [s for s, n in Counter(map(str.lower, told)).items() if n > 1]
-    if twice: raise ValueError(f'{at}: {twice[0]!r} is there twice; descriptions must differ')
+    if twice:
+        raise ValueError(f'{at}: {twice[0]!r} is there twice; descriptions must differ')
 
 # %% ../../nbs/learned/knowledge.ipynb #fea9f405
-def parse_base(told, name:str)->dict:      # {'sets': {set: {category: entry or alias}}, 'images': {set: {id: sentences}}}
+def parse_base(
+    told, name: str
+) -> dict:  # {'sets': {set: {category: entry or alias}}, 'images': {set: {id: sentences}}}
     "Check what a knowledge file holds and write its source into its entries."
-    if not isinstance(told, dict) or told.get('format') != FORMAT: raise ValueError(f'{name}: not a knowledge base; its "format" must be {FORMAT!r}')
+    if not isinstance(told, dict) or told.get('format') != FORMAT:
+        raise ValueError(f'{name}: not a knowledge base; its "format" must be {FORMAT!r}')
     sets, images = told.get('sets', {}), told.get('images', {})
-    if not all(isinstance(t, dict) and all(isinstance(part, dict) for part in t.values()) for t in (sets, images)):
+    if not all(
+        isinstance(t, dict) and all(isinstance(part, dict) for part in t.values())
+        for t in (sets, images)
+    ):
         raise ValueError(f'{name}: "sets" and "images" must be {{set: {{category or id: ...}}}}')
     for s, part in sets.items():
-        for c, e in part.items(): check_entry(f'{name}: {s}/{c}', e)
+        for c, e in part.items():
+            check_entry(f'{name}: {s}/{c}', e)
     for s, part in images.items():
-        for i, told_of in part.items(): check_sentences(f'{name}: {s}/{i}', told_of)
+        for i, told_of in part.items():
+            check_sentences(f'{name}: {s}/{i}', told_of)
     sign = lambda e: e if isinstance(e, str) else {'source': told.get('source', name)} | e
-    return dict(sets={s: {c: sign(e) for c, e in part.items()} for s, part in sets.items()}, images=images)
+    return dict(
+        sets={s: {c: sign(e) for c, e in part.items()} for s, part in sets.items()}, images=images
+    )
 
-def read_base(path=None)->dict:            # as `parse_base`
+# %% ../../nbs/learned/knowledge.ipynb #bb4e3035
+def read_base(path=None) -> dict:  # as `parse_base`
     "Read and check a knowledge base; None: the one in the package."
-    path = files('zsad')/'assets'/'knowledge.json' if path is None else Path(path)
-    try: told = json.loads(path.read_text(encoding='utf-8-sig'))
-    except ValueError as e: raise ValueError(f'{path}: not valid JSON ({e}); repair it') from e
+    path = files('zsad') / 'assets' / 'knowledge.json' if path is None else Path(path)
+    try:
+        told = json.loads(path.read_text(encoding='utf-8-sig'))
+    except ValueError as e:
+        raise ValueError(f'{path}: not valid JSON ({e}); repair it') from e
     return parse_base(told, str(path))
 
 # %% ../../nbs/learned/knowledge.ipynb #86f6840b
-def join_bases(over:dict, under:dict)->dict:
+def join_bases(over: dict, under: dict) -> dict:
     "Lay one knowledge base over another; the upper one's sets come first."
-    join = lambda k: {s: over[k].get(s, {}) | {c: e for c, e in under[k].get(s, {}).items() if c not in over[k].get(s, {})} for s in (*over[k], *(s for s in under[k] if s not in over[k]))}
+    join = lambda k: {
+        s: over[k].get(s, {})
+        | {c: e for c, e in under[k].get(s, {}).items() if c not in over[k].get(s, {})}
+        for s in (*over[k], *(s for s in under[k] if s not in over[k]))
+    }
     return dict(sets=join('sets'), images=join('images'))
 
-def open_base(user=None)->dict:
+
+def open_base(user=None) -> dict:
     "Give the shipped knowledge base, or a user's (a path, or what `read_base` gave) over it."
-    if user is None: return read_base()
+    if user is None:
+        return read_base()
     return join_bases(user if isinstance(user, dict) else read_base(user), read_base())
 
 # %% ../../nbs/learned/knowledge.ipynb #9cb8e280
 @dataclass(frozen=True)
 class Entry:
     "What is known of one category (KAnoCLIP, Sec. 2.2.1)."
+
     dataset: str
     category: str
-    at: str              # 'set/category' whose text this is; another one's where the two share it
-    noun: str            # what it is called in a question
-    background: str      # its normal look
-    anomalies: tuple     # what may be wrong, the likeliest first
+    at: str  # 'set/category' whose text this is; another one's where the two share it
+    noun: str  # what it is called in a question
+    background: str  # its normal look
+    anomalies: tuple  # what may be wrong, the likeliest first
     source: str
 
 # %% ../../nbs/learned/knowledge.ipynb #b3059383
-def look_up(category:str,          # as its set spells it
-            dataset:str=None,      # name of the set; None: the first set that has the category
-            user=None              # a knowledge file, or what `read_base` gave, that goes over the shipped base
-           )->Entry:
+def look_up(
+    category: str,  # as its set spells it
+    dataset: str = None,  # name of the set; None: the first set that has the category
+    user=None,  # a knowledge file, or what `read_base` gave, that goes over the shipped base
+) -> Entry:
     "Find what is known of a category (KAnoCLIP, Sec. 2.2.1)."
     sets = open_base(user)['sets']
-    if dataset is not None and dataset not in sets: raise ValueError(f'dataset={dataset!r}: choose from {list(sets)}, or None to search all of them')
+    if dataset is not None and dataset not in sets:
+        raise ValueError(
+            f'dataset={dataset!r}: choose from {list(sets)}, or None to search all of them'
+        )
     where = next((s for s in ([dataset] if dataset else sets) if category in sets[s]), None)
     if where is None:
-        names = list(sets[dataset]) if dataset else list(dict.fromkeys(c for part in sets.values() for c in part))
+        names = (
+            list(sets[dataset])
+            if dataset
+            else list(dict.fromkeys(c for part in sets.values() for c in part))
+        )
         near = difflib.get_close_matches(str(category), names, 5, 0.5)
-        raise ValueError(f'category={category!r}: not in the knowledge base' + (f' of {dataset}' if dataset else '') + (f'; close to it: {", ".join(near)}' if near else f'; it has {", ".join(names)}' if dataset else '')
-                         + '; to add it, give user=, a file with {"format": "%s", "sets": {"my set": {"%s": {"noun": ..., "background": ..., "anomalies": [...]}}}}' % (FORMAT, category))
+        raise ValueError(
+            f'category={category!r}: not in the knowledge base'
+            + (f' of {dataset}' if dataset else '')
+            + (
+                f'; close to it: {", ".join(near)}'
+                if near
+                else f'; it has {", ".join(names)}'
+                if dataset
+                else ''
+            )
+            + '; to add it, give user=, a file with {"format": "%s", "sets": {"my set": {"%s": {"noun": ..., "background": ..., "anomalies": [...]}}}}'
+            % (FORMAT, category)
+        )
     at = e = sets[where][category]
-    if isinstance(e, str): s, c = e.split('/'); e = sets.get(s, {}).get(c)
-    else: at = f'{where}/{category}'
-    if not isinstance(e, dict): raise ValueError(f'{where}/{category}: its alias {at!r} does not lead to an entry with text; point it to one')
-    return Entry(where, category, at, e['noun'], e['background'], tuple(e['anomalies']), e['source'])
+    if isinstance(e, str):
+        s, c = e.split('/')
+        e = sets.get(s, {}).get(c)
+    else:
+        at = f'{where}/{category}'
+    if not isinstance(e, dict):
+        raise ValueError(
+            f'{where}/{category}: its alias {at!r} does not lead to an entry with text; point it to one'
+        )
+    return Entry(
+        where, category, at, e['noun'], e['background'], tuple(e['anomalies']), e['source']
+    )
 
 # %% ../../nbs/learned/knowledge.ipynb #21d49a65
-def knowledge(category:str, dataset:str=None, n:int=5, user=None)->tuple:     # n sentences
+def knowledge(category: str, dataset: str = None, n: int = 5, user=None) -> tuple:  # n sentences
     "List what may be wrong with a category, the likeliest first (KAnoCLIP, Sec. 2.2.1: n = 5)."
     e = look_up(category, dataset, user)
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= len(e.anomalies): raise ValueError(f'n={n!r}: {e.at} has {len(e.anomalies)} descriptions; choose n from 1 to {len(e.anomalies)}')
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= len(e.anomalies):
+        raise ValueError(
+            f'n={n!r}: {e.at} has {len(e.anomalies)} descriptions; choose n from 1 to {len(e.anomalies)}'
+        )
     return e.anomalies[:n]
 
-def background(category:str, dataset:str=None, user=None)->str:
+
+def background(category: str, dataset: str = None, user=None) -> str:
     "Say what a category looks like when nothing is wrong (KAnoCLIP, Sec. 2.2.1)."
     return look_up(category, dataset, user).background
 
-def knowledge_of_image(id:str, dataset:str, m:int=1, user=None)->tuple:       # up to m sentences, none if nothing was said of it
+
+def knowledge_of_image(
+    id: str, dataset: str, m: int = 1, user=None
+) -> tuple:  # up to m sentences, none if nothing was said of it
     "List what a user's knowledge file says of one image (KAnoCLIP, Sec. 2.2.1: m = 1)."
     return tuple(open_base(user)['images'].get(dataset, {}).get(id, ())[:m])
 
 # %% ../../nbs/learned/knowledge.ipynb #44598091
-def count_tokens(sentence:str)->int:
+def count_tokens(sentence: str) -> int:
     "Count the tokens that CLIP's text encoder sees, start and end mark included."
     from zsad.encoder.clip import plain_tokenizer
+
     return len(plain_tokenizer(77).encode(sentence)) + 2
 
 # %% ../../nbs/learned/knowledge.ipynb #1e49a374
-def shape_of(piece:np.ndarray      # [H,W] bool
-            )->tuple:              # elongation, slenderness, fill
+def shape_of(
+    piece: np.ndarray,  # [H,W] bool
+) -> tuple:  # elongation, slenderness, fill
     "Measure the shape of one piece of a mask from second moments and inscribed width."
-    at = np.argwhere(piece); n = len(at)
-    small, large = np.linalg.eigvalsh(np.cov(at.T, bias=True) + np.eye(2)/12)
-    width = max(1, 2*ndimage.distance_transform_edt(np.pad(piece, 1)).max() - 1)
-    return float((large/small)**.5), float(n/width**2), float(n/(4*np.pi*(large*small)**.5))
+    at = np.argwhere(piece)
+    n = len(at)
+    small, large = np.linalg.eigvalsh(np.cov(at.T, bias=True) + np.eye(2) / 12)
+    width = max(1, 2 * ndimage.distance_transform_edt(np.pad(piece, 1)).max() - 1)
+    return (
+        float((large / small) ** 0.5),
+        float(n / width**2),
+        float(n / (4 * np.pi * (large * small) ** 0.5)),
+    )
 
 # %% ../../nbs/learned/knowledge.ipynb #20e3b2c9
-def to_lab(image:np.ndarray)->np.ndarray:      # [...,3] uint8 sRGB -> [...,3] lightness 0 to 100, green-red, blue-yellow
+def to_lab(
+    image: np.ndarray,
+) -> np.ndarray:  # [...,3] uint8 sRGB -> [...,3] lightness 0 to 100, green-red, blue-yellow
     "Convert sRGB to CIELAB (D65)."
-    c = np.asarray(image)/255
-    c = np.where(c > .04045, ((c + .055)/1.055)**2.4, c/12.92) @ np.array([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]]).T
-    c = c/np.array([.95047, 1, 1.08883])
-    x, y, z = np.moveaxis(np.where(c > (6/29)**3, np.cbrt(c), c*(29/6)**2/3 + 4/29), -1, 0)
-    return np.stack([116*y - 16, 500*(x - y), 200*(y - z)], -1)
+    c = np.asarray(image) / 255
+    c = (
+        np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
+        @ np.array(
+            [
+                [0.4124564, 0.3575761, 0.1804375],
+                [0.2126729, 0.7151522, 0.0721750],
+                [0.0193339, 0.1191920, 0.9503041],
+            ]
+        ).T
+    )
+    c = c / np.array([0.95047, 1, 1.08883])
+    x, y, z = np.moveaxis(
+        np.where(c > (6 / 29) ** 3, np.cbrt(c), c * (29 / 6) ** 2 / 3 + 4 / 29), -1, 0
+    )
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
-def colors_of(image, mask, foreground)->tuple:      # (inside, around), each CIELAB; None where nothing is around the mask
+# %% ../../nbs/learned/knowledge.ipynb #9ea014c4
+def colors_of(
+    image, mask, foreground
+) -> tuple:  # (inside, around), each CIELAB; None where nothing is around the mask
     "Average the colors inside a mask and around it, in CIELAB."
     far = ndimage.distance_transform_edt(~mask)
-    around = (far > 2) & (far <= 2 + max(4, min(mask.shape)/24)) & foreground
-    return tuple(tuple(to_lab(image[m]).mean(0).tolist()) for m in (mask, around)) if around.any() else None
+    around = (far > 2) & (far <= 2 + max(4, min(mask.shape) / 24)) & foreground
+    return (
+        tuple(tuple(to_lab(image[m]).mean(0).tolist()) for m in (mask, around))
+        if around.any()
+        else None
+    )
 
-def color_words(colors,            # (inside, around) from `colors_of`
-                least:float=5.     # CIELAB distance from which on a difference is worth a word
-               )->str:
+# %% ../../nbs/learned/knowledge.ipynb #8705589c
+def color_words(
+    colors,  # (inside, around) from `colors_of`
+    least: float = 5.0,  # CIELAB distance from which on a difference is worth a word
+) -> str:
     "Name how a color differs from another in lightness and tint, '' when it hardly does."
     (L, *inside), (M, *around) = colors
-    inside, shaded = np.array(inside), np.array(around)*(L + 16)/(M + 16)                        # what less or more light alone makes of the surroundings
-    tint = inside - shaded; a, b = tint
-    left, away = np.linalg.norm(inside)/max(np.linalg.norm(shaded), 1e-9), inside @ shaded > 0 and tint @ shaded < -.8*np.linalg.norm(tint)*np.linalg.norm(shaded)
-    hue = 'grayer' if left < .5 or away else ('redder' if a > 0 else 'greener') if abs(a) >= abs(b) else ('yellower' if b > 0 else 'bluer')
-    return ' and '.join(w for w in ('lighter' if L - M >= least else 'darker' if M - L >= least else '', hue if np.linalg.norm(tint) >= least else '') if w)
+    inside, shaded = (
+        np.array(inside),
+        np.array(around) * (L + 16) / (M + 16),
+    )  # what less or more light alone makes of the surroundings
+    tint = inside - shaded
+    a, b = tint
+    left, away = (
+        np.linalg.norm(inside) / max(np.linalg.norm(shaded), 1e-9),
+        inside @ shaded > 0
+        and tint @ shaded < -0.8 * np.linalg.norm(tint) * np.linalg.norm(shaded),
+    )
+    hue = (
+        'grayer'
+        if left < 0.5 or away
+        else ('redder' if a > 0 else 'greener')
+        if abs(a) >= abs(b)
+        else ('yellower' if b > 0 else 'bluer')
+    )
+    return ' and '.join(
+        w
+        for w in (
+            'lighter' if L - M >= least else 'darker' if M - L >= least else '',
+            hue if np.linalg.norm(tint) >= least else '',
+        )
+        if w
+    )
 
 # %% ../../nbs/learned/knowledge.ipynb #dc1c82de
 @dataclass(frozen=True)
 class Seen:
     "What a mask tells of the anomaly in one image."
-    row: int             # of the nine cells, 0 at the top
-    column: int          # 0 at the left
-    share: float         # of the object's area
-    pieces: int          # those of at least a tenth of the largest one's area
-    elongation: float    # these three of the largest piece
+
+    row: int  # of the nine cells, 0 at the top
+    column: int  # 0 at the left
+    share: float  # of the object's area
+    pieces: int  # those of at least a tenth of the largest one's area
+    elongation: float  # these three of the largest piece
     slenderness: float
     fill: float
-    colors: tuple        # (inside, around), each (lightness, green to red, blue to yellow) of CIELAB; None: nothing around it
+    colors: tuple  # (inside, around), each (lightness, green to red, blue to yellow) of CIELAB; None: nothing around it
 
 # %% ../../nbs/learned/knowledge.ipynb #068e7583
-def measure(image:np.ndarray,            # [H,W,3] uint8
-            mask:np.ndarray,             # [H,W], true where it is anomalous
-            foreground:np.ndarray=None   # [H,W], true on the object; None: everywhere
-           )->Seen:
+def measure(
+    image: np.ndarray,  # [H,W,3] uint8
+    mask: np.ndarray,  # [H,W], true where it is anomalous
+    foreground: np.ndarray = None,  # [H,W], true on the object; None: everywhere
+) -> Seen:
     "Measure place, size, shape, number and color of what a mask marks (KAnoCLIP, Sec. 2.2.1, its questions about an image)."
     image, mask = np.asarray(image), np.asarray(mask).astype(bool)
     whole = np.ones_like(mask) if foreground is None else np.asarray(foreground).astype(bool)
     if mask.ndim != 2 or image.shape != (*mask.shape, 3) or whole.shape != mask.shape:
-        raise ValueError(f'image {list(image.shape)}, mask {list(mask.shape)}, foreground {list(whole.shape)}: need [H,W,3], [H,W] and [H,W] of one size; resize them first')
-    if image.dtype != np.uint8: raise ValueError(f'image: {image.dtype}; give 8-bit RGB as zsad.datasets.layouts.load_image does')
-    if not mask.any(): raise ValueError('mask: marks nothing, and of a normal image there is no anomaly to describe; leave it out')
+        raise ValueError(
+            f'image {list(image.shape)}, mask {list(mask.shape)}, foreground {list(whole.shape)}: need [H,W,3], [H,W] and [H,W] of one size; resize them first'
+        )
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f'image: {image.dtype}; give 8-bit RGB as zsad.datasets.layouts.load_image does'
+        )
+    if not mask.any():
+        raise ValueError(
+            'mask: marks nothing, and of a normal image there is no anomaly to describe; leave it out'
+        )
     (labels, _), whole = ndimage.label(mask, np.ones((3, 3))), whole | mask
-    sizes = np.bincount(labels.ravel())[1:]; piece = labels == 1 + sizes.argmax()
+    sizes = np.bincount(labels.ravel())[1:]
+    piece = labels == 1 + sizes.argmax()
     box = ndimage.find_objects(whole.astype(int))[0]
-    cell = [min(2, int(3*(c + .5 - b.start)/(b.stop - b.start))) for c, b in zip(np.argwhere(piece).mean(0), box)]
-    return Seen(*cell, float(mask.sum()/whole.sum()), int((10*sizes >= sizes.max()).sum()), *shape_of(piece), colors_of(image, mask, whole))
+    cell = [
+        min(2, int(3 * (c + 0.5 - b.start) / (b.stop - b.start)))
+        for c, b in zip(np.argwhere(piece).mean(0), box)
+    ]
+    return Seen(
+        *cell,
+        float(mask.sum() / whole.sum()),
+        int((10 * sizes >= sizes.max()).sum()),
+        *shape_of(piece),
+        colors_of(image, mask, whole),
+    )
 
 # %% ../../nbs/learned/knowledge.ipynb #08402a64
-PLACES = ('in the upper left', 'at the top', 'in the upper right', 'on the left', 'in the center', 'on the right', 'in the lower left', 'at the bottom', 'in the lower right')
-SIZES = ((.005, 'tiny'), (.02, 'small'), (.06, 'medium-sized'), (.15, 'large'), (float('inf'), 'very large'))      # share of the object below
+PLACES = (
+    'in the upper left',
+    'at the top',
+    'in the upper right',
+    'on the left',
+    'in the center',
+    'on the right',
+    'in the lower left',
+    'at the bottom',
+    'in the lower right',
+)
+SIZES = (
+    (0.005, 'tiny'),
+    (0.02, 'small'),
+    (0.06, 'medium-sized'),
+    (0.15, 'large'),
+    (float('inf'), 'very large'),
+)  # share of the object below
 NUMBERS = dict(zip(range(2, 7), ('two', 'three', 'four', 'five', 'six')))
 
-def shape_word(s:Seen)->str:
+# %% ../../nbs/learned/knowledge.ipynb #5dd06a8f
+def shape_word(s: Seen) -> str:
     "Name the shape of a piece."
-    if s.elongation >= 4: return 'long, narrow'
-    if s.fill < .6: return 'thin, winding' if s.slenderness >= 5 and s.fill < .4 else 'irregular'
-    if s.elongation >= 1.7: return 'elongated'
-    return 'compact' if s.fill >= .85 else 'irregular'
+    if s.elongation >= 4:
+        return 'long, narrow'
+    if s.fill < 0.6:
+        return 'thin, winding' if s.slenderness >= 5 and s.fill < 0.4 else 'irregular'
+    if s.elongation >= 1.7:
+        return 'elongated'
+    return 'compact' if s.fill >= 0.85 else 'irregular'
 
 # %% ../../nbs/learned/knowledge.ipynb #fdf08ea5
-def describe(noun:str,      # what the image shows
-             s:Seen         # from `measure`
-            )->str:
+def describe(
+    noun: str,  # what the image shows
+    s: Seen,  # from `measure`
+) -> str:
     "Put what a mask tells into one sentence (KAnoCLIP, Sec. 2.2.1, m = 1)."
-    one, place = s.pieces == 1, f'{PLACES[3*s.row + s.column]} of the {noun}'
+    one, place = s.pieces == 1, f'{PLACES[3 * s.row + s.column]} of the {noun}'
     size, shape = next(w for least, w in SIZES if s.share < least), shape_word(s)
-    part = 'less than 1 percent' if s.share < .01 else f'about {100*s.share:.0f} percent'
-    what = f'A {size}, {shape} mark {place} covers' if one else f'{NUMBERS.get(s.pieces, "many")} {size}, {shape} marks, the largest {place}, together cover'
+    part = 'less than 1 percent' if s.share < 0.01 else f'about {100 * s.share:.0f} percent'
+    what = (
+        f'A {size}, {shape} mark {place} covers'
+        if one
+        else f'{NUMBERS.get(s.pieces, "many")} {size}, {shape} marks, the largest {place}, together cover'
+    )
     words = '' if s.colors is None else color_words(s.colors)
-    unlike = (f'is {words} than its', f'are {words} than their') if words else ('differs little in color from its', 'differ little in color from their')
+    unlike = (
+        (f'is {words} than its', f'are {words} than their')
+        if words
+        else ('differs little in color from its', 'differ little in color from their')
+    )
     around = '' if s.colors is None else f' and {unlike[not one]} surroundings'
     return f'{what[0].upper()}{what[1:]} {part} of the area{around}.'
 
-def describe_mask(image, mask, noun:str, foreground=None)->str:
+
+def describe_mask(image, mask, noun: str, foreground=None) -> str:
     "Describe the anomaly of one image from its mask, in one sentence (KAnoCLIP, Sec. 2.2.1, m = 1)."
     return describe(noun, measure(image, mask, foreground))
 
 # %% ../../nbs/learned/knowledge.ipynb #84f089c9
 ASK = 'Q: Describe what an abnormal image of {noun} looks like?'
 LOOK = "Q: Identify anomalies in the input image of {noun}. Describe each anomaly's location, color, shape, size, and other characteristics."
-RULES = ('Answer with one JSON object and nothing else: {{"anomalies": [{n} strings]{extra}}}. Each string is one short phrase in English of at most 30 words that names the thing and what can be seen of '
-         'its anomaly, never a cause; no two say the same.')
+RULES = (
+    'Answer with one JSON object and nothing else: {{"anomalies": [{n} strings]{extra}}}. Each string is one short phrase in English of at most 30 words that names the thing and what can be seen of '
+    'its anomaly, never a cause; no two say the same.'
+)
 EXTRA = ', "background": "one or two sentences on how it looks when nothing is wrong"'
+
 
 @dataclass(frozen=True)
 class Question:
     "One question to a model (KAnoCLIP, Sec. 2.2.1)."
+
     dataset: str
-    name: str            # category, or the id of an image
+    name: str  # category, or the id of an image
     noun: str
-    n: int               # descriptions wanted
-    image: Path = None   # file of the image that is asked about; None: a question about the category
+    n: int  # descriptions wanted
+    image: Path = None  # file of the image that is asked about; None: a question about the category
 
     @property
-    def rules(self)->str: return RULES.format(n=self.n, extra='' if self.image else EXTRA)
-    @property
-    def text(self)->str: return (LOOK if self.image else ASK).format(noun=self.noun)
+    def rules(self) -> str:
+        return RULES.format(n=self.n, extra='' if self.image else EXTRA)
 
-def ask_categories(nouns:dict, dataset:str, n:int=5)->list:      # nouns: {category: noun}
+    @property
+    def text(self) -> str:
+        return (LOOK if self.image else ASK).format(noun=self.noun)
+
+
+def ask_categories(nouns: dict, dataset: str, n: int = 5) -> list:  # nouns: {category: noun}
     "List the questions about categories (KAnoCLIP, Sec. 2.2.1: n = 5)."
     return [Question(dataset, c, noun, n) for c, noun in nouns.items()]
 
-def ask_images(samples, nouns:dict, dataset:str, m:int=1)->list:
+# %% ../../nbs/learned/knowledge.ipynb #aa61fc40
+def ask_images(samples, nouns: dict, dataset: str, m: int = 1) -> list:
     "List the questions about images, `samples` of a data set (KAnoCLIP, Sec. 2.2.1: m = 1)."
-    return [Question(dataset, s.id, nouns.get(s.category, s.category.replace('_', ' ')), m, Path(s.path)) for s in samples]
+    return [
+        Question(
+            dataset, s.id, nouns.get(s.category, s.category.replace('_', ' ')), m, Path(s.path)
+        )
+        for s in samples
+    ]
 
 # %% ../../nbs/learned/knowledge.ipynb #c7ba87d0
-def messages(q:Question)->list:
+def messages(q: Question) -> list:
     "Write a question in the form of chat messages."
-    if q.image is None: content = q.text
+    if q.image is None:
+        content = q.text
     else:
-        f = io.BytesIO(); Image.fromarray(load_image(q.image)).save(f, 'PNG')
-        content = [dict(type='image_url', image_url=dict(url='data:image/png;base64,' + base64.b64encode(f.getvalue()).decode())), dict(type='text', text=q.text)]
+        f = io.BytesIO()
+        Image.fromarray(load_image(q.image)).save(f, 'PNG')
+        content = [
+            dict(
+                type='image_url',
+                image_url=dict(
+                    url='data:image/png;base64,' + base64.b64encode(f.getvalue()).decode()
+                ),
+            ),
+            dict(type='text', text=q.text),
+        ]
     return [dict(role='system', content=q.rules), dict(role='user', content=content)]
 
-def answer_file(q:Question, model:str, folder)->Path:
+
+def answer_file(q: Question, model: str, folder) -> Path:
     "Name the file that keeps the answer to a question."
-    return Path(folder)/f"{digest(model, q.rules, q.text, b'' if q.image is None else load_image(q.image), n=24)}.json"
+    return (
+        Path(folder)
+        / f"{digest(model, q.rules, q.text, b'' if q.image is None else load_image(q.image), n=24)}.json"
+    )
 
 # %% ../../nbs/learned/knowledge.ipynb #27a37d18
-REFUSAL = re.compile(r"\bI(?:['’]m| am) (?:sorry|unable|not able)|\bI (?:can(?:no|['’])t|cannot|won['’]t)\b|\bas an AI\b", re.I)
+REFUSAL = re.compile(
+    r"\bI(?:['’]m| am) (?:sorry|unable|not able)|\bI (?:can(?:no|['’])t|cannot|won['’]t)\b|\bas an AI\b",
+    re.I,
+)
 
-def read_answer(text:str):      # what its JSON object holds, or the reason it is of no use
+
+def read_answer(text: str):  # what its JSON object holds, or the reason it is of no use
     "Find the JSON object in an answer, in a code fence or among other words."
-    if not isinstance(text, str) or not text.strip(): return 'empty'
+    if not isinstance(text, str) or not text.strip():
+        return 'empty'
     start, end = text.find('{'), text.rfind('}')
-    try: told = json.loads(text[start:end + 1])
-    except ValueError: return 'a refusal' if REFUSAL.search(text) else 'not JSON'
-    return told if isinstance(told, dict) and isinstance(told.get('anomalies'), list) else 'not in the form asked for'
+    try:
+        told = json.loads(text[start : end + 1])
+    except ValueError:
+        return 'a refusal' if REFUSAL.search(text) else 'not JSON'
+    return (
+        told
+        if isinstance(told, dict) and isinstance(told.get('anomalies'), list)
+        else 'not in the form asked for'
+    )
 
-def fault_of(s, before)->str:      # '' when there is none
+# %% ../../nbs/learned/knowledge.ipynb #1466ef7f
+def fault_of(s, before) -> str:  # '' when there is none
     "Say what is wrong with one description."
-    if not isinstance(s, str) or not s.strip(): return 'empty description'
-    if REFUSAL.search(s): return 'refusing description'
-    if count_tokens(s) > 77: return 'description too long'
+    if not isinstance(s, str) or not s.strip():
+        return 'empty description'
+    if REFUSAL.search(s):
+        return 'refusing description'
+    if count_tokens(s) > 77:
+        return 'description too long'
     return 'description said before' if s.strip().lower().rstrip('.') in before else ''
 
 # %% ../../nbs/learned/knowledge.ipynb #3ca85929
-def judge(text:str,      # a model's answer
-          n:int,         # descriptions wanted
-          category:bool=True      # whether it must tell the normal look too
-         )->tuple:       # ({'anomalies': n strings, 'background': str} or None, reasons of all that was left out)
+def judge(
+    text: str,  # a model's answer
+    n: int,  # descriptions wanted
+    category: bool = True,  # whether it must tell the normal look too
+) -> (
+    tuple
+):  # ({'anomalies': n strings, 'background': str} or None, reasons of all that was left out)
     "Keep what is good in an answer and count why the rest is not."
     told = read_answer(text)
-    if isinstance(told, str): return None, [told]
+    if isinstance(told, str):
+        return None, [told]
     kept, reasons = [], []
     for s in told['anomalies']:
         fault = fault_of(s, {k.lower().rstrip('.') for k in kept})
-        if fault: reasons.append(fault)
-        else: kept.append(s.strip())
-    if len(kept) < n: return None, [*reasons, 'too few descriptions']
+        if fault:
+            reasons.append(fault)
+        else:
+            kept.append(s.strip())
+    if len(kept) < n:
+        return None, [*reasons, 'too few descriptions']
     look = told.get('background')
-    if category and (not isinstance(look, str) or not look.strip()): return None, [*reasons, 'no background']
+    if category and (not isinstance(look, str) or not look.strip()):
+        return None, [*reasons, 'no background']
     return dict(anomalies=kept[:n]) | (dict(background=look.strip()) if category else {}), reasons
 
 # %% ../../nbs/learned/knowledge.ipynb #681a95e5
-def estimate(questions,      # from `ask_categories` or `ask_images`
-             price=None      # (in, out): price of a million tokens
-            )->dict:
+def estimate(
+    questions,  # from `ask_categories` or `ask_images`
+    price=None,  # (in, out): price of a million tokens
+) -> dict:
     "Estimate calls, tokens and cost of questions, roughly."
     sides = [image_size(q.image) for q in questions if q.image]
-    tiles = sum(85 + 170*(-(-w//512))*(-(-h//512)) for w, h in sides)
-    enter = tiles + sum((len(q.rules) + len(q.text))//4 + 8 for q in questions)
-    leave = sum(25*q.n + (20 if q.image else 60) for q in questions)
-    return dict(calls=len(questions), tokens_in=enter, tokens_out=leave, cost=None if price is None else (enter*price[0] + leave*price[1])/1e6)
+    tiles = sum(85 + 170 * (-(-w // 512)) * (-(-h // 512)) for w, h in sides)
+    enter = tiles + sum((len(q.rules) + len(q.text)) // 4 + 8 for q in questions)
+    leave = sum(25 * q.n + (20 if q.image else 60) for q in questions)
+    return dict(
+        calls=len(questions),
+        tokens_in=enter,
+        tokens_out=leave,
+        cost=None if price is None else (enter * price[0] + leave * price[1]) / 1e6,
+    )
 
-def image_size(path)->tuple:      # width, height
+
+def image_size(path) -> tuple:  # width, height
     "Read an image's size from its header."
-    with Image.open(path) as im: return im.size
+    with Image.open(path) as im:
+        return im.size
 
-def cost_words(told:dict, stored:int)->str:
+# %% ../../nbs/learned/knowledge.ipynb #1fd434c3
+def cost_words(told: dict, stored: int) -> str:
     "Say an estimate in one line."
-    cost = 'give price=(in, out) per million tokens to see the cost' if told['cost'] is None else f'cost about {told["cost"]:.2g}'
+    cost = (
+        'give price=(in, out) per million tokens to see the cost'
+        if told['cost'] is None
+        else f'cost about {told["cost"]:.2g}'
+    )
     return f'{told["calls"]} calls ({stored} answers are stored), about {told["tokens_in"]} tokens in and {told["tokens_out"]} out, {cost}'
 
 # %% ../../nbs/learned/knowledge.ipynb #7a997ce5
-def connect(address=None, key=None, retries:int=6, timeout:float=120.):
+def connect(address=None, key=None, retries: int = 6, timeout: float = 120.0):
     "Make a client of a chat endpoint; None: OPENAI_BASE_URL and OPENAI_API_KEY."
-    try: from openai import OpenAI
-    except ImportError as e: raise ImportError('asking a model needs the OpenAI client: pip install "zsad[llm]"') from e
+    try:
+        from openai import OpenAI
+    except ImportError as e:
+        raise ImportError('asking a model needs the OpenAI client: pip install "zsad[llm]"') from e
     key = key or os.environ.get('OPENAI_API_KEY')
-    if not key: raise ValueError('no key: set OPENAI_API_KEY or give key=; a server of your own takes any word')
-    return OpenAI(base_url=address or os.environ.get('OPENAI_BASE_URL') or None, api_key=key, max_retries=retries, timeout=timeout)
+    if not key:
+        raise ValueError(
+            'no key: set OPENAI_API_KEY or give key=; a server of your own takes any word'
+        )
+    return OpenAI(
+        base_url=address or os.environ.get('OPENAI_BASE_URL') or None,
+        api_key=key,
+        max_retries=retries,
+        timeout=timeout,
+    )
 
-def ask(client, model:str, q:Question)->tuple:      # as `judge`
+# %% ../../nbs/learned/knowledge.ipynb #9bbb8e00
+def ask(client, model: str, q: Question) -> tuple:  # as `judge`
     "Send one question; an error that ends the run is raised, any other becomes a reason."
     import openai
-    try: answer = client.chat.completions.create(model=model, messages=messages(q))
+
+    try:
+        answer = client.chat.completions.create(model=model, messages=messages(q))
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
-        raise RuntimeError(f'{client.base_url} refuses model {model!r} (status {e.status_code}); check the address, the key and ZSAD_LLM_MODEL') from e
-    except openai.APITimeoutError: return None, ['no answer in time']
-    except openai.APIConnectionError as e: return None, [f'no connection ({type(e.__cause__ or e).__name__})']
-    except openai.APIStatusError as e: return None, [f'server error {e.status_code}']
-    except (openai.OpenAIError, ValueError) as e: return None, [f'unreadable answer ({type(e).__name__})']
-    try: text = answer.choices[0].message.content
-    except (AttributeError, IndexError, TypeError): return None, ['unreadable answer (no message)']
+        raise RuntimeError(
+            f'{client.base_url} refuses model {model!r} (status {e.status_code}); check the address, the key and ZSAD_LLM_MODEL'
+        ) from e
+    except openai.APITimeoutError:
+        return None, ['no answer in time']
+    except openai.APIConnectionError as e:
+        return None, [f'no connection ({type(e.__cause__ or e).__name__})']
+    except openai.APIStatusError as e:
+        return None, [f'server error {e.status_code}']
+    except (openai.OpenAIError, ValueError) as e:
+        return None, [f'unreadable answer ({type(e).__name__})']
+    try:
+        text = answer.choices[0].message.content
+    except (AttributeError, IndexError, TypeError):
+        return None, ['unreadable answer (no message)']
     return judge(text, q.n, q.image is None)
 
 # %% ../../nbs/learned/knowledge.ipynb #24c76249
 @dataclass(frozen=True)
 class Report:
     "What came of a run of questions."
-    asked: int           # questions that were sent
-    stored: int          # answers that were in the cache
-    kept: int            # answers in the base
-    left_out: dict       # reason -> how often, whole answers and single descriptions
-    missing: tuple       # (set/name, reason) of questions without a good answer
 
-def to_base(answers:dict, model:str)->dict:      # a knowledge file's content
+    asked: int  # questions that were sent
+    stored: int  # answers that were in the cache
+    kept: int  # answers in the base
+    left_out: dict  # reason -> how often, whole answers and single descriptions
+    missing: tuple  # (set/name, reason) of questions without a good answer
+
+
+def to_base(answers: dict, model: str) -> dict:  # a knowledge file's content
     "Sort answers {Question: answer} into a knowledge base (KAnoCLIP, Sec. 2.2.1)."
     sets, images = {}, {}
     for q, a in answers.items():
-        if q.image is None: sets.setdefault(q.dataset, {})[q.name] = dict(noun=q.noun, background=a['background'], anomalies=a['anomalies'])
-        else: images.setdefault(q.dataset, {})[q.name] = a['anomalies']
+        if q.image is None:
+            sets.setdefault(q.dataset, {})[q.name] = dict(
+                noun=q.noun, background=a['background'], anomalies=a['anomalies']
+            )
+        else:
+            images.setdefault(q.dataset, {})[q.name] = a['anomalies']
     return dict(format=FORMAT, source=f'generated by {model}', sets=sets, images=images)
 
-def write_base(path, told:dict)->Path:
+
+def write_base(path, told: dict) -> Path:
     "Write a knowledge base, whole or not at all, after checking it."
     parse_base(told, str(path))
     return write_atomic(path, json.dumps(told, indent=1, ensure_ascii=False) + '\n')
 
 # %% ../../nbs/learned/knowledge.ipynb #c1b5730b
-def build_base(questions,              # from `ask_categories` and `ask_images`
-               model:str=None,         # None: ZSAD_LLM_MODEL
-               address:str=None,       # of the endpoint; None: OPENAI_BASE_URL
-               key:str=None,           # None: OPENAI_API_KEY
-               price=None,             # (in, out): price of a million tokens, for the estimate
-               workers:int=4,          # questions under way at a time
-               cache=None,             # folder of answers; None: in the cache
-               report=print, **how     # `how`: retries and timeout of `connect`
-              )->tuple:                # (content of a knowledge file, Report)
+def build_base(
+    questions,  # from `ask_categories` and `ask_images`
+    model: str = None,  # None: ZSAD_LLM_MODEL
+    address: str = None,  # of the endpoint; None: OPENAI_BASE_URL
+    key: str = None,  # None: OPENAI_API_KEY
+    price=None,  # (in, out): price of a million tokens, for the estimate
+    workers: int = 4,  # questions under way at a time
+    cache=None,  # folder of answers; None: in the cache
+    report=print,
+    **how,  # `how`: retries and timeout of `connect`
+) -> tuple:  # (content of a knowledge file, Report)
     "Send a model all questions whose answers are not stored yet (KAnoCLIP, Sec. 2.2.1)."
     model, folder = model or os.environ.get('ZSAD_LLM_MODEL'), Path(cache or cache_dir('knowledge'))
-    if not model: raise ValueError('no model: set ZSAD_LLM_MODEL or give model=, the name under which the endpoint knows it')
+    if not model:
+        raise ValueError(
+            'no model: set ZSAD_LLM_MODEL or give model=, the name under which the endpoint knows it'
+        )
     places, missing = place_answers(questions, model, folder)
-    answers = {q: json.loads(p.read_text(encoding='utf-8')) for q, p in places.items() if p.exists()}
-    todo, stored, reasons = [q for q in places if q not in answers], len(answers), Counter(why for _, why in missing)
+    answers = {
+        q: json.loads(p.read_text(encoding='utf-8')) for q, p in places.items() if p.exists()
+    }
+    todo, stored, reasons = (
+        [q for q in places if q not in answers],
+        len(answers),
+        Counter(why for _, why in missing),
+    )
     report(cost_words(estimate(todo, price), stored))
     keep = lambda q, a: write_atomic(places[q], json.dumps(a, ensure_ascii=False))
-    for q, (a, why) in ask_all(todo, model, connect(address, key, **how), keep, workers) if todo else ():
+    for q, (a, why) in (
+        ask_all(todo, model, connect(address, key, **how), keep, workers) if todo else ()
+    ):
         reasons.update(why)
-        if a is None: missing.append((f'{q.dataset}/{q.name}', why[-1]))
-        else: answers[q] = a
-    return to_base({q: answers[q] for q in places if q in answers}, model), Report(len(todo), stored, len(answers), dict(reasons), tuple(sorted(missing)))
+        if a is None:
+            missing.append((f'{q.dataset}/{q.name}', why[-1]))
+        else:
+            answers[q] = a
+    return to_base({q: answers[q] for q in places if q in answers}, model), Report(
+        len(todo), stored, len(answers), dict(reasons), tuple(sorted(missing))
+    )
 
 # %% ../../nbs/learned/knowledge.ipynb #e0b9d772
-def place_answers(questions, model:str, folder)->tuple:      # {Question: file of its answer}, [(set/name, reason)] of images that cannot be read
+def place_answers(
+    questions, model: str, folder
+) -> tuple:  # {Question: file of its answer}, [(set/name, reason)] of images that cannot be read
     "Name the file of every answer."
     places, missing = {}, []
     for q in questions:
-        try: places[q] = answer_file(q, model, folder)
-        except (OSError, ValueError): missing.append((f'{q.dataset}/{q.name}', 'unreadable image'))
+        try:
+            places[q] = answer_file(q, model, folder)
+        except (OSError, ValueError):
+            missing.append((f'{q.dataset}/{q.name}', 'unreadable image'))
     return places, missing
 
-def ask_all(todo, model:str, client, keep, workers:int=4):      # yields (question, (answer or None, reasons)) as answers come
+# %% ../../nbs/learned/knowledge.ipynb #35998ddf
+def ask_all(
+    todo, model: str, client, keep, workers: int = 4
+):  # yields (question, (answer or None, reasons)) as answers come
     "Send several questions at a time, `keep` each good answer at once; after an error that ends the run the rest are not sent."
+
     def work(q):
         a, why = ask(client, model, q)
-        if a is not None: keep(q, a)
+        if a is not None:
+            keep(q, a)
         return a, why
+
     with ThreadPoolExecutor(workers) as pool:
         jobs = {pool.submit(work, q): q for q in todo}
-        try: yield from ((jobs[j], j.result()) for j in tqdm(as_completed(jobs), total=len(jobs), desc='questions'))
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            yield from (
+                (jobs[j], j.result())
+                for j in tqdm(as_completed(jobs), total=len(jobs), desc='questions')
+            )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -10,75 +10,137 @@ __all__ = ['RECIPES', 'AXES', 'TRAINING_REV', 'TERMS', 'Recipe', 'mini_config', 
            'run_steps', 'note_validation', 'run_figure', 'export_weights', 'answers', 'validate']
 
 # %% ../../nbs/learned/pretraining.ipynb #0cf2536b
-import io, json, math, tempfile, time
+import io
+import json
+import math
+import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import numpy as np, torch
-import torch.nn.functional as F
+
+import numpy as np
 import open_clip
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
 from ..core.files import cache_dir, digest, keep_memory, seeded_rng, write_atomic
 from ..core.identity import identity_key, plain
-from .prompts import save_state
-from ..rendered.procad import KINDS, uni
-from ..rendered.pairs import VALIDATION, Pairs, captions, render_pairs
-from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, Preprocess, anomaly_score, choose_device, fill, load_encoder, text_tower
 from ..encoder.attention import forward_paths
+
+# %% ../../nbs/learned/pretraining.ipynb #fc1f8106
+from zsad.encoder.clip import (
+    AttentionPath,
+    Encoder,
+    EncodeSpec,
+    Preprocess,
+    anomaly_score,
+    choose_device,
+    fill,
+    load_encoder,
+    text_tower,
+)
+from .prompts import save_state
+from ..rendered.pairs import VALIDATION, Pairs, captions, render_pairs
+from ..rendered.procad import KINDS, uni
 
 # %% ../../nbs/learned/pretraining.ipynb #e5b90154
 @dataclass(frozen=True)
 class Recipe:
     "What the mini encoder is trained with; with the pairs, the kind of device and `TRAINING_REV` it names the run."
-    seed: int = 0                # of the weights and of every draw; the pictures are the same for all seeds
-    pairs: int = 24000           # pictures are rendered in pairs: an instance and its defective twin
-    designs: int = 1000          # designs per kind, all from the open cells
+
+    seed: int = 0  # of the weights and of every draw; the pictures are the same for all seeds
+    pairs: int = 24000  # pictures are rendered in pairs: an instance and its defective twin
+    designs: int = 1000  # designs per kind, all from the open cells
     steps: int = 3600
-    batch: int = 8; tokens: int = 2000      # pairs per full-image step, tokens per window step: small windows come in large batches
-    full: tuple = (0.05, 0.4)    # share of steps on full images; the others see one window of patches per image
-    smallest: tuple = (2, 3); largest: tuple = (4, 9)      # sides of the windows in patches
-    magnify: bool = False        # windows are shown as whole pictures: cut from the pixels and enlarged to the full size
-    aimed: float = 0.5           # share of windows that look at the defect; the others look at the object
-    lr: float = 1.5e-3           # AdamW: embeddings, norms, biases, the text tower
-    turn: float = 0.015          # Muon: the matrices of the vision tower
-    decay: float = 0.05; warmup: int = 60; ema: float = 0.998
-    region: float = 2.0          # weight of the patch term on the V-V path
-    inside: float = 0.75         # share of that term's normal half that goes to patches of the object, the rest to its background
-    value_gain: float = 1.6      # initial scale of the value projections: above 1 a value attends to itself first
-    state: float = 1.0           # weight of the normal-or-anomalous term
-    novel: float = 0.15          # share of nouns replaced by a random word
-    accumulate: int = 1          # draws per step whose gradients are averaged
-    start: str = ''              # hash of the weights it begins with, '' for random ones (`train` sets it)
-    width: int = 192; layers: int = 6; head: int = 64; embed: int = 128            # vision tower, joint space
-    text_width: int = 96; text_layers: int = 3
+    batch: int = 8
+    tokens: int = 2000  # pairs per full-image step, tokens per window step: small windows come in large batches
+    full: tuple = (
+        0.05,
+        0.4,
+    )  # share of steps on full images; the others see one window of patches per image
+    smallest: tuple = (2, 3)
+    largest: tuple = (4, 9)  # sides of the windows in patches
+    magnify: bool = False  # windows are shown as whole pictures: cut from the pixels and enlarged to the full size
+    aimed: float = 0.5  # share of windows that look at the defect; the others look at the object
+    lr: float = 1.5e-3  # AdamW: embeddings, norms, biases, the text tower
+    turn: float = 0.015  # Muon: the matrices of the vision tower
+    decay: float = 0.05
+    warmup: int = 60
+    ema: float = 0.998
+    region: float = 2.0  # weight of the patch term on the V-V path
+    inside: float = 0.75  # share of that term's normal half that goes to patches of the object, the rest to its background
+    value_gain: float = (
+        1.6  # initial scale of the value projections: above 1 a value attends to itself first
+    )
+    state: float = 1.0  # weight of the normal-or-anomalous term
+    novel: float = 0.15  # share of nouns replaced by a random word
+    accumulate: int = 1  # draws per step whose gradients are averaged
+    start: str = ''  # hash of the weights it begins with, '' for random ones (`train` sets it)
+    width: int = 192
+    layers: int = 6
+    head: int = 64
+    embed: int = 128  # vision tower, joint space
+    text_width: int = 96
+    text_layers: int = 3
 
 # %% ../../nbs/learned/pretraining.ipynb #84ddb099
-RECIPES = {'mini': Recipe(),      # the second: no patch term, no token windows, nothing that favours a path; captions are true of what is shown
-           'mini-plain': Recipe(region=0., value_gain=1., magnify=True, full=(0., 0.3), smallest=(4, 12), largest=(7, 15), batch=12, steps=2400)}
+RECIPES = {
+    'mini': Recipe(),  # the second: no patch term, no token windows, nothing that favours a path; captions are true of what is shown
+    'mini-plain': Recipe(
+        region=0.0,
+        value_gain=1.0,
+        magnify=True,
+        full=(0.0, 0.3),
+        smallest=(4, 12),
+        largest=(7, 15),
+        batch=12,
+        steps=2400,
+    ),
+}
 
 # %% ../../nbs/learned/pretraining.ipynb #48d47752
-def mini_config(r:Recipe)->dict:
+def mini_config(r: Recipe) -> dict:
     "Write the open_clip configuration: ViT-B-16-plus-240 in miniature (240 px, patch 16, 15x15 tokens)."
-    return dict(embed_dim=r.embed, vision_cfg=dict(image_size=240, layers=r.layers, width=r.width, head_width=r.head, patch_size=16),
-                text_cfg=dict(context_length=77, vocab_size=49408, width=r.text_width, heads=r.text_width//24, layers=r.text_layers))
+    return dict(
+        embed_dim=r.embed,
+        vision_cfg=dict(
+            image_size=240, layers=r.layers, width=r.width, head_width=r.head, patch_size=16
+        ),
+        text_cfg=dict(
+            context_length=77,
+            vocab_size=49408,
+            width=r.text_width,
+            heads=r.text_width // 24,
+            layers=r.text_layers,
+        ),
+    )
 
 # %% ../../nbs/learned/pretraining.ipynb #97184902
-def cosines(n:int, size:int=16)->Tensor:
+def cosines(n: int, size: int = 16) -> Tensor:
     "Make the `n` lowest two-dimensional cosines of a patch, each of unit length: [n,size,size]."
     k, x = np.arange(size)[:, None], np.arange(size) + 0.5
-    c = np.cos(math.pi*k*x/size)*np.where(k, 2, 1)**0.5/size**0.5
+    c = np.cos(math.pi * k * x / size) * np.where(k, 2, 1) ** 0.5 / size**0.5
     i, j = np.divmod(np.argsort((k**2 + k.T**2).ravel(), kind='stable')[:n], size)
-    return torch.tensor(c[i][:, :, None]*c[j][:, None], dtype=torch.float32)
+    return torch.tensor(c[i][:, :, None] * c[j][:, None], dtype=torch.float32)
 
-AXES = torch.tensor([[1., 1., 1.], [1., 0., -1.], [1., -2., 1.]])
-def first_filters(width:int)->Tensor:
+
+AXES = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+
+
+def first_filters(width: int) -> Tensor:
     "Make `width` colour filters [width,3,16,16]: two thirds of them grey, the rest on the two colour axes."
-    c = width//6; n = (width - 2*c, c, c)
-    return torch.cat([F.normalize(a, dim=0)[None, :, None, None]*cosines(m)[:, None] for a, m in zip(AXES, n)])
+    c = width // 6
+    n = (width - 2 * c, c, c)
+    return torch.cat(
+        [F.normalize(a, dim=0)[None, :, None, None] * cosines(m)[:, None] for a, m in zip(AXES, n)]
+    )
 
 # %% ../../nbs/learned/pretraining.ipynb #469bed41
-def places(width:int, side:int=15)->Tensor:
+def places(width: int, side: int = 15) -> Tensor:
     "Make sines and cosines of row and column [side*side,width], wavelengths from 6 to about 190 patches."
-    f = 30.**-(torch.arange(width//4)/(width//4)); p = torch.arange(float(side))[:, None]*f
+    f = 30.0 ** -(torch.arange(width // 4) / (width // 4))
+    p = torch.arange(float(side))[:, None] * f
     own = torch.cat([p.sin(), p.cos()], 1)
     return torch.cat([own.repeat_interleave(side, 0), own.repeat(side, 1)], 1)
 
@@ -88,27 +150,39 @@ def prepare(model, pictures):
     "Give an untrained model its first filters, scaled on `pictures` [n,240,240,3] uint8, and its places."
     w = first_filters(model.visual.conv1.out_channels)
     answers = F.conv2d(normalise(torch.from_numpy(np.ascontiguousarray(pictures))), w, stride=16)
-    model.visual.conv1.weight.copy_(w*0.5/answers.std((0, 2, 3)).clamp(min=0.02)[:, None, None, None])
-    model.visual.positional_embedding[1:] = 0.3*places(w.shape[0])
+    model.visual.conv1.weight.copy_(
+        w * 0.5 / answers.std((0, 2, 3)).clamp(min=0.02)[:, None, None, None]
+    )
+    model.visual.positional_embedding[1:] = 0.3 * places(w.shape[0])
     return model
 
-def normalise(x:Tensor)->Tensor:
+
+def normalise(x: Tensor) -> Tensor:
     "Bring pictures [n,h,w,3] uint8 to the values CLIP sees, float [n,3,h,w]."
     mean, std = (torch.tensor(t, device=x.device) for t in (Preprocess().mean, Preprocess().std))
-    return ((x.float()/255 - mean)/std).permute(0, 3, 1, 2).contiguous()
+    return ((x.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 # %% ../../nbs/learned/pretraining.ipynb #cf10fd87
 class CachingTokenizer:
     "The tokenizer with memory: sentences to ids [K,T], cut after the longest end token."
-    def __init__(self): self.tok, self.seen = open_clip.SimpleTokenizer(), {}
+
+    def __init__(self):
+        self.tok, self.seen = open_clip.SimpleTokenizer(), {}
+
     def __call__(self, texts):
         new = [t for t in texts if t not in self.seen]
-        if new: self.seen |= dict(zip(new, self.tok(new)))
+        if new:
+            self.seen |= dict(zip(new, self.tok(new)))
         ids = torch.stack([self.seen[t] for t in texts])
-        return ids[:, :int(ids.argmax(-1).max()) + 1]
+        return ids[:, : int(ids.argmax(-1).max()) + 1]
+
     def random(self, n=3000):
-        plain = [w[:-4] for w in self.tok.decoder.values() if w.endswith('</w>') and w[:-4].isalpha() and w.isascii() and len(w) > 7]
-        return plain[500:500 + n]
+        plain = [
+            w[:-4]
+            for w in self.tok.decoder.values()
+            if w.endswith('</w>') and w[:-4].isalpha() and w.isascii() and len(w) > 7
+        ]
+        return plain[500 : 500 + n]
 
 # %% ../../nbs/learned/pretraining.ipynb #1c85351b
 def embed_texts(model, ids):
@@ -116,256 +190,437 @@ def embed_texts(model, ids):
     return F.normalize(text_tower(model, ids), dim=-1)
 
 # %% ../../nbs/learned/pretraining.ipynb #dd618182
-def sample_windows(defect, inside, k:int, share:float, rng)->np.ndarray:
+def sample_windows(defect, inside, k: int, share: float, rng) -> np.ndarray:
     "Choose one k x k window per pair, `share` of them on the defect and the others on the object: patch indices [n,k*k]; `defect`, `inside` [n,15,15] uint8."
     n = len(defect)
-    wanted = np.where(rng.random(n)[:, None] < share, (defect > 30).reshape(n, -1), (inside > 30).reshape(n, -1)) + 1e-4
-    r, c = np.divmod((wanted*rng.random(wanted.shape)).argmax(1), 15)
+    wanted = (
+        np.where(
+            rng.random(n)[:, None] < share,
+            (defect > 30).reshape(n, -1),
+            (inside > 30).reshape(n, -1),
+        )
+        + 1e-4
+    )
+    r, c = np.divmod((wanted * rng.random(wanted.shape)).argmax(1), 15)
     top, left = (np.clip(p - rng.integers(0, k, n), 0, 15 - k) for p in (r, c))
-    return (top*15 + left)[:, None] + (np.arange(k)[:, None]*15 + np.arange(k)).ravel()
+    return (top * 15 + left)[:, None] + (np.arange(k)[:, None] * 15 + np.arange(k)).ravel()
 
 # %% ../../nbs/learned/pretraining.ipynb #f11c77c4
-def embed_window(v, x:Tensor, place:Tensor)->Tensor:
+def embed_window(v, x: Tensor, place: Tensor) -> Tensor:
     "Embed crops of whole patches [I,3,16a,16b] that stand at `place` [I,a*b] of their pictures: class and patch tokens [I,1+a*b,D], ready for the first block."
-    z = v.conv1(x).flatten(2).mT + F.embedding(place, v.positional_embedding[1:])      # whose gradient is summed in one order, on any number of threads
-    return v.ln_pre(torch.cat([(v.class_embedding + v.positional_embedding[0]).expand(len(x), 1, -1), z], 1))
+    z = v.conv1(x).flatten(2).mT + F.embedding(
+        place, v.positional_embedding[1:]
+    )  # whose gradient is summed in one order, on any number of threads
+    return v.ln_pre(
+        torch.cat([(v.class_embedding + v.positional_embedding[0]).expand(len(x), 1, -1), z], 1)
+    )
 
 # %% ../../nbs/learned/pretraining.ipynb #137a5bde
 def contrast(sim, right):
     "Cross-entropy of similarities [I,T] against all right pairs [I,T] (bool), both directions."
     total = 0
     for s, y in ((sim, right), (sim.T, right.T)):
-        keep = y.any(1); y = y[keep].float()
-        total = total - (y/y.sum(1, keepdim=True)*s[keep].log_softmax(1)).sum(1).mean()
-    return total/2
+        keep = y.any(1)
+        y = y[keep].float()
+        total = total - (y / y.sum(1, keepdim=True) * s[keep].log_softmax(1)).sum(1).mean()
+    return total / 2
 
 # %% ../../nbs/learned/pretraining.ipynb #cf84fdef
-def region_loss(logit, part, own, inside:float):
+def region_loss(logit, part, own, inside: float):
     "Weigh patches: half the loss to those of defects (`part` above 0.12), half to those without, `inside` of it on the object (`own` above 0.5); all [I,N]."
-    mean = lambda a, where: (a*where).sum()/where.sum().clamp(min=1)
+    mean = lambda a, where: (a * where).sum() / where.sum().clamp(min=1)
     miss, wrong = part == 0, F.softplus(logit)
-    return (mean(F.softplus(-logit), part > 0.12) + inside*mean(wrong, miss & (own > 0.5)) + (1 - inside)*mean(wrong, miss & (own <= 0.5)))/2
+    return (
+        mean(F.softplus(-logit), part > 0.12)
+        + inside * mean(wrong, miss & (own > 0.5))
+        + (1 - inside) * mean(wrong, miss & (own <= 0.5))
+    ) / 2
 
 # %% ../../nbs/learned/pretraining.ipynb #ff203cd9
-def losses(model, scale, x, part, own, place, texts, r:Recipe)->dict:
+def losses(model, scale, x, part, own, place, texts, r: Recipe) -> dict:
     "Compute the terms; `x` [I,3,16a,16b] whole pictures first, then the defective ones; `part`, `own`, `place` [I,a*b]: share of the defect, of the object, index in the picture; `texts` as `to_device` gives them."
     t, v = embed_texts(model, texts[0]), model.visual
     routes = (AttentionPath('vv', r.layers),) if r.region else ()
     z, local = forward_paths(v, embed_window(v, x, place), routes, (r.layers - 1,))
-    with torch.autocast(z.device.type, enabled=False):      # tokens may be 16 bits wide, the terms are not
+    with torch.autocast(
+        z.device.type, enabled=False
+    ):  # tokens may be 16 bits wide, the terms are not
         tokens = z[:, 0].float(), *(local[route][0][:, 1:].float() for route in routes)
         return loss_terms(model, scale, t.float(), tokens, part, own, texts, r)
 
-def loss_terms(model, scale, t, tokens, part, own, texts, r:Recipe)->dict:
+# %% ../../nbs/learned/pretraining.ipynb #1aef5134
+def loss_terms(model, scale, t, tokens, part, own, texts, r: Recipe) -> dict:
     "Compute the terms of sentences `t` [T,C], class tokens [I,D] and, where patches count, theirs [I,a*b,D]."
     (_, own_good, own_bad, right), v = texts, model.visual
     leave = lambda y: F.normalize(v.ln_post(y) @ v.proj, dim=-1)
-    cls, apart = leave(tokens[0]), F.normalize(F.embedding(own_bad, t) - F.embedding(own_good, t), dim=-1)
-    bad = (part > 0.12).any(1); sure = bad | (part == 0).all(1)
-    out = dict(contrast=contrast((cls @ t.T)*model.logit_scale.exp(), right(bad)),
-               state=F.softplus(scale[1].exp()*(cls*apart).sum(-1)*torch.where(bad, -1., 1.))[sure].mean())
+    cls, apart = (
+        leave(tokens[0]),
+        F.normalize(F.embedding(own_bad, t) - F.embedding(own_good, t), dim=-1),
+    )
+    bad = (part > 0.12).any(1)
+    sure = bad | (part == 0).all(1)
+    out = dict(
+        contrast=contrast((cls @ t.T) * model.logit_scale.exp(), right(bad)),
+        state=F.softplus(scale[1].exp() * (cls * apart).sum(-1) * torch.where(bad, -1.0, 1.0))[
+            sure
+        ].mean(),
+    )
     for patch in map(leave, tokens[1:]):
-        out['region'] = region_loss(scale[0].exp()*(patch*apart[:, None]).sum(-1) + scale[2], part, own, r.inside)
+        out['region'] = region_loss(
+            scale[0].exp() * (patch * apart[:, None]).sum(-1) + scale[2], part, own, r.inside
+        )
     return out
 
 # %% ../../nbs/learned/pretraining.ipynb #ed4bb957
-def at(pair, done:float)->float:
+def at(pair, done: float) -> float:
     "Go from the first number to the second as `done` goes from 0 to 1."
-    return pair[0] + (pair[1] - pair[0])*done
+    return pair[0] + (pair[1] - pair[0]) * done
 
-def look(r:Recipe, done:float, rng)->tuple:
+
+def look(r: Recipe, done: float, rng) -> tuple:
     "Draw the side of a step's windows in patches (15: full pictures) and its number of pairs."
-    if uni(rng) < at(r.full, done): return 15, r.batch
+    if uni(rng) < at(r.full, done):
+        return 15, r.batch
     k = int(rng.integers(round(at(r.smallest, done)), round(at(r.largest, done)), endpoint=True))
-    return k, r.batch if r.magnify else max(r.batch, r.tokens//(2*(k*k + 1)))
+    return k, r.batch if r.magnify else max(r.batch, r.tokens // (2 * (k * k + 1)))
 
 # %% ../../nbs/learned/pretraining.ipynb #545a2544
-def draw_batch(data:Pairs, step:int, r:Recipe, words)->tuple:
+def draw_batch(data: Pairs, step: int, r: Recipe, words) -> tuple:
     "Assemble a step's crops, labels, places and sentences."
     rng = seeded_rng(r.seed, 'step', step)
-    k, n = look(r, min(1, step/(r.steps*r.accumulate)), rng)
-    rows = np.sort(rng.choice(len(data.kinds), min(n, len(data.kinds)), replace=False)); n = len(rows)
+    k, n = look(r, min(1, step / (r.steps * r.accumulate)), rng)
+    rows = np.sort(rng.choice(len(data.kinds), min(n, len(data.kinds)), replace=False))
+    n = len(rows)
     flips, quarter = rng.integers(2, size=2), int(rng.integers(4))
+
     def turned(a, first=1):
         a = np.flip(a, [first + i for i in (0, 1) if flips[i]])
         return np.rot90(a, quarter, (first, first + 1))
+
     part, own = (turned(a[rows]) for a in (data.labels, data.inside))
-    place = np.tile(np.arange(225), (n, 1)) if k == 15 else sample_windows(part, own, k, r.aimed, rng)
+    place = (
+        np.tile(np.arange(225), (n, 1)) if k == 15 else sample_windows(part, own, k, r.aimed, rng)
+    )
     part, own = (np.take_along_axis(a.reshape(n, -1), place, 1) for a in (part, own))
-    was = turned(np.arange(225).reshape(15, 15), 0).ravel()[place]; top, left = (was//15).min(1)*16, (was % 15).min(1)*16
-    x = np.stack([data.images[i, :, t:t + 16*k, l:l + 16*k] for i, t, l in zip(rows, top, left)], 1).reshape(2*n, 16*k, 16*k, 3)
-    if r.magnify: place = np.tile(np.arange(225), (n, 1))                                # a whole picture as far as the encoder can tell
-    gain = 1 + 0.12*(2*rng.random((n, 3, 1, 1), dtype='f4') - 1)
-    kinds, defects = [data.kinds[i] for i in rows]*2, ['good']*n + [data.defects[i] for i in rows]
-    return np.ascontiguousarray(turned(x)), np.concatenate([0*part, part]), np.tile(own, (2, 1)), np.tile(place, (2, 1)), np.tile(gain, (2, 1, 1, 1)), kinds, defects, captions(kinds, defects[n:]*2, rng, words, r.novel)
+    was = turned(np.arange(225).reshape(15, 15), 0).ravel()[place]
+    top, left = (was // 15).min(1) * 16, (was % 15).min(1) * 16
+    x = np.stack(
+        [data.images[i, :, t : t + 16 * k, l : l + 16 * k] for i, t, l in zip(rows, top, left)], 1
+    ).reshape(2 * n, 16 * k, 16 * k, 3)
+    if r.magnify:
+        place = np.tile(np.arange(225), (n, 1))  # a whole picture as far as the encoder can tell
+    gain = 1 + 0.12 * (2 * rng.random((n, 3, 1, 1), dtype='f4') - 1)
+    kinds, defects = (
+        [data.kinds[i] for i in rows] * 2,
+        ['good'] * n + [data.defects[i] for i in rows],
+    )
+    return (
+        np.ascontiguousarray(turned(x)),
+        np.concatenate([0 * part, part]),
+        np.tile(own, (2, 1)),
+        np.tile(place, (2, 1)),
+        np.tile(gain, (2, 1, 1, 1)),
+        kinds,
+        defects,
+        captions(kinds, defects[n:] * 2, rng, words, r.novel),
+    )
 
 # %% ../../nbs/learned/pretraining.ipynb #ea4074b9
-def to_device(batch, tok, device)->tuple:
+def to_device(batch, tok, device) -> tuple:
     "Turn a drawn batch into tensors and the right-pair function."
     x, part, own, place, gain, kinds, defects, (texts, whose, state) = batch
     x = normalise(torch.from_numpy(x).to(device))
-    if place.shape[1] == 225 and x.shape[-1] < 240: x = F.interpolate(x, 240, mode='bicubic', antialias=True)
-    mean, std = (torch.tensor(t, device=device)[:, None, None] for t in (Preprocess().mean, Preprocess().std))
-    gain = torch.from_numpy(gain).to(device); x = x*gain + (gain - 1)*mean/std          # the gain acts on light, not on what CLIP makes of it
+    if place.shape[1] == 225 and x.shape[-1] < 240:
+        x = F.interpolate(x, 240, mode='bicubic', antialias=True)
+    mean, std = (
+        torch.tensor(t, device=device)[:, None, None] for t in (Preprocess().mean, Preprocess().std)
+    )
+    gain = torch.from_numpy(gain).to(device)
+    x = x * gain + (gain - 1) * mean / std  # the gain acts on light, not on what CLIP makes of it
     where = {(w, s): i for i, (w, s) in enumerate(zip(whose, state))}
     good, bad = (torch.tensor([where[k, s] for k in kinds], device=device) for s in ('good', 'bad'))
     same = torch.tensor([[k == w for w in whose] for k in kinds], device=device)
     whole = torch.tensor([s == 'good' for s in state], device=device)
     told = torch.tensor([[s == 'bad' or s == d for s in state] for d in defects], device=device)
     right = lambda broken: same & torch.where(broken[:, None], told & ~whole, whole)
-    part, own = (torch.from_numpy(a).to(device).float()/255 for a in (part, own))
-    return x, part, own, torch.from_numpy(place).to(device), (tok(texts).to(device), good, bad, right)
+    part, own = (torch.from_numpy(a).to(device).float() / 255 for a in (part, own))
+    return (
+        x,
+        part,
+        own,
+        torch.from_numpy(place).to(device),
+        (tok(texts).to(device), good, bad, right),
+    )
 
 # %% ../../nbs/learned/pretraining.ipynb #9a4625cb
-def orthogonal(x:Tensor)->Tensor:
+def orthogonal(x: Tensor) -> Tensor:
     "Bring the singular values of [n,a,b], a <= b, near 1 by five Newton-Schulz steps (coefficients of Jordan, 2024)."
-    x = x/(x.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
     for _ in range(5):
-        g = x @ x.mT; x = 3.4445*x + (-4.7750*g + 2.0315*(g @ g)) @ x
+        g = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * g + 2.0315 * (g @ g)) @ x
     return x
 
 # %% ../../nbs/learned/pretraining.ipynb #c3b1b1c6
 class Muon(torch.optim.Optimizer):
     "Momentum made orthogonal, for matrices; one of three stacked squares [3D,D] counts as three."
-    def __init__(self, params, lr:float, momentum:float=0.95, decay:float=0.): super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
 
     @torch.no_grad()
     def step(self):
         for g in self.param_groups:
             shapes, b = {}, g['momentum']
             for p in (p for p in g['params'] if p.grad is not None):
-                m = self.state[p].setdefault('m', torch.zeros_like(p)).lerp_(p.grad, 1 - b); parts = 3 if p.shape[0] == 3*p.shape[1] else 1
-                for w, u in zip(p.chunk(parts), p.grad.lerp(m, b).chunk(parts)): shapes.setdefault(tuple(sorted(w.shape)), []).append((w, u))
+                m = self.state[p].setdefault('m', torch.zeros_like(p)).lerp_(p.grad, 1 - b)
+                parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
+                for w, u in zip(p.chunk(parts), p.grad.lerp(m, b).chunk(parts)):
+                    shapes.setdefault(tuple(sorted(w.shape)), []).append((w, u))
             for todo in shapes.values():
-                turned = orthogonal(torch.stack([u.T if u.shape[0] > u.shape[1] else u for _, u in todo]))
+                turned = orthogonal(
+                    torch.stack([u.T if u.shape[0] > u.shape[1] else u for _, u in todo])
+                )
                 for (w, _), u in zip(todo, turned):
-                    w.mul_(1 - g['lr']*g['decay']).add_(u.T if w.shape[0] > w.shape[1] else u, alpha=-g['lr']*max(1, w.shape[0]/w.shape[1])**0.5)
+                    w.mul_(1 - g['lr'] * g['decay']).add_(
+                        u.T if w.shape[0] > w.shape[1] else u,
+                        alpha=-g['lr'] * max(1, w.shape[0] / w.shape[1]) ** 0.5,
+                    )
 
 # %% ../../nbs/learned/pretraining.ipynb #d5c6fe72
-def optimisers(model, scale, r:Recipe)->list:
+def optimisers(model, scale, r: Recipe) -> list:
     "Make the three optimisers: Muon for the matrices of the vision tower, SparseAdam for the token table, AdamW for the rest (matrices decay)."
     named = {n: p for n, p in model.named_parameters() if n != 'token_embedding.weight'}
     turned = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith('visual.transformer')}
     rest = [(n, p) for n, p in named.items() if n not in turned]
     flat = lambda n, p: p.ndim < 2 or 'embedding' in n
-    return [Muon(turned.values(), r.turn, decay=r.decay), torch.optim.SparseAdam([model.token_embedding.weight], lr=r.lr),
-            torch.optim.AdamW([dict(params=[p for n, p in rest if not flat(n, p)], weight_decay=r.decay), dict(params=[*(p for n, p in rest if flat(n, p)), scale], weight_decay=0.)], lr=r.lr, betas=(0.9, 0.98), eps=1e-6)]
+    return [
+        Muon(turned.values(), r.turn, decay=r.decay),
+        torch.optim.SparseAdam([model.token_embedding.weight], lr=r.lr),
+        torch.optim.AdamW(
+            [
+                dict(params=[p for n, p in rest if not flat(n, p)], weight_decay=r.decay),
+                dict(params=[*(p for n, p in rest if flat(n, p)), scale], weight_decay=0.0),
+            ],
+            lr=r.lr,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+        ),
+    ]
 
 # %% ../../nbs/learned/pretraining.ipynb #7a7bd685
-def new_model(r:Recipe, start=None)->nn.Module:
+def new_model(r: Recipe, start=None) -> nn.Module:
     "Make the model of a recipe: untrained, its value projections `value_gain` times larger, or with the weights of a file."
     with torch.random.fork_rng():
-        torch.manual_seed(r.seed); model = open_clip.CLIP(**mini_config(r))
+        torch.manual_seed(r.seed)
+        model = open_clip.CLIP(**mini_config(r))
     with torch.no_grad():
-        for b in model.visual.transformer.resblocks: b.attn.in_proj_weight[-r.width:] *= r.value_gain
+        for b in model.visual.transformer.resblocks:
+            b.attn.in_proj_weight[-r.width :] *= r.value_gain
     model.token_embedding.sparse = True
-    if start: fill(model, start, Path(start).name)
+    if start:
+        fill(model, start, Path(start).name)
     return model
 
 # %% ../../nbs/learned/pretraining.ipynb #bdd904e4
-TRAINING_REV = 1      # raised when the same recipe gives other weights on the same pairs
+TRAINING_REV = 1  # raised when the same recipe gives other weights on the same pairs
 
-def pairs_hash(data:Pairs)->str:
+
+def pairs_hash(data: Pairs) -> str:
     "Hash the pictures, labels and names of pairs, a thousand pairs at a time."
     arrays = [getattr(data, k) for k in ('images', 'labels', 'inside')]
-    parts = [digest(np.ascontiguousarray(a[i:i + 1000])) for a in arrays for i in range(0, len(a), 1000)]
+    parts = [
+        digest(np.ascontiguousarray(a[i : i + 1000]))
+        for a in arrays
+        for i in range(0, len(a), 1000)
+    ]
     return digest(*parts, json.dumps([data.kinds, data.defects]))
 
-def training_identity(r:Recipe, data:Pairs, device)->dict:
-    "Collect what decides the outcome of a training: the recipe, the start weights' hash in it, pairs, device."
-    return dict(rev=TRAINING_REV, recipe=plain(r), pairs=pairs_hash(data), device=torch.device(device).type)
 
-def cut_curve(file:Path, before:int):
+def training_identity(r: Recipe, data: Pairs, device) -> dict:
+    "Collect what decides the outcome of a training: the recipe, the start weights' hash in it, pairs, device."
+    return dict(
+        rev=TRAINING_REV, recipe=plain(r), pairs=pairs_hash(data), device=torch.device(device).type
+    )
+
+
+def cut_curve(file: Path, before: int):
     "Keep the lines of a curve whose step is below `before`, and its head."
-    if not file.exists(): return
-    def kept(line): return not line[0].isdigit() or int(line.split(',')[0]) < before
+    if not file.exists():
+        return
+
+    def kept(line):
+        return not line[0].isdigit() or int(line.split(',')[0]) < before
+
     write_atomic(file, ''.join(l for l in file.read_text().splitlines(True) if kept(l)))
 
-def add_lines(file:Path, text:str):
+
+def add_lines(file: Path, text: str):
     "Add lines to a file atomically: another process sees the old file or the new one."
     write_atomic(file, (file.read_text() if file.exists() else '') + text)
 
 # %% ../../nbs/learned/pretraining.ipynb #6ca8c8bb
-def resume(path, key:str, device, model, opts, scale)->tuple:
+def resume(path, key: str, device, model, opts, scale) -> tuple:
     "Load a checkpoint into model, optimisers and scale; returns the running mean and the step to go on with, and drops what the curves hold beyond it."
     saved = torch.load(path, map_location=device, weights_only=True)
-    if saved['training'] != key: raise ValueError(f'{path} was made by another recipe or device, or of other pairs: {saved["recipe"]} on {saved["device"]}; choose another folder')
+    if saved['training'] != key:
+        raise ValueError(
+            f'{path} was made by another recipe or device, or of other pairs: {saved["recipe"]} on {saved["device"]}; choose another folder'
+        )
     for name in ('curve.csv', 'validation.csv'):
-        cut_curve(path.parent/name, saved['step'] + (name != 'curve.csv'))
-    model.load_state_dict(saved['model']); scale.data.copy_(saved['scale'])
-    for o, s in zip(opts, saved['opts']): o.load_state_dict(s)
+        cut_curve(path.parent / name, saved['step'] + (name != 'curve.csv'))
+    model.load_state_dict(saved['model'])
+    scale.data.copy_(saved['scale'])
+    for o, s in zip(opts, saved['opts']):
+        o.load_state_dict(s)
     return saved['mean'], saved['step']
 
 # %% ../../nbs/learned/pretraining.ipynb #feda1ea8
-def train(r:Recipe,                 # the row
-          folder=None,              # checkpoints and curves; default: the cache, named by `training_identity`
-          device:str='auto',        # 'cpu', 'cuda', ...
-          every:int=100,            # steps between checkpoints
-          limit:int=None,           # stop early after this many steps (for tests of resume)
-          data:Pairs=None,          # rendered pairs; default: rendered from the recipe
-          start=None,               # weights file to begin with: the stage before
-          judge:int=200,            # pairs of the validation world to judge by, ten times; 0: never
-          report=print              # what to do with progress lines
-         )->Path:                   # folder with checkpoint.pt, curve.csv and validation.csv
+def train(
+    r: Recipe,  # the row
+    folder=None,  # checkpoints and curves; default: the cache, named by `training_identity`
+    device: str = 'auto',  # 'cpu', 'cuda', ...
+    every: int = 100,  # steps between checkpoints
+    limit: int = None,  # stop early after this many steps (for tests of resume)
+    data: Pairs = None,  # rendered pairs; default: rendered from the recipe
+    start=None,  # weights file to begin with: the stage before
+    judge: int = 200,  # pairs of the validation world to judge by, ten times; 0: never
+    report=print,  # what to do with progress lines
+) -> Path:  # folder with checkpoint.pt, curve.csv and validation.csv
     "Train the mini encoder, or continue a run that was interrupted."
-    keep_memory(); device = choose_device(device); r = replace(r, start=digest(Path(start).read_bytes())) if start else r
+    keep_memory()
+    device = choose_device(device)
+    r = replace(r, start=digest(Path(start).read_bytes())) if start else r
     data, tok = data or render_pairs(r.pairs, designs=r.designs, report=report), CachingTokenizer()
     key = identity_key(training_identity(r, data, device))
-    folder = Path(folder or cache_dir('train', key)); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder or cache_dir('train', key))
+    folder.mkdir(parents=True, exist_ok=True)
     model = new_model(r, start)
-    if not start: prepare(model, data.images[::max(1, len(data.kinds)//200), 1])
-    model, scale = model.to(device), nn.Parameter(torch.tensor([math.log(5.), math.log(5.), 0.], device=device))
-    opts = optimisers(model, scale, r); base = [[g['lr'] for g in o.param_groups] for o in opts]
+    if not start:
+        prepare(model, data.images[:: max(1, len(data.kinds) // 200), 1])
+    model, scale = (
+        model.to(device),
+        nn.Parameter(torch.tensor([math.log(5.0), math.log(5.0), 0.0], device=device)),
+    )
+    opts = optimisers(model, scale, r)
+    base = [[g['lr'] for g in o.param_groups] for o in opts]
     mean, first = {k: p.detach().clone() for k, p in model.state_dict().items()}, 0
-    if (folder/'checkpoint.pt').exists(): mean, first = resume(folder/'checkpoint.pt', key, device, model, opts, scale)
-    loop = dict(key=key, model=model, scale=scale, opts=opts, base=base, mean=mean, data=data, words=tok.random(), tok=tok, device=device, judge=judge)
+    if (folder / 'checkpoint.pt').exists():
+        mean, first = resume(folder / 'checkpoint.pt', key, device, model, opts, scale)
+    loop = dict(
+        key=key,
+        model=model,
+        scale=scale,
+        opts=opts,
+        base=base,
+        mean=mean,
+        data=data,
+        words=tok.random(),
+        tok=tok,
+        device=device,
+        judge=judge,
+    )
     return run_steps(r, folder, first, min(r.steps, limit or r.steps), every, report, **loop)
 
 # %% ../../nbs/learned/pretraining.ipynb #b0a60d7d
 TERMS = ('contrast', 'state', 'region')
 
-def one_step(r, step, model, scale, opts, base, data, words, tok, device)->tuple:
+
+def one_step(r, step, model, scale, opts, base, data, words, tok, device) -> tuple:
     "Draw, compute, move; returns the side of the windows and the terms."
-    rate = min(1, (step + 1)/r.warmup)*(0.02 + 0.98*0.5*(1 + math.cos(math.pi*step/r.steps)))
-    for draw in range(step*r.accumulate, (step + 1)*r.accumulate):
+    rate = min(1, (step + 1) / r.warmup) * (
+        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / r.steps))
+    )
+    for draw in range(step * r.accumulate, (step + 1) * r.accumulate):
         batch = to_device(draw_batch(data, draw, r, words), tok, device)
-        with torch.autocast('cuda', torch.bfloat16, enabled=torch.device(device).type == 'cuda'): l = losses(model, scale, *batch, r)
-        ((l['contrast'] + r.state*l['state'] + r.region*l.get('region', 0))/r.accumulate).backward()
-    nn.utils.clip_grad_norm_([p for n, p in model.named_parameters() if n != 'token_embedding.weight'], 1.)
+        with torch.autocast('cuda', torch.bfloat16, enabled=torch.device(device).type == 'cuda'):
+            l = losses(model, scale, *batch, r)
+        (
+            (l['contrast'] + r.state * l['state'] + r.region * l.get('region', 0)) / r.accumulate
+        ).backward()
+    nn.utils.clip_grad_norm_(
+        [p for n, p in model.named_parameters() if n != 'token_embedding.weight'], 1.0
+    )
     for o, lrs in zip(opts, base):
-        for g, lr in zip(o.param_groups, lrs): g['lr'] = lr*rate
+        for g, lr in zip(o.param_groups, lrs):
+            g['lr'] = lr * rate
         o.step()
-    scale.grad = None; model.zero_grad(set_to_none=True); model.logit_scale.data.clamp_(max=math.log(60))
-    return int(batch[1].shape[1]**0.5), {k: l[k].item() if k in l else math.nan for k in TERMS}
+    scale.grad = None
+    model.zero_grad(set_to_none=True)
+    model.logit_scale.data.clamp_(max=math.log(60))
+    return int(batch[1].shape[1] ** 0.5), {k: l[k].item() if k in l else math.nan for k in TERMS}
 
 # %% ../../nbs/learned/pretraining.ipynb #708eac61
-def run_steps(r, folder, first, last, every, report, *, key, model, scale, opts, base, mean, data, words, tok, device, judge)->Path:
+def run_steps(
+    r,
+    folder,
+    first,
+    last,
+    every,
+    report,
+    *,
+    key,
+    model,
+    scale,
+    opts,
+    base,
+    mean,
+    data,
+    words,
+    tok,
+    device,
+    judge,
+) -> Path:
     "Run steps `first` to `last`; keep the running mean of the weights, the curves and the checkpoint."
     rows, t = [], time.time()
     for step in range(first, last):
         side, l = one_step(r, step, model, scale, opts, base, data, words, tok, device)
-        keep = min(r.ema, (step + 1)/(step + 10))
-        for k, p in model.state_dict().items(): mean[k].lerp_(p, 1 - keep) if p.is_floating_point() else mean[k].copy_(p)
+        keep = min(r.ema, (step + 1) / (step + 10))
+        for k, p in model.state_dict().items():
+            mean[k].lerp_(p, 1 - keep) if p.is_floating_point() else mean[k].copy_(p)
         rows.append(','.join([str(step), str(side), *(f'{l[k]:.6f}' for k in TERMS)]))
-        if (done := step + 1) % every and done != last: continue
-        add_lines(folder/'curve.csv', '\n'.join(rows) + '\n')
-        rows, told = [], dict(step=done, training=key, recipe=json.dumps(asdict(r)), device=str(device))
-        save_state(folder/'checkpoint.pt', model=model.state_dict(), opts=[o.state_dict() for o in opts], mean=mean, scale=scale.detach(), **told)
-        report(f'step {done}/{r.steps}, ' + ', '.join(f'{k} {a:.3f}' for k, a in l.items()) + f', {(time.time() - t)/(done - first):.2f} s/step')
-        tenth = max(1, r.steps//10)
-        if judge and (done == r.steps or done//tenth > (done - 1)//every*every//tenth): note_validation(folder, done, judge, device, report)
+        if (done := step + 1) % every and done != last:
+            continue
+        add_lines(folder / 'curve.csv', '\n'.join(rows) + '\n')
+        rows, told = (
+            [],
+            dict(step=done, training=key, recipe=json.dumps(asdict(r)), device=str(device)),
+        )
+        save_state(
+            folder / 'checkpoint.pt',
+            model=model.state_dict(),
+            opts=[o.state_dict() for o in opts],
+            mean=mean,
+            scale=scale.detach(),
+            **told,
+        )
+        report(
+            f'step {done}/{r.steps}, '
+            + ', '.join(f'{k} {a:.3f}' for k, a in l.items())
+            + f', {(time.time() - t) / (done - first):.2f} s/step'
+        )
+        tenth = max(1, r.steps // 10)
+        if judge and (done == r.steps or done // tenth > (done - 1) // every * every // tenth):
+            note_validation(folder, done, judge, device, report)
     return folder
 
 # %% ../../nbs/learned/pretraining.ipynb #ec6432d6
-def note_validation(folder, step:int, n:int, device, report)->None:
+def note_validation(folder, step: int, n: int, device, report) -> None:
     "Judge the running mean on `n` validation pairs and add a line to validation.csv."
     with tempfile.TemporaryDirectory() as d:
         path = export_weights(folder, f'{d}/now.safetensors')
         now = validate(load_encoder(str(path.with_suffix('.json')), str(path), device=device), n)
-    new = not (f := Path(folder)/'validation.csv').exists()
-    add_lines(f, ('step,' + ','.join(f'"{k}"' for k in now) + '\n')*new + f'{step},' + ','.join(f'{v:.5f}' for v in now.values()) + '\n')
-    picture = io.BytesIO(); run_figure(folder).savefig(picture, format='png', dpi=110)
-    write_atomic(Path(folder)/'curves.png', picture.getvalue())
+    new = not (f := Path(folder) / 'validation.csv').exists()
+    add_lines(
+        f,
+        ('step,' + ','.join(f'"{k}"' for k in now) + '\n') * new
+        + f'{step},'
+        + ','.join(f'{v:.5f}' for v in now.values())
+        + '\n',
+    )
+    picture = io.BytesIO()
+    run_figure(folder).savefig(picture, format='png', dpi=110)
+    write_atomic(Path(folder) / 'curves.png', picture.getvalue())
     report(f'step {step}, validation: ' + '; '.join(f'{k} {v:.3f}' for k, v in now.items()))
 
 # %% ../../nbs/learned/pretraining.ipynb #a7137353
@@ -373,62 +628,108 @@ def run_figure(folder):
     "Draw the curves of a run so far: its terms, smoothed, and what the validation says."
     import pandas as pd
     from matplotlib.figure import Figure
-    folder = Path(folder); c = pd.read_csv(folder/'curve.csv', names=['step', 'window', *TERMS])
-    fig = Figure(figsize=(12, 2.6), dpi=72); axes = fig.subplots(1, 4, width_ratios=(1, 1, 1, 1.6))
+
+    folder = Path(folder)
+    c = pd.read_csv(folder / 'curve.csv', names=['step', 'window', *TERMS])
+    fig = Figure(figsize=(12, 2.6), dpi=72)
+    axes = fig.subplots(1, 4, width_ratios=(1, 1, 1, 1.6))
     for ax, k in zip(axes, TERMS):
-        ax.plot(c.step, c[k].rolling(100, min_periods=1).mean(), color='#31688e'); ax.set_title(k, fontsize=9); ax.set_xlabel('step', fontsize=8)
-    if (f := folder/'validation.csv').exists():
-        v = pd.read_csv(f); shown = [k for k in v if k != 'step' and 'unseen' not in k]
-        for k in shown: axes[3].plot(v.step, v[k], 'o-', ms=3, label=k)
-        axes[3].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5)); axes[3].set_title('validation AUROC', fontsize=9)
-    for ax in axes: ax.grid(alpha=0.3); ax.tick_params(labelsize=7)
+        ax.plot(c.step, c[k].rolling(100, min_periods=1).mean(), color='#31688e')
+        ax.set_title(k, fontsize=9)
+        ax.set_xlabel('step', fontsize=8)
+    if (f := folder / 'validation.csv').exists():
+        v = pd.read_csv(f)
+        shown = [k for k in v if k != 'step' and 'unseen' not in k]
+        for k in shown:
+            axes[3].plot(v.step, v[k], 'o-', ms=3, label=k)
+        axes[3].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+        axes[3].set_title('validation AUROC', fontsize=9)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.tick_params(labelsize=7)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/learned/pretraining.ipynb #a2dd9c0d
-def export_weights(folder,           # what `train` returned
-                   path=None         # safetensors file; default: mini.safetensors beside the checkpoint
-                  )->Path:
+def export_weights(
+    folder,  # what `train` returned
+    path=None,  # safetensors file; default: mini.safetensors beside the checkpoint
+) -> Path:
     "Write the running mean of a checkpoint as float16 safetensors, with its configuration beside it."
     from safetensors.torch import save
-    folder = Path(folder); path = Path(path or folder/'mini.safetensors')
-    saved = torch.load(folder/'checkpoint.pt', map_location='cpu', weights_only=True)
+
+    folder = Path(folder)
+    path = Path(path or folder / 'mini.safetensors')
+    saved = torch.load(folder / 'checkpoint.pt', map_location='cpu', weights_only=True)
     tensors = {k: v.half().contiguous() for k, v in saved['mean'].items() if k != 'attn_mask'}
-    write_atomic(path, save(tensors, metadata=dict(step=str(saved['step']), recipe=saved['recipe'])))
+    write_atomic(
+        path, save(tensors, metadata=dict(step=str(saved['step']), recipe=saved['recipe']))
+    )
     config = mini_config(Recipe(**json.loads(saved['recipe'])))
     write_atomic(path.with_suffix('.json'), json.dumps(config, indent=1) + '\n')
     return path
 
 # %% ../../nbs/learned/pretraining.ipynb #7b207435
 @torch.inference_mode()
-def answers(encoder:Encoder, pictures, text, batch:int=16)->tuple:      # [M], {'vv': [M,N], 'qkv': [M,N]}
+def answers(
+    encoder: Encoder, pictures, text, batch: int = 16
+) -> tuple:  # [M], {'vv': [M,N], 'qkv': [M,N]}
     "Score class token and patches of both paths of pictures [M,H,W,3] uint8 against their own sentences `text` [M,2,C], one pass per batch."
     spec, rows = EncodeSpec((AttentionPath('vv'), AttentionPath('qkv'))), []
-    for x, t in zip((pictures[i:i + batch] for i in range(0, len(pictures), batch)), text.split(batch)):
+    for x, t in zip(
+        (pictures[i : i + batch] for i in range(0, len(pictures), batch)), text.split(batch)
+    ):
         seen = encoder.tokens(encoder.preprocess(x), spec)
-        rows.append([anomaly_score(z, t) for z in (seen.cls[:, None], *(p[-1] for p in seen.patches.values()))])
+        rows.append(
+            [
+                anomaly_score(z, t)
+                for z in (seen.cls[:, None], *(p[-1] for p in seen.patches.values()))
+            ]
+        )
     cls, *maps = (torch.cat(a).cpu().numpy() for a in zip(*rows))
     return cls[:, 0], dict(zip((p.attention for p in spec.paths), maps))
 
 # %% ../../nbs/learned/pretraining.ipynb #458411fb
 @torch.inference_mode()
-def validate(encoder:Encoder,        # any encoder of 240 px and 15x15 patches
-             n:int=300               # pairs of the validation world
-            )->dict:                 # AUROC in 0..1, each over kinds that training saw (other designs) and over the family it never saw
+def validate(
+    encoder: Encoder,  # any encoder of 240 px and 15x15 patches
+    n: int = 300,  # pairs of the validation world
+) -> dict:  # AUROC in 0..1, each over kinds that training saw (other designs) and over the family it never saw
     "Measure patches on both paths (defect share above 0.12 against 0), patches of the object only, and images (whole against defective) by class token, by the highest patch of the V-V path, and by both."
     from sklearn.metrics import roc_auc_score
+
     pairs = render_pairs(n, 'validation', report=lambda *_: None)
-    kinds = np.repeat(pairs.kinds, 2); new, twin = np.isin(pairs.kinds, VALIDATION).repeat(2), np.tile([0, 1], n)
-    texts = {k: F.normalize(encoder.embed_text([f'a photo of a flawless {KINDS[k].noun}', f'a photo of a damaged {KINDS[k].noun}']), dim=-1) for k in set(kinds)}
-    share = np.stack([0*pairs.labels, pairs.labels], 1).reshape(2*n, -1)/255; own = np.repeat(pairs.inside.reshape(n, -1) > 127, 2, 0)
-    cls, maps = answers(encoder, np.ascontiguousarray(pairs.images).reshape(2*n, 240, 240, 3), torch.stack([texts[k] for k in kinds])); out = {}
+    kinds = np.repeat(pairs.kinds, 2)
+    new, twin = np.isin(pairs.kinds, VALIDATION).repeat(2), np.tile([0, 1], n)
+    texts = {
+        k: F.normalize(
+            encoder.embed_text(
+                [f'a photo of a flawless {KINDS[k].noun}', f'a photo of a damaged {KINDS[k].noun}']
+            ),
+            dim=-1,
+        )
+        for k in set(kinds)
+    }
+    share = np.stack([0 * pairs.labels, pairs.labels], 1).reshape(2 * n, -1) / 255
+    own = np.repeat(pairs.inside.reshape(n, -1) > 127, 2, 0)
+    cls, maps = answers(
+        encoder,
+        np.ascontiguousarray(pairs.images).reshape(2 * n, 240, 240, 3),
+        torch.stack([texts[k] for k in kinds]),
+    )
+    out = {}
+
     def put(name, y, a, keep):
         for family, who in (('', ~new), (' (unseen kind)', new)):
             k = keep & (who[:, None] if keep.ndim == 2 else who)
-            if 0 < y[k].sum() < k.sum(): out[name + family] = float(roc_auc_score(y[k], a[k]))
+            if 0 < y[k].sum() < k.sum():
+                out[name + family] = float(roc_auc_score(y[k], a[k]))
+
     bad, known = share > 0.12, (share > 0.12) | (share == 0)
     for path, a in maps.items():
-        put(f'patches, {path}', bad, a, known); put(f'patches of objects, {path}', bad, a, known & own & ~own.all(1, keepdims=True))
-    top, every = maps['vv'].max(1), np.ones(2*n, bool)
-    for name, a in (('images', cls), ('images, highest patch', top), ('images, both', cls + top)): put(name, twin, a, every)
+        put(f'patches, {path}', bad, a, known)
+        put(f'patches of objects, {path}', bad, a, known & own & ~own.all(1, keepdims=True))
+    top, every = maps['vv'].max(1), np.ones(2 * n, bool)
+    for name, a in (('images', cls), ('images, highest patch', top), ('images, both', cls + top)):
+        put(name, twin, a, every)
     return out

@@ -12,162 +12,252 @@ __all__ = ['PROMPT_RECIPES', 'PromptRecipe', 'check_recipe', 'check_text', 'prom
            'load_learned', 'nearest_words', 'read_checkpoint', 'check_words', 'load_anomalyclip']
 
 # %% ../../nbs/learned/prompts.ipynb #8aafe30b
-import io, json
+import io
+import json
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-import open_clip, safetensors.torch, torch
+
+import open_clip
+import safetensors.torch
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..encoder.clip import AttentionPath
+
 from ..core.files import digest, seeded_rng, write_atomic
 from ..core.identity import canonical
+from ..encoder.attention import forward_paths, to_stage
+from ..encoder.clip import AttentionPath
 from ..methods.prompts import BASE, Text, average, category_words
-from ..encoder.attention import to_stage, forward_paths
 
 # %% ../../nbs/learned/prompts.ipynb #8b14d3de
 @dataclass(frozen=True)
 class PromptRecipe:
     "What learned prompts are made of (AnomalyCLIP; KAnoCLIP Eq. 1)."
-    normal: tuple = ('normal {}',)        # the words that follow in normal prompts; `{}` is the category
-    abnormal: tuple = ('abnormal {}',)    # and in anomalous ones; several entries: several prompts per state
-    noun: str = ''                        # word for every category, as 'object'; '': each category's own
-    length: int = 12                      # K, learned vectors in front
-    shared: bool = True                   # one set of them per state; False: one per entry of `normal` and `abnormal`
-    depth: int = 1                        # text blocks whose input holds learned vectors; 1: only the first
-    deep: int = 4                         # learned vectors in each of the others
-    start: str = ''                       # words they begin as, `length` tokens; '': normal draws
-    std: float = 0.02                     # standard deviation of the draws
 
-    def __post_init__(self): check_recipe(self)
+    normal: tuple = ('normal {}',)  # the words that follow in normal prompts; `{}` is the category
+    abnormal: tuple = (
+        'abnormal {}',
+    )  # and in anomalous ones; several entries: several prompts per state
+    noun: str = ''  # word for every category, as 'object'; '': each category's own
+    length: int = 12  # K, learned vectors in front
+    shared: bool = (
+        True  # one set of them per state; False: one per entry of `normal` and `abnormal`
+    )
+    depth: int = 1  # text blocks whose input holds learned vectors; 1: only the first
+    deep: int = 4  # learned vectors in each of the others
+    start: str = ''  # words they begin as, `length` tokens; '': normal draws
+    std: float = 0.02  # standard deviation of the draws
+
+    def __post_init__(self):
+        check_recipe(self)
 
 # %% ../../nbs/learned/prompts.ipynb #dee4e924
-def check_recipe(r:PromptRecipe):
+def check_recipe(r: PromptRecipe):
     "Make the lists of a recipe tuples and refuse what gives no prompt."
     for side in ('normal', 'abnormal'):
-        rows = getattr(r, side); rows = (rows,) if isinstance(rows, str) else tuple(rows)
+        rows = getattr(r, side)
+        rows = (rows,) if isinstance(rows, str) else tuple(rows)
         object.__setattr__(r, side, rows)
         bad = [t for t in rows if not isinstance(t, str) or t.count('{}') != 1]
-        if bad or not rows: raise ValueError(f"{side}={rows}: every entry needs exactly one '{{}}' for the category, as in 'normal {{}}'")
+        if bad or not rows:
+            raise ValueError(
+                f"{side}={rows}: every entry needs exactly one '{{}}' for the category, as in 'normal {{}}'"
+            )
     for name, least in (('length', 0), ('depth', 1), ('deep', 1)):
-        if not isinstance(getattr(r, name), int) or getattr(r, name) < least: raise ValueError(f'{name}={getattr(r, name)!r}: a whole number, {least} or more')
+        if not isinstance(getattr(r, name), int) or getattr(r, name) < least:
+            raise ValueError(f'{name}={getattr(r, name)!r}: a whole number, {least} or more')
     if r.depth > 1 and r.deep > r.length:
-        raise ValueError(f'deep={r.deep}: vectors of deeper blocks take the places of the first learned words, of which there are length={r.length}; make deep smaller, or depth=1')
+        raise ValueError(
+            f'deep={r.deep}: vectors of deeper blocks take the places of the first learned words, of which there are length={r.length}; make deep smaller, or depth=1'
+        )
 
 # %% ../../nbs/learned/prompts.ipynb #fc1a1d10
 PROMPT_RECIPES = {
     'anomalyclip': PromptRecipe(('{}.',), ('damaged {}.',), noun='object', depth=9),
-    'kanoclip': PromptRecipe(('normal {}', 'perfect {}'), ('abnormal {}', 'defective {}'))}
+    'kanoclip': PromptRecipe(('normal {}', 'perfect {}'), ('abnormal {}', 'defective {}')),
+}
 
 # %% ../../nbs/learned/prompts.ipynb #c731e0ae
-def check_text(encoder)->nn.Module:
+def check_text(encoder) -> nn.Module:
     "Give the text tower of an encoder; refuse those that are not CLIP's kind."
     t, tok = getattr(encoder.model, 'text', encoder.model), encoder.tokenizer
     why = None
-    if not isinstance(getattr(t, 'transformer', None), open_clip.transformer.Transformer): why = f"its text tower is {type(t).__name__}"
-    elif getattr(t, 'pool_type', getattr(t, 'text_pool_type', 'argmax')) != 'argmax': why = f"its text tower pools by {getattr(t, 'pool_type', getattr(t, 'text_pool_type', ''))!r}, not at the end token"
-    elif getattr(t, 'attn_mask', None) is None: why = 'its text tower has no causal mask'
-    elif getattr(t, 'cls_emb', None) is not None or getattr(t, 'text_projection', None) is None: why = 'its text tower has a class token or no projection'
-    elif not isinstance(tok, open_clip.SimpleTokenizer) or tok.reduction_fn is not None: why = f"its tokenizer is {type(tok).__name__}, not CLIP's"
-    if why: raise ValueError(f"backbone={encoder.backbone!r}: {why}; learned prompts need CLIP's own text tower, as that of 'ViT-B-16-plus-240' or 'ViT-L-14-336-quickgelu'")
+    if not isinstance(getattr(t, 'transformer', None), open_clip.transformer.Transformer):
+        why = f"its text tower is {type(t).__name__}"
+    elif getattr(t, 'pool_type', getattr(t, 'text_pool_type', 'argmax')) != 'argmax':
+        why = f"its text tower pools by {getattr(t, 'pool_type', getattr(t, 'text_pool_type', ''))!r}, not at the end token"
+    elif getattr(t, 'attn_mask', None) is None:
+        why = 'its text tower has no causal mask'
+    elif getattr(t, 'cls_emb', None) is not None or getattr(t, 'text_projection', None) is None:
+        why = 'its text tower has a class token or no projection'
+    elif not isinstance(tok, open_clip.SimpleTokenizer) or tok.reduction_fn is not None:
+        why = f"its tokenizer is {type(tok).__name__}, not CLIP's"
+    if why:
+        raise ValueError(
+            f"backbone={encoder.backbone!r}: {why}; learned prompts need CLIP's own text tower, as that of 'ViT-B-16-plus-240' or 'ViT-L-14-336-quickgelu'"
+        )
     return t
 
 # %% ../../nbs/learned/prompts.ipynb #e2d8aaec
-def prompt_ids(encoder, r:PromptRecipe,
-               names           # M categories
-              )->Tensor:       # [M*S,T]: of each category its normal, then its anomalous prompts
+def prompt_ids(
+    encoder,
+    r: PromptRecipe,
+    names,  # M categories
+) -> Tensor:  # [M*S,T]: of each category its normal, then its anomalous prompts
     "Tokenise what is not learned and refuse what does not fit beside the learned words (KAnoCLIP Eq. 1)."
     T, tok = len(check_text(encoder).attn_mask), encoder.tokenizer
-    rows = [(c, t.replace('{}', category_words(BASE, c))) for c in names for t in r.normal + r.abnormal]
+    rows = [
+        (c, t.replace('{}', category_words(BASE, c))) for c in names for t in r.normal + r.abnormal
+    ]
     n, c, s = max((len(tok.encode(s)), c, s) for c, s in rows)
     if n + r.length + 2 > T:
-        fix = 'shorten its words' + f', or learn at most length={T - n - 2}'*(n + 2 <= T)
-        raise ValueError(f'category {c!r}: {s!r} has {n} tokens; with {r.length} learned ones and the two ends that makes {n + r.length + 2}, and the text tower reads {T}; {fix}')
+        fix = 'shorten its words' + f', or learn at most length={T - n - 2}' * (n + 2 <= T)
+        raise ValueError(
+            f'category {c!r}: {s!r} has {n} tokens; with {r.length} learned ones and the two ends that makes {n + r.length + 2}, and the text tower reads {T}; {fix}'
+        )
     return tok([s for _, s in rows], T).to(encoder.device)
 
 # %% ../../nbs/learned/prompts.ipynb #f6feffad
-def lay_prompts(tower,               # from `check_text`
-                ids:Tensor,          # [R,T] from `prompt_ids`
-                contexts:Tensor      # [R,K,D] learned words
-               )->tuple:             # embedded tokens [R,n,D], places of the end tokens [R]
+def lay_prompts(
+    tower,  # from `check_text`
+    ids: Tensor,  # [R,T] from `prompt_ids`
+    contexts: Tensor,  # [R,K,D] learned words
+) -> tuple:  # embedded tokens [R,n,D], places of the end tokens [R]
     "Lay learned words between the start token and the words of each prompt (KAnoCLIP Eq. 1)."
     end = ids.argmax(-1) + contexts.shape[1]
     n, cast = int(end.max()) + 1, tower.transformer.get_cast_dtype()
-    words = tower.token_embedding(ids[:, :n - contexts.shape[1]])
+    words = tower.token_embedding(ids[:, : n - contexts.shape[1]])
     h = torch.cat([words[:, :1], contexts.to(words), words[:, 1:]], 1)
     return h.to(cast) + tower.positional_embedding[:n].to(cast), end
 
-def forward_text(tower, h:Tensor, deep=())->list:      # the stream [R,n,D] after each block
+
+def forward_text(tower, h: Tensor, deep=()) -> list:  # the stream [R,n,D] after each block
     "Walk prompts through all blocks; `deep` [L,T,D] replaces the first T learned words in front of blocks 2 to L + 1 (AnomalyCLIP, learnable token embeddings)."
-    mask, streams = tower.attn_mask[:h.shape[1], :h.shape[1]].to(h.dtype), []
+    mask, streams = tower.attn_mask[: h.shape[1], : h.shape[1]].to(h.dtype), []
     for l, b in enumerate(tower.transformer.resblocks):
-        if 0 < l <= len(deep): h = torch.cat([h[:, :1], deep[l - 1].to(h).expand(len(h), -1, -1), h[:, 1 + deep.shape[1]:]], 1)
-        h = b(h, attn_mask=mask); streams.append(h)
+        if 0 < l <= len(deep):
+            h = torch.cat(
+                [h[:, :1], deep[l - 1].to(h).expand(len(h), -1, -1), h[:, 1 + deep.shape[1] :]], 1
+            )
+        h = b(h, attn_mask=mask)
+        streams.append(h)
     return streams
 
-def run_text(tower, h:Tensor, end:Tensor, deep=())->Tensor:      # [R,C] float32, not normalised
+# %% ../../nbs/learned/prompts.ipynb #ced541f2
+def run_text(tower, h: Tensor, end: Tensor, deep=()) -> Tensor:  # [R,C] float32, not normalised
     "Embed laid-out prompts, g of KAnoCLIP Eq. (3)."
-    h = tower.ln_final(forward_text(tower, h, deep)[-1])[torch.arange(len(h), device=h.device), end].float()
+    h = tower.ln_final(forward_text(tower, h, deep)[-1])[
+        torch.arange(len(h), device=h.device), end
+    ].float()
     p = tower.text_projection
-    return F.linear(h, p.weight.float(), None if p.bias is None else p.bias.float()) if isinstance(p, nn.Linear) else h @ p.float()
+    return (
+        F.linear(h, p.weight.float(), None if p.bias is None else p.bias.float())
+        if isinstance(p, nn.Linear)
+        else h @ p.float()
+    )
 
 # %% ../../nbs/learned/prompts.ipynb #8525469a
 @dataclass(frozen=True, eq=False)
 class Learned:
     "A recipe and what was learned by it."
-    recipe: PromptRecipe
-    tensors: dict      # 'normal', 'abnormal' [1 or S,K,D]; 'deep' [depth - 1,deep,D] where depth is above 1
 
-def learned_shapes(r:PromptRecipe, tower)->dict:      # {name: shape}
+    recipe: PromptRecipe
+    tensors: (
+        dict  # 'normal', 'abnormal' [1 or S,K,D]; 'deep' [depth - 1,deep,D] where depth is above 1
+    )
+
+
+def learned_shapes(r: PromptRecipe, tower) -> dict:  # {name: shape}
     "Name what a recipe learns in a text tower, with shapes; refuse a depth that the tower does not have."
     D, blocks = tower.positional_embedding.shape[1], len(tower.transformer.resblocks)
-    if r.depth > blocks: raise ValueError(f'depth={r.depth}: this text tower has {blocks} blocks; choose 1 to {blocks}')
-    sets = {k: (1 if r.shared else len(rows), r.length, D) for k, rows in (('normal', r.normal), ('abnormal', r.abnormal))}
+    if r.depth > blocks:
+        raise ValueError(
+            f'depth={r.depth}: this text tower has {blocks} blocks; choose 1 to {blocks}'
+        )
+    sets = {
+        k: (1 if r.shared else len(rows), r.length, D)
+        for k, rows in (('normal', r.normal), ('abnormal', r.abnormal))
+    }
     return {**sets, 'deep': (r.depth - 1, r.deep, D)} if r.depth > 1 else sets
 
+# %% ../../nbs/learned/prompts.ipynb #7b6fc7aa
 @torch.no_grad()
-def spell(encoder, r:PromptRecipe)->dict:      # words [K,D] and, per block, what becomes of the first [depth-1,deep,D]
+def spell(
+    encoder, r: PromptRecipe
+) -> dict:  # words [K,D] and, per block, what becomes of the first [depth-1,deep,D]
     "Read the vectors of the start phrase, and what the tower makes of them, off the tower."
-    tower = check_text(encoder); ids = encoder.tokenizer([r.start], len(tower.attn_mask)).to(encoder.device)
+    tower = check_text(encoder)
+    ids = encoder.tokenizer([r.start], len(tower.attn_mask)).to(encoder.device)
     n = len(encoder.tokenizer.encode(r.start))
-    if n != r.length: raise ValueError(f'start={r.start!r} has {n} tokens and length={r.length}; make them equal')
-    words = tower.token_embedding(ids[:, 1:1 + n])
+    if n != r.length:
+        raise ValueError(f'start={r.start!r} has {n} tokens and length={r.length}; make them equal')
+    words = tower.token_embedding(ids[:, 1 : 1 + n])
     streams = forward_text(tower, lay_prompts(tower, ids, words[:, :0])[0])
-    return dict(words=words[0].float(), deep=[s[0, 1:1 + r.deep].float() for s in streams[:r.depth - 1]])
+    return dict(
+        words=words[0].float(), deep=[s[0, 1 : 1 + r.deep].float() for s in streams[: r.depth - 1]]
+    )
 
 # %% ../../nbs/learned/prompts.ipynb #b3dc56b3
-def start_prompts(r:PromptRecipe, encoder, seed:int=0)->Learned:
+def start_prompts(r: PromptRecipe, encoder, seed: int = 0) -> Learned:
     "Make what training starts from: normal draws (AnomalyCLIP@45ed4dd), or a phrase."
     shapes, tensors = learned_shapes(r, check_text(encoder)), {}
     said = spell(encoder, r) if r.start else {}
     for k, shape in shapes.items():
-        if not said: t = torch.from_numpy(r.std*seeded_rng(seed, 'knpl', k).standard_normal(shape)).float()
-        else: t = torch.stack(said['deep']) if k == 'deep' else said['words'].expand(shape)
+        if not said:
+            t = torch.from_numpy(r.std * seeded_rng(seed, 'knpl', k).standard_normal(shape)).float()
+        else:
+            t = torch.stack(said['deep']) if k == 'deep' else said['words'].expand(shape)
         tensors[k] = t.to(encoder.device).clone().requires_grad_()
     return Learned(r, tensors)
 
 # %% ../../nbs/learned/prompts.ipynb #e95848b8
-def text_of(learned:Learned, encoder,
-            categories       # list of M names
-           )->dict:          # {category: Text}, differentiable in learned.tensors
+def text_of(
+    learned: Learned,
+    encoder,
+    categories,  # list of M names
+) -> dict:  # {category: Text}, differentiable in learned.tensors
     "Encode the prompts of all categories in one pass (AnomalyCLIP; KAnoCLIP Eq. 1)."
-    if isinstance(categories, str) or not len(categories): raise ValueError(f"categories={categories!r}: give a list of at least one name, as in ['bottle']")
+    if isinstance(categories, str) or not len(categories):
+        raise ValueError(
+            f"categories={categories!r}: give a list of at least one name, as in ['bottle']"
+        )
     r, tower = learned.recipe, check_text(encoder)
     names = [r.noun] if r.noun else list(dict.fromkeys(categories))
     ids, sides = prompt_ids(encoder, r, names), (r.normal, r.abnormal)
-    contexts = torch.cat([learned.tensors[k].expand(len(rows), -1, -1) for k, rows in zip(('normal', 'abnormal'), sides)]).to(encoder.device)
+    contexts = torch.cat(
+        [
+            learned.tensors[k].expand(len(rows), -1, -1)
+            for k, rows in zip(('normal', 'abnormal'), sides)
+        ]
+    ).to(encoder.device)
     h, end = lay_prompts(tower, ids, contexts.repeat(len(names), 1, 1))
-    each = run_text(tower, h, end, learned.tensors.get('deep', ())).unflatten(0, (len(names), -1)).split([len(s) for s in sides], 1)
-    pairs, rows = F.normalize(torch.stack([e.mean(1) for e in each], 1), dim=-1), [F.normalize(e, dim=-1) for e in each]
+    each = (
+        run_text(tower, h, end, learned.tensors.get('deep', ()))
+        .unflatten(0, (len(names), -1))
+        .split([len(s) for s in sides], 1)
+    )
+    pairs, rows = (
+        F.normalize(torch.stack([e.mean(1) for e in each], 1), dim=-1),
+        [F.normalize(e, dim=-1) for e in each],
+    )
     texts = {c: Text(pairs[i], tuple(e[i] for e in rows)) for i, c in enumerate(names)}
     return {c: texts[r.noun or c] for c in categories}
 
 # %% ../../nbs/learned/prompts.ipynb #1ff058d9
-def knowledge_vectors(encoder, sentences:dict)->dict:      # {category: list of sentences, general and image-specific} to {category: [C] unit}
+def knowledge_vectors(
+    encoder, sentences: dict
+) -> dict:  # {category: list of sentences, general and image-specific} to {category: [C] unit}
     "Embed and average what is known of each category's anomalies, KAnoCLIP Eq. (3)."
-    if empty := [c for c, s in sentences.items() if isinstance(s, str) or not len(s)]: raise ValueError(f'sentences: {empty[0]!r} has no list of sentences; give at least one, or leave the category out')
-    every = list(dict.fromkeys(s for rows in sentences.values() for s in rows)); place = {s: i for i, s in enumerate(every)}      # each sentence once
-    told = torch.cat([encoder.embed_text(every[i:i + 256]) for i in range(0, len(every), 256)]).clone()
+    if empty := [c for c, s in sentences.items() if isinstance(s, str) or not len(s)]:
+        raise ValueError(
+            f'sentences: {empty[0]!r} has no list of sentences; give at least one, or leave the category out'
+        )
+    every = list(dict.fromkeys(s for rows in sentences.values() for s in rows))
+    place = {s: i for i, s in enumerate(every)}  # each sentence once
+    told = torch.cat(
+        [encoder.embed_text(every[i : i + 256]) for i in range(0, len(every), 256)]
+    ).clone()
     return {c: average(told[[place[s] for s in rows]]) for c, rows in sentences.items()}
 
 # %% ../../nbs/learned/prompts.ipynb #c02956a1
@@ -176,161 +266,217 @@ def single_precision(t):
     half = isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16)
     return t.float() if half else t
 
+
 def full_precision(f):
     "Decorate a loss so that it runs outside of autocast, in float32."
+
     @wraps(f)
-    def run(first:Tensor, *rest, **settings):
+    def run(first: Tensor, *rest, **settings):
         settings = {k: single_precision(v) for k, v in settings.items()}
         with torch.autocast(first.device.type, enabled=False):
             return f(*map(single_precision, (first, *rest)), **settings)
+
     return run
 
 # %% ../../nbs/learned/prompts.ipynb #b0f92d6b
 @full_precision
-def kd_loss(pair:Tensor,             # [M,2,C] normal, anomalous prompts of M categories; any length
-            knowledge:Tensor,        # [M,C] what is known of their anomalies; any length
-            margin:float=0.,         # by how much the anomalous prompt shall be nearer (0: as printed)
-            over:str='category'      # 'category': a hinge each, averaged; 'all': one hinge for the means over categories
-           )->Tensor:                # scalar
+def kd_loss(
+    pair: Tensor,  # [M,2,C] normal, anomalous prompts of M categories; any length
+    knowledge: Tensor,  # [M,C] what is known of their anomalies; any length
+    margin: float = 0.0,  # by how much the anomalous prompt shall be nearer (0: as printed)
+    over: str = 'category',  # 'category': a hinge each, averaged; 'all': one hinge for the means over categories
+) -> Tensor:  # scalar
     "Penalise knowledge of anomalies that is not nearer to the anomalous prompts than to the normal ones, KAnoCLIP Eq. (2)."
-    if over not in ('category', 'all'): raise ValueError(f"over={over!r}: choose 'category' or 'all'")
-    if pair.ndim != 3 or knowledge.shape != pair[:, 0].shape: raise ValueError(f'knowledge: {list(knowledge.shape)} does not fit prompts {list(pair.shape)}; need [M,C] with [M,2,C], one row per category')
-    if over == 'all': pair, knowledge = pair.mean(0, keepdim=True), knowledge.mean(0, keepdim=True)
+    if over not in ('category', 'all'):
+        raise ValueError(f"over={over!r}: choose 'category' or 'all'")
+    if pair.ndim != 3 or knowledge.shape != pair[:, 0].shape:
+        raise ValueError(
+            f'knowledge: {list(knowledge.shape)} does not fit prompts {list(pair.shape)}; need [M,C] with [M,2,C], one row per category'
+        )
+    if over == 'all':
+        pair, knowledge = pair.mean(0, keepdim=True), knowledge.mean(0, keepdim=True)
     far = (F.normalize(pair, dim=-1) - F.normalize(knowledge, dim=-1)[:, None]).norm(dim=-1)
     return (far[:, 1] - far[:, 0] + margin).clamp(min=0).mean()
 
 # %% ../../nbs/learned/prompts.ipynb #c0973eef
-def truth(maps:Tensor, mask:Tensor)->Tensor:      # [B,H,W] of 0 and 1
+def truth(maps: Tensor, mask: Tensor) -> Tensor:  # [B,H,W] of 0 and 1
     "Binarise masks above one half and refuse those of another size (AnomalyCLIP@45ed4dd, train.py)."
-    if maps.ndim not in (4, 5) or maps.shape[-3] != 2 or mask.shape != maps.shape[-4:-3] + maps.shape[-2:]:
-        raise ValueError(f'mask: {list(mask.shape)} does not fit maps {list(maps.shape)}; need [B,H,W] with [B,2,H,W] or [L,B,2,H,W], normal and anomalous; resize the mask to the maps')
-    return (mask > .5).to(maps.dtype)
+    if (
+        maps.ndim not in (4, 5)
+        or maps.shape[-3] != 2
+        or mask.shape != maps.shape[-4:-3] + maps.shape[-2:]
+    ):
+        raise ValueError(
+            f'mask: {list(mask.shape)} does not fit maps {list(maps.shape)}; need [B,H,W] with [B,2,H,W] or [L,B,2,H,W], normal and anomalous; resize the mask to the maps'
+        )
+    return (mask > 0.5).to(maps.dtype)
+
 
 @full_precision
-def focal_loss(maps:Tensor,            # [B,2,H,W] probabilities of normal and anomalous
-               mask:Tensor,            # [B,H,W], anomalous above one half
-               gamma:float=2.,
-               smooth:float=1e-5
-              )->Tensor:               # scalar
+def focal_loss(
+    maps: Tensor,  # [B,2,H,W] probabilities of normal and anomalous
+    mask: Tensor,  # [B,H,W], anomalous above one half
+    gamma: float = 2.0,
+    smooth: float = 1e-5,
+) -> Tensor:  # scalar
     "Weigh the log-likelihood of the truth by how wrong it is (AnomalyCLIP@45ed4dd, FocalLoss)."
     g = truth(maps, mask)
     both = torch.stack([1 - g, g], 1).clamp(smooth, 1 - smooth)
-    right = (both*maps).sum(1) + smooth
-    return -((1 - right)**gamma*right.log()).mean()
+    right = (both * maps).sum(1) + smooth
+    return -((1 - right) ** gamma * right.log()).mean()
 
 # %% ../../nbs/learned/prompts.ipynb #55c0089d
 @full_precision
-def dice_loss(p:Tensor,              # [B,H,W] probabilities
-              g:Tensor,              # [B,H,W] of 0 and 1
-              smooth:float=1.
-             )->Tensor:              # scalar
+def dice_loss(
+    p: Tensor,  # [B,H,W] probabilities
+    g: Tensor,  # [B,H,W] of 0 and 1
+    smooth: float = 1.0,
+) -> Tensor:  # scalar
     "Compare areas with linear denominators (AnomalyCLIP@45ed4dd, BinaryDiceLoss)."
-    common, areas = (p*g).flatten(1).sum(1), p.flatten(1).sum(1) + g.flatten(1).sum(1)
-    return 1 - ((2*common + smooth)/(areas + smooth)).mean()
+    common, areas = (p * g).flatten(1).sum(1), p.flatten(1).sum(1) + g.flatten(1).sum(1)
+    return 1 - ((2 * common + smooth) / (areas + smooth)).mean()
+
 
 @full_precision
-def local_loss(maps:Tensor, mask:Tensor)->Tensor:      # [B,2,H,W] or [L,B,2,H,W], [B,H,W] to a scalar, summed over layers
+def local_loss(
+    maps: Tensor, mask: Tensor
+) -> Tensor:  # [B,2,H,W] or [L,B,2,H,W], [B,H,W] to a scalar, summed over layers
     "Judge maps by their pixels and areas, KAnoCLIP Eq. (15)."
     g = truth(maps, mask)
-    return sum(focal_loss(m, mask) + dice_loss(m[:, 0], 1 - g) + dice_loss(m[:, 1], g) for m in (maps if maps.ndim == 5 else maps[None]))
+    return sum(
+        focal_loss(m, mask) + dice_loss(m[:, 0], 1 - g) + dice_loss(m[:, 1], g)
+        for m in (maps if maps.ndim == 5 else maps[None])
+    )
 
 # %% ../../nbs/learned/prompts.ipynb #1ade5e3e
 @full_precision
-def image_loss(cls:Tensor,          # [B,C] unit image tokens
-               pair:Tensor,         # [2,C] or [B,2,C] unit rows: normal, anomalous
-               labels:Tensor,       # [B], 1 anomalous
-               tau:float=0.07       # softmax temperature
-              )->Tensor:            # scalar
+def image_loss(
+    cls: Tensor,  # [B,C] unit image tokens
+    pair: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    labels: Tensor,  # [B], 1 anomalous
+    tau: float = 0.07,  # softmax temperature
+) -> Tensor:  # scalar
     "Judge image tokens by cross entropy over the two sentences (AnomalyCLIP@45ed4dd, train.py)."
-    z = (cls*(pair[..., 1, :] - pair[..., 0, :])).sum(-1)/tau
-    return F.binary_cross_entropy_with_logits(z, labels.to(z))      # with two classes, cross entropy is this
+    z = (cls * (pair[..., 1, :] - pair[..., 0, :])).sum(-1) / tau
+    return F.binary_cross_entropy_with_logits(
+        z, labels.to(z)
+    )  # with two classes, cross entropy is this
+
 
 @full_precision
-def global_loss(score:Tensor,       # [B] global scores from 0 to 1
-                labels:Tensor       # [B], 1 anomalous
-               )->Tensor:           # scalar
+def global_loss(
+    score: Tensor,  # [B] global scores from 0 to 1
+    labels: Tensor,  # [B], 1 anomalous
+) -> Tensor:  # scalar
     "Judge global scores by binary cross entropy, KAnoCLIP Eq. (14)."
-    if score.min() < 0 or score.max() > 1: raise ValueError(f'score: from {score.min().item():.3g} to {score.max().item():.3g}; cross entropy needs 0 to 1: take the mean of the two terms of Eq. (12), not their sum')
+    if score.min() < 0 or score.max() > 1:
+        raise ValueError(
+            f'score: from {score.min().item():.3g} to {score.max().item():.3g}; cross entropy needs 0 to 1: take the mean of the two terms of Eq. (12), not their sum'
+        )
     return F.binary_cross_entropy(score, labels.to(score))
 
 # %% ../../nbs/learned/prompts.ipynb #7dc528a6
-def dpam_path(blocks:int)->AttentionPath:
+def dpam_path(blocks: int) -> AttentionPath:
     "Scale AnomalyCLIP's path, the last 19 of 24 blocks, to a vision tower of `blocks` blocks."
-    return AttentionPath('vv', round(blocks*19/24))
+    return AttentionPath('vv', round(blocks * 19 / 24))
 
-def image_token(visual,           # open_clip VisionTransformer
-                z:Tensor          # [B,1+N,D] CLIP's own stream after the last block
-               )->Tensor:         # [B,C] unit length
+
+def image_token(
+    visual,  # open_clip VisionTransformer
+    z: Tensor,  # [B,1+N,D] CLIP's own stream after the last block
+) -> Tensor:  # [B,C] unit length
     "Project the class token without the last norm, as AnomalyCLIP's public code does (45ed4dd)."
     return F.normalize((z.float() @ visual.proj.float())[:, 0], dim=-1)
 
+# %% ../../nbs/learned/prompts.ipynb #d1491b64
 @torch.inference_mode()
-def read_dpam(visual,             # open_clip VisionTransformer
-              x:Tensor,           # [B,3,S,S] preprocessed images
-              depth:int=None,     # V-V blocks; None: in proportion to 19 of 24
-              layers=(-1,)        # after which blocks, from 0
-             )->tuple:            # image tokens [B,C], patch tokens [L,B,N,C], all of unit length
+def read_dpam(
+    visual,  # open_clip VisionTransformer
+    x: Tensor,  # [B,3,S,S] preprocessed images
+    depth: int = None,  # V-V blocks; None: in proportion to 19 of 24
+    layers=(-1,),  # after which blocks, from 0
+) -> tuple:  # image tokens [B,C], patch tokens [L,B,N,C], all of unit length
     "Encode images as AnomalyCLIP does, in one pass (AnomalyCLIP@45ed4dd, DPAM)."
     n = len(visual.transformer.resblocks)
     path = dpam_path(n) if depth is None else AttentionPath('vv', depth)
-    z, streams = forward_paths(visual, visual._embeds(x.to(visual.conv1.weight.dtype)), (path,), tuple(l % n for l in layers))
+    z, streams = forward_paths(
+        visual,
+        visual._embeds(x.to(visual.conv1.weight.dtype)),
+        (path,),
+        tuple(l % n for l in layers),
+    )
     return image_token(visual, z), torch.stack([to_stage(visual, y[:, 1:]) for y in streams[path]])
 
 # %% ../../nbs/learned/prompts.ipynb #6547c1a7
 @full_precision
-def state_maps(patches:Tensor,      # [L,B,N,C] unit patch tokens
-               pair:Tensor,         # [2,C] or [B,2,C] unit rows: normal, anomalous
-               grid,                # (rows, columns) of patches
-               size=None,           # side of the maps in pixels; None: as the grid
-               tau:float=0.07       # softmax temperature
-              )->Tensor:            # [L,B,2,H,W] probabilities of normal and anomalous
+def state_maps(
+    patches: Tensor,  # [L,B,N,C] unit patch tokens
+    pair: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    grid,  # (rows, columns) of patches
+    size=None,  # side of the maps in pixels; None: as the grid
+    tau: float = 0.07,  # softmax temperature
+) -> Tensor:  # [L,B,2,H,W] probabilities of normal and anomalous
     "Compare patches with both sentences and enlarge (AnomalyCLIP@45ed4dd, compute_similarity and get_similarity_map)."
-    side = (pair[..., 1, :] - pair[..., 0, :]).float()[..., None]                        # [C,1] or [B,C,1]
-    p = patches.float().clone() if patches.is_inference() else patches.float()           # so that a graph may keep it
-    a = (p @ side/tau).sigmoid().mT.unflatten(-1, tuple(grid))                           # [L,B,1,h,w]
+    side = (pair[..., 1, :] - pair[..., 0, :]).float()[..., None]  # [C,1] or [B,C,1]
+    p = (
+        patches.float().clone() if patches.is_inference() else patches.float()
+    )  # so that a graph may keep it
+    a = (p @ side / tau).sigmoid().mT.unflatten(-1, tuple(grid))  # [L,B,1,h,w]
     a = torch.cat([1 - a, a], 2)
-    if size is None: return a
+    if size is None:
+        return a
     return F.interpolate(a.flatten(0, 1), size=size, mode='bilinear').unflatten(0, a.shape[:2])
 
-def joined_map(maps:Tensor)->Tensor:      # [L,B,2,H,W] to [B,H,W], from 0 to L
+
+def joined_map(maps: Tensor) -> Tensor:  # [L,B,2,H,W] to [B,H,W], from 0 to L
     "Add the layers' maps (AnomalyCLIP@45ed4dd, test.py; KAnoCLIP Eq. 10 before its filter)."
-    return ((maps[:, :, 1] + 1 - maps[:, :, 0])/2).sum(0)
+    return ((maps[:, :, 1] + 1 - maps[:, :, 0]) / 2).sum(0)
 
 # %% ../../nbs/learned/prompts.ipynb #f0ab125a
-def artifact_files(path)->tuple:      # (.safetensors, .json)
+def artifact_files(path) -> tuple:  # (.safetensors, .json)
     "Name the two files of an artifact, given one of them or their common name."
     path = Path(path)
     stem = path.name.removesuffix('.json').removesuffix('.safetensors')
-    return path.parent/f'{stem}.safetensors', path.parent/f'{stem}.json'
+    return path.parent / f'{stem}.safetensors', path.parent / f'{stem}.json'
 
-def tensor_bytes(t:Tensor)->bytes:
+
+def tensor_bytes(t: Tensor) -> bytes:
     "Give the numbers of a tensor as bytes, row by row, whatever its dtype."
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
-def artifact_hash(tensors:dict,      # {name: tensor}
-                  identity:dict      # what changes predictions, as JSON can hold it
-                 )->str:
+
+def artifact_hash(
+    tensors: dict,  # {name: tensor}
+    identity: dict,  # what changes predictions, as JSON can hold it
+) -> str:
     "Hash tensors (name, dtype, shape, numbers) and identity; order and format of files do not count."
-    rows = [part for k, t in sorted(tensors.items())
-            for part in (k, str(t.dtype), tuple(t.shape), tensor_bytes(t))]
+    rows = [
+        part
+        for k, t in sorted(tensors.items())
+        for part in (k, str(t.dtype), tuple(t.shape), tensor_bytes(t))
+    ]
     return digest(canonical(identity), *rows)
 
 # %% ../../nbs/learned/prompts.ipynb #2bf51606
-def save_artifact(path,              # with or without .json
-                  tensors:dict,      # {name: tensor}
-                  identity:dict,     # what JSON can hold and changes predictions: kind, head, ...
-                  notes:dict=None    # what else is to be told: data, losses, ...; not in the hash
-                 )->str:             # hash of tensors and identity
+def save_artifact(
+    path,  # with or without .json
+    tensors: dict,  # {name: tensor}
+    identity: dict,  # what JSON can hold and changes predictions: kind, head, ...
+    notes: dict = None,  # what else is to be told: data, losses, ...; not in the hash
+) -> str:  # hash of tensors and identity
     "Write tensors and what is said of them, each file atomically."
     files = artifact_files(path)
     identity, notes = (json.loads(json.dumps(part or {})) for part in (identity, notes))
     both = artifact_hash(tensors, identity)
     data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
-    shapes = {k: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for k, t in tensors.items()}
+    shapes = {
+        k: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for k, t in tensors.items()
+    }
     said = dict(hash=both, identity=identity, notes=notes, tensors=shapes)
     write_atomic(files[0], data)
     write_atomic(files[1], json.dumps(said, indent=1) + '\n')
     return both
+
 
 def save_state(path, **state):
     "Write a checkpoint atomically, through a temporary file of its own."
@@ -339,123 +485,215 @@ def save_state(path, **state):
     write_atomic(path, f.getvalue())
 
 # %% ../../nbs/learned/prompts.ipynb #326f8586
-def read_artifact(path)->tuple:      # identity, notes, hash
+def read_artifact(path) -> tuple:  # identity, notes, hash
     "Read what is said of an artifact, without its tensors."
     file = artifact_files(path)[1]
     try:
         said = json.loads(file.read_text(encoding='utf-8'))
         return dict(said['identity']), dict(said['notes']), said['hash']
     except (ValueError, TypeError, KeyError) as e:
-        raise ValueError(f'artifact {file} cannot be read ({type(e).__name__}: {e}); need the JSON '
-                         'that save_artifact writes, with hash, identity and notes') from e
+        raise ValueError(
+            f'artifact {file} cannot be read ({type(e).__name__}: {e}); need the JSON '
+            'that save_artifact writes, with hash, identity and notes'
+        ) from e
 
-def load_artifact(path,              # either file, or their common name
-                  kind:str=None      # what it has to be; None: anything
-                 )->tuple:           # tensors, identity and notes in one dict, hash
+# %% ../../nbs/learned/prompts.ipynb #679cee1a
+def load_artifact(
+    path,  # either file, or their common name
+    kind: str = None,  # what it has to be; None: anything
+) -> tuple:  # tensors, identity and notes in one dict, hash
     "Read an artifact and check that its two files belong together."
     files = artifact_files(path)
     for f in files:
-        if not f.is_file(): raise FileNotFoundError(f'artifact {str(path)!r}: {f} is missing; an artifact is the two files {files[0].name} and {files[1].name} side by side')
+        if not f.is_file():
+            raise FileNotFoundError(
+                f'artifact {str(path)!r}: {f} is missing; an artifact is the two files {files[0].name} and {files[1].name} side by side'
+            )
     identity, notes, both = read_artifact(path)
-    torn = 'one of the two was changed, cut short or comes from another save: fetch or save both again'
-    try: tensors = safetensors.torch.load(files[0].read_bytes())
-    except safetensors.SafetensorError as e: raise ValueError(f'artifact {files[0]} cannot be read ({e}); {torn}') from e
+    torn = (
+        'one of the two was changed, cut short or comes from another save: fetch or save both again'
+    )
+    try:
+        tensors = safetensors.torch.load(files[0].read_bytes())
+    except safetensors.SafetensorError as e:
+        raise ValueError(f'artifact {files[0]} cannot be read ({e}); {torn}') from e
     now = artifact_hash(tensors, identity)
-    if now != both: raise ValueError(f'artifact {files[1]}: its hash is {both}, that of the files {now}; {torn}')
-    if kind is not None and identity.get('kind') != kind: raise ValueError(f"artifact {files[1]}: kind={identity.get('kind')!r}, need {kind!r}")
+    if now != both:
+        raise ValueError(
+            f'artifact {files[1]}: its hash is {both}, that of the files {now}; {torn}'
+        )
+    if kind is not None and identity.get('kind') != kind:
+        raise ValueError(f"artifact {files[1]}: kind={identity.get('kind')!r}, need {kind!r}")
     return tensors, {**notes, **identity}, both
 
 # %% ../../nbs/learned/prompts.ipynb #8173fdde
-def hash_tower(config, state:dict)->str:
+def hash_tower(config, state: dict) -> str:
     "Hash tensors, rounded to bfloat16, and a configuration."
-    rows = [part for k, t in sorted(state.items())
-            for part in (k, t.bfloat16().view(torch.int16).cpu().numpy())]
+    rows = [
+        part
+        for k, t in sorted(state.items())
+        for part in (k, t.bfloat16().view(torch.int16).cpu().numpy())
+    ]
     return digest(json.dumps(config, sort_keys=True), *rows)
 
-def text_weights(encoder)->str:
+
+def text_weights(encoder) -> str:
     """Hash a text tower's weights and configuration: the same for float32 and bfloat16, and for every
     image size. A file of float32 that is loaded as float16 is rounded twice and has another hash."""
-    state = {k: t for k, t in check_text(encoder).state_dict().items() if k.split('.')[0] in ('token_embedding', 'positional_embedding', 'transformer', 'ln_final', 'text_projection')}
+    state = {
+        k: t
+        for k, t in check_text(encoder).state_dict().items()
+        if k.split('.')[0]
+        in ('token_embedding', 'positional_embedding', 'transformer', 'ln_final', 'text_projection')
+    }
     return hash_tower([encoder.config['text_cfg'], encoder.config.get('quick_gelu', False)], state)
 
-def vision_tower_weights(encoder)->str:
+# %% ../../nbs/learned/prompts.ipynb #e0c5b00b
+def vision_tower_weights(encoder) -> str:
     """Hash a vision tower's weights and configuration, without position embeddings and image size:
     the same for float32 and bfloat16, and for every image size."""
-    state = {k: t for k, t in encoder.model.visual.state_dict().items() if k != 'positional_embedding'}
+    state = {
+        k: t for k, t in encoder.model.visual.state_dict().items() if k != 'positional_embedding'
+    }
     config = {k: v for k, v in encoder.config['vision_cfg'].items() if k != 'image_size'}
     return hash_tower([config, encoder.config.get('quick_gelu', False)], state)
 
-def fit_learned(r:PromptRecipe, tensors:dict, encoder, source)->Learned:
+
+def fit_learned(r: PromptRecipe, tensors: dict, encoder, source) -> Learned:
     "Put loaded tensors on an encoder's device; refuse what does not fit its text tower, by name."
     want = learned_shapes(r, check_text(encoder))
-    if set(want) != set(tensors): raise ValueError(f'{source}: holds {sorted(tensors)}, the recipe needs {sorted(want)}')
+    if set(want) != set(tensors):
+        raise ValueError(f'{source}: holds {sorted(tensors)}, the recipe needs {sorted(want)}')
     for k, shape in want.items():
-        if tuple(tensors[k].shape) != shape: raise ValueError(f'{source}: {k!r} has shape {list(tensors[k].shape)}, recipe and text tower of {encoder.backbone!r} need {list(shape)}; load the encoder that it was trained with')
-        if not tensors[k].isfinite().all(): raise ValueError(f'{source}: {k!r} holds numbers that are not finite; train again')
+        if tuple(tensors[k].shape) != shape:
+            raise ValueError(
+                f'{source}: {k!r} has shape {list(tensors[k].shape)}, recipe and text tower of {encoder.backbone!r} need {list(shape)}; load the encoder that it was trained with'
+            )
+        if not tensors[k].isfinite().all():
+            raise ValueError(f'{source}: {k!r} holds numbers that are not finite; train again')
     return Learned(r, {k: tensors[k].detach().float().to(encoder.device) for k in want})
 
 # %% ../../nbs/learned/prompts.ipynb #818c1f8b
-def save_learned(path, learned:Learned, encoder, **notes)->str:      # seed=..., data=..., metrics=...; gives the artifact's hash
+def save_learned(
+    path, learned: Learned, encoder, **notes
+) -> str:  # seed=..., data=..., metrics=...; gives the artifact's hash
     "Save learned prompts with their recipe and the text tower they belong to."
-    identity = dict(kind='prompts', prompts=asdict(learned.recipe), text_weights=text_weights(encoder))
+    identity = dict(
+        kind='prompts', prompts=asdict(learned.recipe), text_weights=text_weights(encoder)
+    )
     return save_artifact(path, learned.tensors, identity, dict(backbone=encoder.backbone, **notes))
 
-def load_learned(path, encoder)->Learned:
+
+def load_learned(path, encoder) -> Learned:
     "Load learned prompts for an encoder with the same text tower."
     tensors, about, _ = load_artifact(path, 'prompts')
     learned = fit_learned(PromptRecipe(**about['prompts']), tensors, encoder, path)
     if (now := text_weights(encoder)) != about['text_weights']:
-        raise ValueError(f"{path}: belongs to the text tower {about['text_weights']} of {about['backbone']!r}, that of {encoder.backbone!r} is {now}; load the encoder that it was trained with, with its weights")
+        raise ValueError(
+            f"{path}: belongs to the text tower {about['text_weights']} of {about['backbone']!r}, that of {encoder.backbone!r} is {now}; load the encoder that it was trained with, with its weights"
+        )
     return learned
 
 # %% ../../nbs/learned/prompts.ipynb #e86e5dfb
 @torch.no_grad()
-def nearest_words(encoder,
-                  vectors:Tensor,      # [K,D] learned words
-                  seed:int=0           # of the random vectors
-                 )->tuple:             # K words, cosines [K], cosines of K random vectors with their nearest words [K]
+def nearest_words(
+    encoder,
+    vectors: Tensor,  # [K,D] learned words
+    seed: int = 0,  # of the random vectors
+) -> tuple:  # K words, cosines [K], cosines of K random vectors with their nearest words [K]
     "Name the word of the vocabulary that each learned vector is nearest to, by cosine (AnomalyCLIP, KAnoCLIP: learned prompts)."
-    table = F.normalize(check_text(encoder).token_embedding.weight[:encoder.tokenizer.sot_token_id].float(), dim=-1)
-    noise = torch.from_numpy(seeded_rng(seed, 'nearest').standard_normal(tuple(vectors.shape))).to(table)
-    (near, at), (chance, _) = ((F.normalize(v.float(), dim=-1) @ table.T).max(-1) for v in (vectors.to(table.device), noise))
+    table = F.normalize(
+        check_text(encoder).token_embedding.weight[: encoder.tokenizer.sot_token_id].float(), dim=-1
+    )
+    noise = torch.from_numpy(seeded_rng(seed, 'nearest').standard_normal(tuple(vectors.shape))).to(
+        table
+    )
+    (near, at), (chance, _) = (
+        (F.normalize(v.float(), dim=-1) @ table.T).max(-1)
+        for v in (vectors.to(table.device), noise)
+    )
     return [encoder.tokenizer.decode([i]).strip() for i in at.tolist()], near.cpu(), chance.cpu()
 
 # %% ../../nbs/learned/prompts.ipynb #9337d309
-def read_checkpoint(path)->dict:
+def read_checkpoint(path) -> dict:
     "Read the prompt learner's state from a file of AnomalyCLIP, weights only."
-    if not Path(path).is_file(): raise FileNotFoundError(f'checkpoint={str(path)!r}: no such file')
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'checkpoint {path} cannot be read ({type(e).__name__}); need a torch file of tensors alone, that loads with weights_only') from e
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'checkpoint={str(path)!r}: no such file')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ValueError(
+            f'checkpoint {path} cannot be read ({type(e).__name__}); need a torch file of tensors alone, that loads with weights_only'
+        ) from e
     state = state.get('prompt_learner', state) if isinstance(state, dict) else {}
-    if lacks := [k for k in ('ctx_pos', 'ctx_neg') if getattr(state.get(k), 'ndim', 0) != 4]: raise ValueError(f'checkpoint {path}: lacks {lacks} of shape [1,S,K,D]; it holds {list(state)[:6]}; need the prompt_learner of AnomalyCLIP')
+    if lacks := [k for k in ('ctx_pos', 'ctx_neg') if getattr(state.get(k), 'ndim', 0) != 4]:
+        raise ValueError(
+            f'checkpoint {path}: lacks {lacks} of shape [1,S,K,D]; it holds {list(state)[:6]}; need the prompt_learner of AnomalyCLIP'
+        )
     return state
 
-def check_words(state:dict, ids:Tensor, encoder, K:int, path)->None:
+# %% ../../nbs/learned/prompts.ipynb #2e54f330
+def check_words(state: dict, ids: Tensor, encoder, K: int, path) -> None:
     "Compare token ids and embeddings that a checkpoint carries with those of recipe and encoder."
     for side, own in zip(('pos', 'neg'), ids.cpu()):
         theirs, end = state.get(f'tokenized_prompts_{side}'), int(own.argmax())
-        said = None if theirs is None else theirs.flatten()[1 + K:].tolist()
-        if said and said[:end] != own[1:end + 1].tolist():
-            word = lambda t: encoder.tokenizer.decode([i for i in t if 0 < i < encoder.tokenizer.sot_token_id]).strip()
-            raise ValueError(f'checkpoint {path}: was trained with the words {word(said)!r}, the recipe has {word(own.tolist())!r}; give the recipe its words')
+        said = None if theirs is None else theirs.flatten()[1 + K :].tolist()
+        if said and said[:end] != own[1 : end + 1].tolist():
+            word = lambda t: encoder.tokenizer.decode(
+                [i for i in t if 0 < i < encoder.tokenizer.sot_token_id]
+            ).strip()
+            raise ValueError(
+                f'checkpoint {path}: was trained with the words {word(said)!r}, the recipe has {word(own.tolist())!r}; give the recipe its words'
+            )
         rows = state.get(f'token_suffix_{side}')
-        if rows is None: continue
-        here = check_text(encoder).token_embedding(own[1:end + 1].to(encoder.device)).float().cpu()
-        if rows.shape[-1] != here.shape[-1] or (rows.flatten(0, -2)[:end].float() - here).norm() > .02*here.norm():
-            raise ValueError(f"checkpoint {path}: its word embeddings are not those of {encoder.backbone!r} with weights {encoder.source!r}; the published files belong to load_encoder('ViT-L-14-336-quickgelu', 'openai')")
+        if rows is None:
+            continue
+        here = (
+            check_text(encoder).token_embedding(own[1 : end + 1].to(encoder.device)).float().cpu()
+        )
+        if (
+            rows.shape[-1] != here.shape[-1]
+            or (rows.flatten(0, -2)[:end].float() - here).norm() > 0.02 * here.norm()
+        ):
+            raise ValueError(
+                f"checkpoint {path}: its word embeddings are not those of {encoder.backbone!r} with weights {encoder.source!r}; the published files belong to load_encoder('ViT-L-14-336-quickgelu', 'openai')"
+            )
 
 # %% ../../nbs/learned/prompts.ipynb #6cbd162f
-def load_anomalyclip(path,                    # .pth of AnomalyCLIP's train.py
-                     encoder,                 # 'ViT-L-14-336-quickgelu' with weights 'openai' for the published ones
-                     words:tuple=None         # (normal, anomalous) entries and noun; None: ('{}.', 'damaged {}.', 'object')
-                    )->Learned:
+def load_anomalyclip(
+    path,  # .pth of AnomalyCLIP's train.py
+    encoder,  # 'ViT-L-14-336-quickgelu' with weights 'openai' for the published ones
+    words: tuple = None,  # (normal, anomalous) entries and noun; None: ('{}.', 'damaged {}.', 'object')
+) -> Learned:
     "Load prompts that AnomalyCLIP's public code has learned (45ed4dd)."
     state = read_checkpoint(path)
-    deep = [state[k] for k in sorted((k for k in state if k.startswith('compound_prompts_text.')), key=lambda k: int(k.split('.')[1]))]
+    deep = [
+        state[k]
+        for k in sorted(
+            (k for k in state if k.startswith('compound_prompts_text.')),
+            key=lambda k: int(k.split('.')[1]),
+        )
+    ]
     normal, abnormal, noun = words or ('{}.', 'damaged {}.', 'object')
-    if len(state['ctx_pos']) != 1 or state['ctx_pos'].shape[1] != 1 or state['ctx_neg'].shape != state['ctx_pos'].shape: raise ValueError(f"checkpoint {path}: contexts {list(state['ctx_pos'].shape)} and {list(state['ctx_neg'].shape)}; need [1,1,K,D], one prompt per state for all categories")
-    r = PromptRecipe((normal,), (abnormal,), noun, length=state['ctx_pos'].shape[2], depth=len(deep) + 1, deep=len(deep[0]) if deep else 4)
-    tensors = dict(normal=state['ctx_pos'][0], abnormal=state['ctx_neg'][0]) | (dict(deep=torch.stack(deep).half()) if deep else {})
+    if (
+        len(state['ctx_pos']) != 1
+        or state['ctx_pos'].shape[1] != 1
+        or state['ctx_neg'].shape != state['ctx_pos'].shape
+    ):
+        raise ValueError(
+            f"checkpoint {path}: contexts {list(state['ctx_pos'].shape)} and {list(state['ctx_neg'].shape)}; need [1,1,K,D], one prompt per state for all categories"
+        )
+    r = PromptRecipe(
+        (normal,),
+        (abnormal,),
+        noun,
+        length=state['ctx_pos'].shape[2],
+        depth=len(deep) + 1,
+        deep=len(deep[0]) if deep else 4,
+    )
+    tensors = dict(normal=state['ctx_pos'][0], abnormal=state['ctx_neg'][0]) | (
+        dict(deep=torch.stack(deep).half()) if deep else {}
+    )
     learned = fit_learned(r, tensors, encoder, f'checkpoint {path}')
     check_words(state, prompt_ids(encoder, r, [noun]), encoder, r.length, path)
     return learned

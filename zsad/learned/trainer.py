@@ -11,88 +11,163 @@ __all__ = ['LOSSES', 'TORCHRUN', 'TRAINING_REV', 'TrainSet', 'report_unmarked', 
            'has_artifact', 'missing', 'learn_missing', 'check_target']
 
 # %% ../../nbs/learned/trainer.ipynb #57a30272
-import copy, io, os, sys
+import copy
+import io
+import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from ..encoder.clip import Encoder, choose_device
+
 from ..core.files import cache_dir, keep_memory, seeded_rng, write_atomic
-from .configs import TrainConfig, resolve_config, find_train_config
-from ..datasets.layouts import ScannedDataset, load_dataset, load_image, load_mask, scan_dataset
 from ..core.identity import identity_key, plain
-from .knowledge import describe_mask, knowledge, knowledge_of_image, look_up, read_base
-from .prompts import (Learned, dice_loss, focal_loss, full_precision, global_loss, image_loss, kd_loss, knowledge_vectors,
-                       local_loss, read_artifact, save_state, start_prompts, state_maps, text_of)
-from ..methods.prompts import encode_text, prompt_set
+from ..datasets.layouts import ScannedDataset, load_dataset, load_image, load_mask, scan_dataset
+from ..encoder.clip import Encoder, choose_device
 from ..encoder.store import encode_missing, load_or_encode
-from .artifacts import HEAD_REVS, HEADS, artifact_files, artifact_name, auxiliary_of, cached_artifact, find_artifact, save_trained
+
+# %% ../../nbs/learned/trainer.ipynb #090e8d33
+from zsad.learned.artifacts import (
+    HEAD_REVS,
+    HEADS,
+    artifact_files,
+    artifact_name,
+    auxiliary_of,
+    cached_artifact,
+    find_artifact,
+    save_trained,
+)
+from .configs import TrainConfig, find_train_config, resolve_config
+from .knowledge import describe_mask, knowledge, knowledge_of_image, look_up, read_base
+
+# %% ../../nbs/learned/trainer.ipynb #4538d6fe
+from zsad.learned.prompts import (
+    Learned,
+    dice_loss,
+    focal_loss,
+    full_precision,
+    global_loss,
+    image_loss,
+    kd_loss,
+    knowledge_vectors,
+    local_loss,
+    read_artifact,
+    save_state,
+    start_prompts,
+    state_maps,
+    text_of,
+)
+from ..methods.prompts import encode_text, prompt_set
 
 # %% ../../nbs/learned/trainer.ipynb #ebfe1b18
 @dataclass(frozen=True, eq=False)
 class TrainSet:
     "An auxiliary set as a course reads it; M images."
-    cls: Tensor            # [M,C]
-    patches: Tensor        # [L,M,N,D], None for courses that read images
-    files: tuple           # M image files
-    labels: Tensor         # [M]
-    masks: Tensor          # [M,s,s] bool
-    categories: tuple      # M names
-    knowledge: Tensor      # [M,C], None without; NaN for images of which nothing is said
+
+    cls: Tensor  # [M,C]
+    patches: Tensor  # [L,M,N,D], None for courses that read images
+    files: tuple  # M image files
+    labels: Tensor  # [M]
+    masks: Tensor  # [M,s,s] bool
+    categories: tuple  # M names
+    knowledge: Tensor  # [M,C], None without; NaN for images of which nothing is said
     grid: tuple
-    dataset: str           # name
-    data: str              # hash
-    told: str = ''         # hash of the sentences behind `knowledge`, '' without
-    marked: Tensor = None  # [M] bool: its pixels are known, as a normal image or by a mask; None: all are
+    dataset: str  # name
+    data: str  # hash
+    told: str = ''  # hash of the sentences behind `knowledge`, '' without
+    marked: Tensor = (
+        None  # [M] bool: its pixels are known, as a normal image or by a mask; None: all are
+    )
 
-    def __len__(self): return len(self.labels)
+    def __len__(self):
+        return len(self.labels)
 
-def report_unmarked(samples)->list:      # [M] bool
+# %% ../../nbs/learned/trainer.ipynb #4df97ca7
+def report_unmarked(samples) -> list:  # [M] bool
     "Tell which images are normal or have a mask, and say on stderr how many of a category are neither."
     marked = [bool(k.mask) or not k.label for k in samples]
     for c in dict.fromkeys(k.category for k, known in zip(samples, marked) if not known):
         mine = [k for k, known in zip(samples, marked) if k.category == c and not known]
-        print(f'{c}: {len(mine)} anomalous images without a mask are left out of the pixel loss '
-              f'({", ".join(k.id for k in mine[:3])}{", ..." if len(mine) > 3 else ""})', file=sys.stderr)
+        print(
+            f'{c}: {len(mine)} anomalous images without a mask are left out of the pixel loss '
+            f'({", ".join(k.id for k in mine[:3])}{", ..." if len(mine) > 3 else ""})',
+            file=sys.stderr,
+        )
     return marked
 
 # %% ../../nbs/learned/trainer.ipynb #e748fabf
-def load_train_set(course:TrainConfig, encoder:Encoder, s:ScannedDataset, batch:int=16)->TrainSet:
+def load_train_set(
+    course: TrainConfig, encoder: Encoder, s: ScannedDataset, batch: int = 16
+) -> TrainSet:
     "Read a surveyed data set for a resolved course, encoding what the store lacks."
     ds, root = s.dataset, cache_dir('tokens')
-    if not any(k.mask for k in ds.samples): raise ValueError(f'{ds.name}: no masks; a course needs an auxiliary set with masks')
-    files = {s.pixels[k.id]: str(k.path) for k in ds.samples}; place = {i: n for n, i in enumerate(files)}
+    if not any(k.mask for k in ds.samples):
+        raise ValueError(f'{ds.name}: no masks; a course needs an auxiliary set with masks')
+    files = {s.pixels[k.id]: str(k.path) for k in ds.samples}
+    place = {i: n for n, i in enumerate(files)}
     encode_missing(root, encoder, course.encode, 'bicubic', files, batch)
-    t = load_or_encode(root, encoder, course.encode, 'bicubic', files, batch); rows = [place[s.pixels[k.id]] for k in ds.samples]
+    t = load_or_encode(root, encoder, course.encode, 'bicubic', files, batch)
+    rows = [place[s.pixels[k.id]] for k in ds.samples]
     patches = next(iter(t.patches.values()))[:, rows] if course.encode.paths else None
     masks = torch.from_numpy(np.stack([load_mask(k.mask, course.loss_size) for k in ds.samples]))
     said = known_sentences(course, ds) if course.kd and course.teacher == 'knowledge' else None
-    known, told = (None, '') if said is None else (embed_known(course, encoder, said), identity_key(said))
-    return TrainSet(t.cls[rows], patches, tuple(str(k.path) for k in ds.samples), torch.tensor([k.label for k in ds.samples]), masks, tuple(k.category for k in ds.samples), known, encoder.grid, ds.name, s.hash, told, torch.tensor(report_unmarked(ds.samples)))
+    known, told = (
+        (None, '') if said is None else (embed_known(course, encoder, said), identity_key(said))
+    )
+    return TrainSet(
+        t.cls[rows],
+        patches,
+        tuple(str(k.path) for k in ds.samples),
+        torch.tensor([k.label for k in ds.samples]),
+        masks,
+        tuple(k.category for k in ds.samples),
+        known,
+        encoder.grid,
+        ds.name,
+        s.hash,
+        told,
+        torch.tensor(report_unmarked(ds.samples)),
+    )
 
 # %% ../../nbs/learned/trainer.ipynb #8b1791c3
-def known_sentences(course:TrainConfig, ds)->list:
+def known_sentences(course: TrainConfig, ds) -> list:
     "List what is known of every image: n sentences of its category, and of an anomalous one those of itself."
     n, m = course.known
     user = read_base(course.base) if course.base else None
     said = {c: knowledge(c, ds.name, n, user) if n else () for c in ds.categories}
     nouns = {c: look_up(c, ds.name, user).noun for c in ds.categories}
-    look = lambda k, image: describe_mask(image, load_mask(k.mask, image.shape[0]), nouns[k.category])
-    own = lambda k: () if not (m and k.label) else user and knowledge_of_image(k.id, ds.name, m, user) or ((look(k, load_image(k.path)),) if k.mask else ())
+    look = lambda k, image: describe_mask(
+        image, load_mask(k.mask, image.shape[0]), nouns[k.category]
+    )
+    own = lambda k: (
+        ()
+        if not (m and k.label)
+        else user
+        and knowledge_of_image(k.id, ds.name, m, user)
+        or ((look(k, load_image(k.path)),) if k.mask else ())
+    )
     return [(*said[k.category], *own(k)) for k in ds.samples]
 
-def known_of(course:TrainConfig, encoder:Encoder, ds)->Tensor:      # [M,C]
+
+def known_of(course: TrainConfig, encoder: Encoder, ds) -> Tensor:  # [M,C]
     "Embed and average what is known of every image of a data set, KAnoCLIP Eq. (3)."
     return embed_known(course, encoder, known_sentences(course, ds))
 
+# %% ../../nbs/learned/trainer.ipynb #3908eb14
 @torch.no_grad()
-def embed_known(course:TrainConfig, encoder:Encoder, rows:list)->Tensor:      # sentences of M images -> [M,C]
+def embed_known(
+    course: TrainConfig, encoder: Encoder, rows: list
+) -> Tensor:  # sentences of M images -> [M,C]
     "Embed and average the sentences of every image, KAnoCLIP Eq. (3); NaN where there are none."
-    if not any(rows): raise ValueError(f'known={course.known}: nothing is said of any image; take at least one description of a category or of an image')
+    if not any(rows):
+        raise ValueError(
+            f'known={course.known}: nothing is said of any image; take at least one description of a category or of an image'
+        )
     told = knowledge_vectors(encoder, {i: row for i, row in enumerate(rows) if row})
     silent = torch.full_like(next(iter(told.values())), float('nan'))
     return torch.stack([told.get(i, silent) for i in range(len(rows))])
@@ -100,25 +175,38 @@ def embed_known(course:TrainConfig, encoder:Encoder, rows:list)->Tensor:      # 
 # %% ../../nbs/learned/trainer.ipynb #fa36369f
 class TrainableModel(nn.Module):
     "Learned prompts and head of a resolved course."
-    def __init__(self, course:TrainConfig, encoder:Encoder):
+
+    def __init__(self, course: TrainConfig, encoder: Encoder):
         super().__init__()
         self.course, self.__dict__['encoder'] = course, encoder
-        self.words = nn.ParameterDict(start_prompts(course.prompts, encoder, course.seed).tensors) if course.prompts else None
+        self.words = (
+            nn.ParameterDict(start_prompts(course.prompts, encoder, course.seed).tensors)
+            if course.prompts
+            else None
+        )
         self.head = HEADS[course.head](**course.settings).to(encoder.device)
         self.said, self.fixed = {}, {}
 
-    def pairs(self, categories)->Tensor:      # [B,2,C]
+    def pairs(self, categories) -> Tensor:  # [B,2,C]
         "Give every image of a batch its two sentences."
         names = list(dict.fromkeys(categories))
-        if self.words is not None: texts = text_of(Learned(self.course.prompts, dict(self.words.items())), self.encoder, names)
-        else: texts = self.said = self.sentences(self.course.text, names, self.said)
+        if self.words is not None:
+            texts = text_of(
+                Learned(self.course.prompts, dict(self.words.items())), self.encoder, names
+            )
+        else:
+            texts = self.said = self.sentences(self.course.text, names, self.said)
         return torch.stack([texts[c].pair for c in categories])
 
-    def sentences(self, text, names, known:dict)->dict:
+    def sentences(self, text, names, known: dict) -> dict:
         "Encode hand-written sentences of categories that are not known yet."
-        return known | {c: encode_text(self.encoder, text, c).to(self.encoder.device) for c in names if c not in known}
+        return known | {
+            c: encode_text(self.encoder, text, c).to(self.encoder.device)
+            for c in names
+            if c not in known
+        }
 
-    def forward(self, b)->dict:               # losses of a batch
+    def forward(self, b) -> dict:  # losses of a batch
         "Compute the losses of a batch of lessons."
         pair = self.pairs(b.categories)
         told = {'kd': self.teach(pair, b)} if self.course.kd else {}
@@ -126,254 +214,471 @@ class TrainableModel(nn.Module):
 
 # %% ../../nbs/learned/trainer.ipynb #53d741a7
 @full_precision
-def fixed_loss(pair:Tensor, fixed:Tensor)->Tensor:      # [B,2,C] unit rows each -> scalar
+def fixed_loss(pair: Tensor, fixed: Tensor) -> Tensor:  # [B,2,C] unit rows each -> scalar
     "Measure how far learned prompts are from fixed ones, by cosine (KgCoOp)."
-    return (1 - (pair*fixed).sum(-1)).mean()
+    return (1 - (pair * fixed).sum(-1)).mean()
+
 
 @patch
-def teach(self:TrainableModel, pair, b)->Tensor:         # scalar
+def teach(self: TrainableModel, pair, b) -> Tensor:  # scalar
     "Compare learned prompts with what is known, KAnoCLIP Eq. (2), or with CLIP's own sentences (KgCoOp)."
     if self.course.teacher == 'clip':
         self.fixed = self.sentences('clip', b.categories, self.fixed)
         return fixed_loss(pair, torch.stack([self.fixed[c].pair for c in b.categories]))
     told = b.knowledge.isfinite().all(-1)
-    return kd_loss(pair[told], b.knowledge[told], self.course.margin)*told.float().mean() if told.any() else 0*pair.sum()      # an image of which nothing is said asks for nothing
+    return (
+        kd_loss(pair[told], b.knowledge[told], self.course.margin) * told.float().mean()
+        if told.any()
+        else 0 * pair.sum()
+    )  # an image of which nothing is said asks for nothing
 
 # %% ../../nbs/learned/trainer.ipynb #d0683534
-def both(a:Tensor)->Tensor:      # [...,H,W] -> [...,2,H,W]
+def both(a: Tensor) -> Tensor:  # [...,H,W] -> [...,2,H,W]
     "Stand the probability of normal before that of anomalous."
     return torch.stack([1 - a, a], -3)
 
-def enlarged(logits:Tensor, grid, size:int)->Tensor:      # [L,B,N] -> [L,B,2,size,size]
+
+def enlarged(logits: Tensor, grid, size: int) -> Tensor:  # [L,B,N] -> [L,B,2,size,size]
     "Enlarge the logits of every stage as the heads do and turn them into probabilities."
-    large = F.interpolate(logits.float().transpose(0, 1).unflatten(-1, grid), size=(size, size), mode='bilinear', align_corners=True)
+    large = F.interpolate(
+        logits.float().transpose(0, 1).unflatten(-1, grid),
+        size=(size, size),
+        mode='bilinear',
+        align_corners=True,
+    )
     return both(large.sigmoid().transpose(0, 1))
 
-def pixel_loss(loss, maps:Tensor, b)->Tensor:      # a loss of maps [...,B,2,H,W] and masks [B,H,W] -> scalar
+
+def pixel_loss(
+    loss, maps: Tensor, b
+) -> Tensor:  # a loss of maps [...,B,2,H,W] and masks [B,H,W] -> scalar
     "Apply a loss to the images of a batch whose pixels are known; 0 where none is."
-    if b.marked is None or b.marked.all(): return loss(maps, b.masks)
-    if not b.marked.any(): return 0*maps.sum()
+    if b.marked is None or b.marked.all():
+        return loss(maps, b.masks)
+    if not b.marked.any():
+        return 0 * maps.sum()
     return loss(maps[..., b.marked, :, :, :], b.masks[b.marked])
 
-def stage_loss(maps:Tensor, masks:Tensor)->Tensor:      # [L,B,2,H,W], [B,H,W] -> scalar
+
+def stage_loss(maps: Tensor, masks: Tensor) -> Tensor:  # [L,B,2,H,W], [B,H,W] -> scalar
     "Sum focal loss and the dice loss of the anomalous side over stages (APRIL-GAN@f13b8a6, train.py)."
     return sum(focal_loss(m, masks) + dice_loss(m[:, 1], masks.float()) for m in maps)
 
 # %% ../../nbs/learned/trainer.ipynb #7b9bc650
-def loss_layers(s, b, pair)->dict:
+def loss_layers(s, b, pair) -> dict:
     "Judge AnomalyCLIP's prompts (45ed4dd, train.py)."
-    return dict(image=image_loss(b.cls, pair, b.labels), local=pixel_loss(local_loss, state_maps(b.patches, pair, b.grid, b.masks.shape[-1], s.head.tau), b))
+    return dict(
+        image=image_loss(b.cls, pair, b.labels),
+        local=pixel_loss(
+            local_loss, state_maps(b.patches, pair, b.grid, b.masks.shape[-1], s.head.tau), b
+        ),
+    )
 
-def loss_fused(s, b, pair)->dict:
+
+def loss_fused(s, b, pair) -> dict:
     "Judge KAnoCLIP's score and map, Eq. (14) and (15)."
     score, a, _ = s.head(b.cls, b.patches, pair, b.grid, b.masks.shape[-1])
     return dict(image=global_loss(score, b.labels), local=pixel_loss(local_loss, both(a), b))
 
-def loss_stages(s, b, pair)->dict:
-    "Judge APRIL-GAN's maps (f13b8a6, train.py)."
-    return dict(local=pixel_loss(stage_loss, enlarged(s.head(b.cls, b.patches, pair, b.grid, b.masks.shape[-1])[2], b.grid, b.masks.shape[-1]), b))
 
-def loss_adapters(s, b, pair)->dict:
+def loss_stages(s, b, pair) -> dict:
+    "Judge APRIL-GAN's maps (f13b8a6, train.py)."
+    return dict(
+        local=pixel_loss(
+            stage_loss,
+            enlarged(
+                s.head(b.cls, b.patches, pair, b.grid, b.masks.shape[-1])[2],
+                b.grid,
+                b.masks.shape[-1],
+            ),
+            b,
+        )
+    )
+
+# %% ../../nbs/learned/trainer.ipynb #0dc11360
+def loss_adapters(s, b, pair) -> dict:
     "Judge MVFA's maps and the mean of its detecting patches (a30bf7b, train_zero.py)."
     *_, logits, det = s.head(s.encoder.model.visual, b.x, pair, b.masks.shape[-1])
     mean = det.sigmoid().mean(-1)
-    return dict(image=sum(global_loss(p, b.labels) for p in mean), local=pixel_loss(stage_loss, enlarged(logits, b.grid, b.masks.shape[-1]), b))
+    return dict(
+        image=sum(global_loss(p, b.labels) for p in mean),
+        local=pixel_loss(stage_loss, enlarged(logits, b.grid, b.masks.shape[-1]), b),
+    )
 
-LOSSES = {'anomalyclip': loss_layers, 'kanoclip': loss_fused, 'april-gan': loss_stages, 'mvfa': loss_adapters}
+
+LOSSES = {
+    'anomalyclip': loss_layers,
+    'kanoclip': loss_fused,
+    'april-gan': loss_stages,
+    'mvfa': loss_adapters,
+}
 
 # %% ../../nbs/learned/trainer.ipynb #f7b76b0b
 @dataclass(frozen=True, eq=False)
 class Batch:
     "B images of the lessons."
-    cls: Tensor; patches: Tensor; x: Tensor; labels: Tensor; masks: Tensor; categories: tuple; knowledge: Tensor; grid: tuple
-    marked: Tensor = None      # [B] bool, None: the pixels of all images are known
 
-def make_batch(l:TrainSet, rows, encoder:Encoder)->Batch:
+    cls: Tensor
+    patches: Tensor
+    x: Tensor
+    labels: Tensor
+    masks: Tensor
+    categories: tuple
+    knowledge: Tensor
+    grid: tuple
+    marked: Tensor = None  # [B] bool, None: the pixels of all images are known
+
+# %% ../../nbs/learned/trainer.ipynb #0d7bcf68
+def make_batch(l: TrainSet, rows, encoder: Encoder) -> Batch:
     "Gather images by their numbers, on the encoder's device."
     to = lambda t: None if t is None else t.to(encoder.device)
     x = encoder.preprocess([load_image(l.files[i]) for i in rows]) if l.patches is None else None
-    return Batch(to(l.cls[rows]), None if l.patches is None else to(l.patches[:, rows]), to(x), to(l.labels[rows]), to(l.masks[rows]), tuple(l.categories[i] for i in rows), None if l.knowledge is None else to(l.knowledge[rows]), l.grid, None if l.marked is None else to(l.marked[rows]))
+    return Batch(
+        to(l.cls[rows]),
+        None if l.patches is None else to(l.patches[:, rows]),
+        to(x),
+        to(l.labels[rows]),
+        to(l.masks[rows]),
+        tuple(l.categories[i] for i in rows),
+        None if l.knowledge is None else to(l.knowledge[rows]),
+        l.grid,
+        None if l.marked is None else to(l.marked[rows]),
+    )
 
-def draw_rows(c:TrainConfig, step:int, images:int)->list:
+
+def draw_rows(c: TrainConfig, step: int, images: int) -> list:
     "Draw the images of a step: every image once per epoch, in an order of its own."
-    per = images//c.batch; epoch, k = divmod(step, per)
-    return seeded_rng(c.seed, 'lessons', epoch).permutation(images)[k*c.batch:(k + 1)*c.batch].tolist()
+    per = images // c.batch
+    epoch, k = divmod(step, per)
+    return (
+        seeded_rng(c.seed, 'lessons', epoch)
+        .permutation(images)[k * c.batch : (k + 1) * c.batch]
+        .tolist()
+    )
 
-def steps_of(c:TrainConfig, images:int)->int:
+# %% ../../nbs/learned/trainer.ipynb #12a1d57e
+def steps_of(c: TrainConfig, images: int) -> int:
     "Count the steps of a course."
-    if images < c.batch: raise ValueError(f'batch={c.batch}: the auxiliary set has {images} images; make the batch smaller')
-    return c.epochs*(images//c.batch)
+    if images < c.batch:
+        raise ValueError(
+            f'batch={c.batch}: the auxiliary set has {images} images; make the batch smaller'
+        )
+    return c.epochs * (images // c.batch)
 
 # %% ../../nbs/learned/trainer.ipynb #a1cb8bf7
-TORCHRUN = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')      # what it tells its processes
+TORCHRUN = (
+    'RANK',
+    'WORLD_SIZE',
+    'LOCAL_RANK',
+    'MASTER_ADDR',
+    'MASTER_PORT',
+)  # what it tells its processes
 
-def world()->tuple:      # (rank, processes)
+
+def world() -> tuple:  # (rank, processes)
     "Tell which of how many processes of `torchrun` this is; without all of its variables it is alone."
-    if not all(os.environ.get(k) for k in TORCHRUN): return 0, 1
+    if not all(os.environ.get(k) for k in TORCHRUN):
+        return 0, 1
     return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
 
-def rank_device(device:str='auto')->str:
+
+def rank_device(device: str = 'auto') -> str:
     "Resolve a device; a process of `torchrun` takes the GPU of its own number where none is named."
     device, (_, n) = choose_device(device), world()
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == 'cuda' and n > 1 else device
 
-def own_encoder(encoder:Encoder)->Encoder:
+
+def own_encoder(encoder: Encoder) -> Encoder:
     "Give an encoder on this process's own device; a copy where that is another one."
     device = rank_device(encoder.device)
-    if device == encoder.device: return encoder
+    if device == encoder.device:
+        return encoder
     return replace(encoder, model=copy.deepcopy(encoder.model).to(device), device=device)
 
-def wrap_distributed(student:TrainableModel)->nn.Module:
+# %% ../../nbs/learned/trainer.ipynb #3fc42b64
+def wrap_distributed(student: TrainableModel) -> nn.Module:
     "Wrap a student so that processes average their gradients; alone it stays as it is."
     rank, n = world()
-    if n == 1: return student
+    if n == 1:
+        return student
     import torch.distributed as dist
-    if student.course.batch % n: raise ValueError(f'batch={student.course.batch}: {n} processes share it; choose a multiple')
-    if not dist.is_initialized(): dist.init_process_group('nccl' if student.encoder.device.startswith('cuda') else 'gloo')
-    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, find_unused_parameters=student.course.head == 'mvfa')      # nothing reads what MVFA's last adapters send up
+
+    if student.course.batch % n:
+        raise ValueError(f'batch={student.course.batch}: {n} processes share it; choose a multiple')
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if student.encoder.device.startswith('cuda') else 'gloo')
+    return nn.parallel.DistributedDataParallel(
+        student, broadcast_buffers=False, find_unused_parameters=student.course.head == 'mvfa'
+    )  # nothing reads what MVFA's last adapters send up
 
 # %% ../../nbs/learned/trainer.ipynb #f743d9e1
-def one_step(model, c:TrainConfig, opt, lessons:TrainSet, step:int)->dict:      # {loss: value}
+def one_step(model, c: TrainConfig, opt, lessons: TrainSet, step: int) -> dict:  # {loss: value}
     "Draw a batch, compute its losses, move what is learned."
-    rank, n = world(); student = getattr(model, 'module', model); enc = student.encoder
+    rank, n = world()
+    student = getattr(model, 'module', model)
+    enc = student.encoder
     b = make_batch(lessons, draw_rows(c, step, len(lessons))[rank::n], enc)
     kind = torch.device(enc.device).type
     with torch.autocast(kind, torch.bfloat16, enabled=kind == 'cuda'):
-        told = model(b)      # losses leave autocast by themselves
-    loss = sum(getattr(c, k)*v.float() for k, v in told.items() if getattr(c, k))
-    if not torch.isfinite(loss): raise ValueError(f'step {step}: the loss is {loss.item()} ({ {k: v.item() for k, v in told.items()} }); lower lr={c.lr}, or start from another seed')
-    opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
+        told = model(b)  # losses leave autocast by themselves
+    loss = sum(getattr(c, k) * v.float() for k, v in told.items() if getattr(c, k))
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f'step {step}: the loss is {loss.item()} ({ {k: v.item() for k, v in told.items()} }); lower lr={c.lr}, or start from another seed'
+        )
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
     return {k: v.item() for k, v in told.items()}
 
 # %% ../../nbs/learned/trainer.ipynb #613afbff
-def groups_of(student:TrainableModel)->list:
+def groups_of(student: TrainableModel) -> list:
     "Split what is learned into prompts and head, each with its learning rate."
-    c, own = student.course, lambda m: [p for p in m.parameters() if p.requires_grad] if m is not None else []
-    return [dict(params=p, lr=lr) for p, lr in ((own(student.words), c.lr), (own(student.head), c.lr_head or c.lr)) if p]
+    c, own = (
+        student.course,
+        lambda m: [p for p in m.parameters() if p.requires_grad] if m is not None else [],
+    )
+    return [
+        dict(params=p, lr=lr)
+        for p, lr in ((own(student.words), c.lr), (own(student.head), c.lr_head or c.lr))
+        if p
+    ]
 
 # %% ../../nbs/learned/trainer.ipynb #064c2144
-TRAINING_REV = 1      # raised when the same course gives other tensors on the same encoder and data
+TRAINING_REV = 1  # raised when the same course gives other tensors on the same encoder and data
 
-def config_notes(c:TrainConfig)->dict:
+
+def config_notes(c: TrainConfig) -> dict:
     "Give the fields of a course as JSON holds them; of a knowledge file only the name, not where it lies."
     return plain(replace(c, base=Path(c.base).name if c.base else ''))
 
-def training_identity(c:TrainConfig, encoder:Encoder, lessons:TrainSet)->dict:
+
+def training_identity(c: TrainConfig, encoder: Encoder, lessons: TrainSet) -> dict:
     """Collect what decides the outcome of a training: fields of the course, hand-written sentences,
     encoder, device, data and knowledge, all by content; names and places of files do not count."""
     fields = {k: v for k, v in config_notes(c).items() if k not in ('name', 'base')}
     names = [c.text] + (['clip'] if c.kd and c.teacher == 'clip' else [])
-    return dict(rev=[TRAINING_REV, HEAD_REVS[c.head]], fields=fields, sentences=[t and plain(prompt_set(t)) for t in names],
-                encoder=encoder.weights, device=torch.device(encoder.device).type,
-                data=lessons.data, knowledge=lessons.told)
+    return dict(
+        rev=[TRAINING_REV, HEAD_REVS[c.head]],
+        fields=fields,
+        sentences=[t and plain(prompt_set(t)) for t in names],
+        encoder=encoder.weights,
+        device=torch.device(encoder.device).type,
+        data=lessons.data,
+        knowledge=lessons.told,
+    )
 
 # %% ../../nbs/learned/trainer.ipynb #9cb7346f
-def learn(course,                   # a Course, or the name of one
-          encoder:Encoder,
-          s:ScannedDataset,                 # the auxiliary set
-          path,                     # of the artifact
-          folder=None,              # checkpoint and curve; None: the cache, named by `training_identity`
-          every:int=50,             # steps between checkpoints
-          limit:int=None,           # stop after so many steps, without an artifact (to go on later)
-          lessons:TrainSet=None,     # read before; None: read now
-          show:bool=True, live=None # a progress bar; called with the folder at every checkpoint
-         )->str:                    # hash of the artifact, '' if stopped early
+def learn(
+    course,  # a Course, or the name of one
+    encoder: Encoder,
+    s: ScannedDataset,  # the auxiliary set
+    path,  # of the artifact
+    folder=None,  # checkpoint and curve; None: the cache, named by `training_identity`
+    every: int = 50,  # steps between checkpoints
+    limit: int = None,  # stop after so many steps, without an artifact (to go on later)
+    lessons: TrainSet = None,  # read before; None: read now
+    show: bool = True,
+    live=None,  # a progress bar; called with the folder at every checkpoint
+) -> str:  # hash of the artifact, '' if stopped early
     "Train a method on an auxiliary set, or go on with a run that was interrupted."
-    keep_memory(); encoder = own_encoder(encoder)
-    c = resolve_config(course, encoder); lessons = lessons or load_train_set(c, encoder, s); rank, _ = world()
+    keep_memory()
+    encoder = own_encoder(encoder)
+    c = resolve_config(course, encoder)
+    lessons = lessons or load_train_set(c, encoder, s)
+    rank, _ = world()
     key = identity_key(training_identity(c, encoder, lessons))
-    folder = Path(folder or cache_dir('learn', key)); folder.mkdir(parents=True, exist_ok=True)
-    encoder.model.requires_grad_(False); student = TrainableModel(c, encoder); model, total = wrap_distributed(student), steps_of(c, len(lessons))
+    folder = Path(folder or cache_dir('learn', key))
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.model.requires_grad_(False)
+    student = TrainableModel(c, encoder)
+    model, total = wrap_distributed(student), steps_of(c, len(lessons))
     opt = torch.optim.Adam(groups_of(student), lr=c.lr, betas=c.betas)
     first, rows, last = resume(folder, student, opt, key, rank), [], min(total, limit or total)
-    bar = tqdm(range(first, last), initial=first, total=total, disable=not show or rank > 0, desc=c.name)
+    bar = tqdm(
+        range(first, last), initial=first, total=total, disable=not show or rank > 0, desc=c.name
+    )
     for step in bar:
-        told = one_step(model, c, opt, lessons, step); rows.append((step, told)); bar.set_postfix({k: f'{v:.3f}' for k, v in told.items()})
+        told = one_step(model, c, opt, lessons, step)
+        rows.append((step, told))
+        bar.set_postfix({k: f'{v:.3f}' for k, v in told.items()})
         if (step + 1) % every == 0 or step + 1 == last:
-            if rank == 0: save_checkpoint(folder, student, opt, step + 1, rows, key); live and live(folder)
+            if rank == 0:
+                save_checkpoint(folder, student, opt, step + 1, rows, key)
+                live and live(folder)
             rows = []
-    return export_artifact(path, student, encoder, lessons, folder) if rank == 0 and last == total else ''
+    return (
+        export_artifact(path, student, encoder, lessons, folder)
+        if rank == 0 and last == total
+        else ''
+    )
 
 # %% ../../nbs/learned/trainer.ipynb #27092f7f
-def save_checkpoint(folder, student, opt, step:int, rows, key:str):
+def save_checkpoint(folder, student, opt, step: int, rows, key: str):
     "Write curve and checkpoint."
-    f = folder/'curve.csv'; names = sorted(rows[0][1]) if rows else []
+    f = folder / 'curve.csv'
+    names = sorted(rows[0][1]) if rows else []
     old = f.read_text() if f.exists() else 'step,' + ','.join(names) + '\n'
-    if rows: write_atomic(f, old + ''.join(f'{s},' + ','.join(f'{told[k]:.6f}' for k in names) + '\n' for s, told in rows))
-    save_state(folder/'checkpoint.pt', student=student.state_dict(), opt=opt.state_dict(), step=step, training=key)
+    if rows:
+        write_atomic(
+            f,
+            old
+            + ''.join(
+                f'{s},' + ','.join(f'{told[k]:.6f}' for k in names) + '\n' for s, told in rows
+            ),
+        )
+    save_state(
+        folder / 'checkpoint.pt',
+        student=student.state_dict(),
+        opt=opt.state_dict(),
+        step=step,
+        training=key,
+    )
 
-def resume(folder, student, opt, key:str, rank:int=0)->int:      # the step to begin with
+# %% ../../nbs/learned/trainer.ipynb #fed97ea2
+def resume(folder, student, opt, key: str, rank: int = 0) -> int:  # the step to begin with
     "Load a checkpoint if there is one; the first process drops what the curve holds beyond it."
-    if not (folder/'checkpoint.pt').exists():
-        if rank == 0: (folder/'curve.csv').unlink(missing_ok=True)
+    if not (folder / 'checkpoint.pt').exists():
+        if rank == 0:
+            (folder / 'curve.csv').unlink(missing_ok=True)
         return 0
-    saved = torch.load(folder/'checkpoint.pt', map_location=student.encoder.device, weights_only=True)
-    if saved['training'] != key: raise ValueError(f"{folder}: holds a run of another course, encoder, data set, knowledge or device; choose another folder, or empty it")
-    student.load_state_dict(saved['student']); opt.load_state_dict(saved['opt'])
-    if rank == 0 and (f := folder/'curve.csv').exists(): write_atomic(f, ''.join(l for l in f.read_text().splitlines(True) if not l[0].isdigit() or int(l.split(',')[0]) < saved['step']))
+    saved = torch.load(
+        folder / 'checkpoint.pt', map_location=student.encoder.device, weights_only=True
+    )
+    if saved['training'] != key:
+        raise ValueError(
+            f"{folder}: holds a run of another course, encoder, data set, knowledge or device; choose another folder, or empty it"
+        )
+    student.load_state_dict(saved['student'])
+    opt.load_state_dict(saved['opt'])
+    if rank == 0 and (f := folder / 'curve.csv').exists():
+        write_atomic(
+            f,
+            ''.join(
+                l
+                for l in f.read_text().splitlines(True)
+                if not l[0].isdigit() or int(l.split(',')[0]) < saved['step']
+            ),
+        )
     return saved['step']
 
 # %% ../../nbs/learned/trainer.ipynb #aa41df0b
-def export_artifact(path, student, encoder, lessons, folder)->str:
+def export_artifact(path, student, encoder, lessons, folder) -> str:
     "Save the artifact with its course, data and the curve of its losses, means of thirty stretches."
     c = student.course
-    t = np.atleast_1d(np.genfromtxt(folder/'curve.csv', delimiter=',', names=True))
-    losses = {k: [round(float(a.mean()), 5) for a in np.array_split(t[k], min(30, len(t)))] for k in t.dtype.names if k != 'step'}
-    words = Learned(c.prompts, {k: p.detach() for k, p in student.words.items()}) if student.words is not None else None
+    t = np.atleast_1d(np.genfromtxt(folder / 'curve.csv', delimiter=',', names=True))
+    losses = {
+        k: [round(float(a.mean()), 5) for a in np.array_split(t[k], min(30, len(t)))]
+        for k in t.dtype.names
+        if k != 'step'
+    }
+    words = (
+        Learned(c.prompts, {k: p.detach() for k, p in student.words.items()})
+        if student.words is not None
+        else None
+    )
     inputs = dict(encode=plain(c.encode), prompts=c.text)
-    return save_trained(path, encoder, words, student.head, c.settings, inputs, seed=c.seed, config=config_notes(c),
-                        dataset=lessons.dataset, data=lessons.data, images=len(lessons),
-                        knowledge=lessons.told, steps=len(t), losses=losses)
+    return save_trained(
+        path,
+        encoder,
+        words,
+        student.head,
+        c.settings,
+        inputs,
+        seed=c.seed,
+        config=config_notes(c),
+        dataset=lessons.dataset,
+        data=lessons.data,
+        images=len(lessons),
+        knowledge=lessons.told,
+        steps=len(t),
+        losses=losses,
+    )
 
 # %% ../../nbs/learned/trainer.ipynb #c7a72c35
 def curves(folder):
     "Draw the losses of a run so far, each smoothed over twenty steps."
     import pandas as pd
     from matplotlib.figure import Figure
-    t = pd.read_csv(Path(folder)/'curve.csv').set_index('step')
-    fig = Figure(figsize=(2.6*len(t.columns), 2.2), dpi=72); axes = np.atleast_1d(fig.subplots(1, len(t.columns)))
+
+    t = pd.read_csv(Path(folder) / 'curve.csv').set_index('step')
+    fig = Figure(figsize=(2.6 * len(t.columns), 2.2), dpi=72)
+    axes = np.atleast_1d(fig.subplots(1, len(t.columns)))
     for ax, k in zip(axes, t):
-        ax.plot(t[k].rolling(20, min_periods=1).mean(), color='#31688e'); ax.set_title(k, fontsize=9); ax.set_xlabel('step', fontsize=8); ax.grid(alpha=.3); ax.tick_params(labelsize=7)
+        ax.plot(t[k].rolling(20, min_periods=1).mean(), color='#31688e')
+        ax.set_title(k, fontsize=9)
+        ax.set_xlabel('step', fontsize=8)
+        ax.grid(alpha=0.3)
+        ax.tick_params(labelsize=7)
     fig.tight_layout()
     return fig
+
 
 def live_curves():
     "Give `learn(live=...)` a function that draws the losses below a notebook's cell, anew in the same place at every checkpoint."
     from IPython.display import DisplayHandle, Image
+
     place, drawn = DisplayHandle(), []
+
     def draw(folder):
-        f = io.BytesIO(); curves(folder).savefig(f, format='png')
-        (place.update if drawn else place.display)(Image(f.getvalue())); drawn.append(folder)
+        f = io.BytesIO()
+        curves(folder).savefig(f, format='png')
+        (place.update if drawn else place.display)(Image(f.getvalue()))
+        drawn.append(folder)
+
     return draw
 
 # %% ../../nbs/learned/trainer.ipynb #d33195df
-def has_artifact(name:str, course:TrainConfig, encoder:Encoder)->bool:
+def has_artifact(name: str, course: TrainConfig, encoder: Encoder) -> bool:
     "Tell whether an artifact ships for an encoder, or was trained for it here as its course says today."
-    try: file = find_artifact(name, encoder)
-    except (FileNotFoundError, ValueError): return False
+    try:
+        file = find_artifact(name, encoder)
+    except (FileNotFoundError, ValueError):
+        return False
     own = artifact_files(cached_artifact(name, encoder))[1]
-    return file != own or read_artifact(file)[1].get('config') == config_notes(resolve_config(course, encoder))
+    return file != own or read_artifact(file)[1].get('config') == config_notes(
+        resolve_config(course, encoder)
+    )
 
-def missing(methods, encoder:Encoder, datasets)->list:      # (name, course, set to learn from, seed)
+
+def missing(methods, encoder: Encoder, datasets) -> list:  # (name, course, set to learn from, seed)
     "List the artifacts that rows mean on data sets and that are not there; an artifact is never trained on the set that it is evaluated on."
     out = {}
     for m, ds in ((m, ds) for m in methods if m.artifact.count('{seed}') for ds in datasets):
-        name, (course, rest) = artifact_name(m.artifact, encoder.backbone, auxiliary_of(ds), m.seed), m.artifact.split('-{backbone}-')
+        name, (course, rest) = (
+            artifact_name(m.artifact, encoder.backbone, auxiliary_of(ds), m.seed),
+            m.artifact.split('-{backbone}-'),
+        )
         on = artifact_name(rest.removesuffix('-s{seed}'), '', auxiliary_of(ds))
-        if on != ds and not has_artifact(name, replace(find_train_config(course), seed=m.seed), encoder):
+        if on != ds and not has_artifact(
+            name, replace(find_train_config(course), seed=m.seed), encoder
+        ):
             out[name] = (name, find_train_config(course), on, m.seed)
     return list(out.values())
 
-def learn_missing(lacking, encoder:Encoder, roots:dict={}, show=True):      # roots: folders of sets that are not rendered
+# %% ../../nbs/learned/trainer.ipynb #6b4cfdff
+def learn_missing(
+    lacking, encoder: Encoder, roots: dict = {}, show=True
+):  # roots: folders of sets that are not rendered
     "Train artifacts listed by `missing` into the cache."
     read, seen = {}, {}
     for name, c, on, seed in (bar := tqdm(lacking, desc='artifacts', disable=not show)):
-        bar.set_postfix_str(name); c = replace(c, seed=seed); r = resolve_config(c, encoder); key = (on, r.encode, r.loss_size, bool(r.kd), r.teacher, r.known, r.base)
-        if on not in seen: seen[on] = scan_dataset(load_dataset(on, roots.get(on)))
-        if key not in read: read = {key: load_train_set(r, encoder, seen[on])}      # one at a time: tokens of a large set fill memory
+        bar.set_postfix_str(name)
+        c = replace(c, seed=seed)
+        r = resolve_config(c, encoder)
+        key = (on, r.encode, r.loss_size, bool(r.kd), r.teacher, r.known, r.base)
+        if on not in seen:
+            seen[on] = scan_dataset(load_dataset(on, roots.get(on)))
+        if key not in read:
+            read = {
+                key: load_train_set(r, encoder, seen[on])
+            }  # one at a time: tokens of a large set fill memory
         learn(c, encoder, seen[on], cached_artifact(name, encoder), lessons=read[key], show=False)
 
 # %% ../../nbs/learned/trainer.ipynb #5e37235c
-def check_target(course:str, trained_on:str, targets):
+def check_target(course: str, trained_on: str, targets):
     "Refuse to evaluate on the set that was learned from."
-    if trained_on in targets: raise ValueError(f'{course}: {trained_on} is the set it learns from and among the sets it is asked about, {list(targets)}; learn from another one')
+    if trained_on in targets:
+        raise ValueError(
+            f'{course}: {trained_on} is the set it learns from and among the sets it is asked about, {list(targets)}; learn from another one'
+        )

@@ -10,257 +10,366 @@ __all__ = ['ACTIVATIONS', 'ADAPTERS', 'PSEUDO', 'SIMILARITY', 'anomaly_logit', '
 
 # %% ../../nbs/methods/adaptation.ipynb #b9ed7695
 from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..encoder.clip import anomaly_score
+
 from ..core.files import seeded_rng
+from ..encoder.clip import anomaly_score
 
 # %% ../../nbs/methods/adaptation.ipynb #989afa40
-def anomaly_logit(p:Tensor,         # [B,N,C] tokens of any length
-                  pair:Tensor,      # [2,C] or [B,2,C] unit rows: normal, anomalous
-                  tau:float=1.      # softmax temperature (1: AnoCLIP as printed)
-                 )->Tensor:         # [B,N]; its sigmoid is the probability of "anomalous"
+def anomaly_logit(
+    p: Tensor,  # [B,N,C] tokens of any length
+    pair: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    tau: float = 1.0,  # softmax temperature (1: AnoCLIP as printed)
+) -> Tensor:  # [B,N]; its sigmoid is the probability of "anomalous"
     "Compare tokens with the two sentences, the logit of AnoCLIP Eq. (2)."
     side = pair[..., 1, :] - pair[..., 0, :]
-    return (p @ side[..., None])[..., 0]/p.norm(dim=-1)/tau
+    return (p @ side[..., None])[..., 0] / p.norm(dim=-1) / tau
 
 # %% ../../nbs/methods/adaptation.ipynb #814c6eff
 ACTIVATIONS = dict(tanh=torch.tanh, softmax=partial(torch.softmax, dim=-1))
 
-def text_adapter(p:Tensor,           # [B,N,C] tokens
-                 T:Tensor,           # [B,2K,C] or [2K,C] sentences
-                 w:Tensor,           # [B,2K,C] learned, starts as T
-                 alpha:str='tanh'    # one of ACTIVATIONS
-                )->Tensor:           # [B,N,C]
+
+def text_adapter(
+    p: Tensor,  # [B,N,C] tokens
+    T: Tensor,  # [B,2K,C] or [2K,C] sentences
+    w: Tensor,  # [B,2K,C] learned, starts as T
+    alpha: str = 'tanh',  # one of ACTIVATIONS
+) -> Tensor:  # [B,N,C]
     "Add to each token the sentences that it calls, AnoCLIP Eq. (9)."
     return ACTIVATIONS[alpha](p @ w.mT) @ T + p
 
 # %% ../../nbs/methods/adaptation.ipynb #81e70a44
-def code_adapter(p:Tensor,       # [B,N,C] tokens as projected, any length
-                 T:Tensor,       # [B,2K,C] or [2K,C] sentences
-                 w:Tensor,       # [B,2K,C] learned
-                 b:Tensor        # [B,2K] learned
-                )->Tensor:       # [B,N,C]
+def code_adapter(
+    p: Tensor,  # [B,N,C] tokens as projected, any length
+    T: Tensor,  # [B,2K,C] or [2K,C] sentences
+    w: Tensor,  # [B,2K,C] learned
+    b: Tensor,  # [B,2K] learned
+) -> Tensor:  # [B,N,C]
     "Mix each token with the sentences that it calls, half and half (AnoVL@3a70bfd, TextAdapter)."
-    return (p + torch.tanh(F.normalize(p, dim=-1) @ w.mT + b[:, None]) @ T)/2
+    return (p + torch.tanh(F.normalize(p, dim=-1) @ w.mT + b[:, None]) @ T) / 2
 
-def linear_adapter(p:Tensor,        # [B,N,C] tokens, any length
-                   w:Tensor,        # [B,C,C] learned
-                   b:Tensor,        # [B,C] learned
-                   mix:float=.5     # share of the linear layer
-                  )->Tensor:        # [B,N,C]
+
+def linear_adapter(
+    p: Tensor,  # [B,N,C] tokens, any length
+    w: Tensor,  # [B,C,C] learned
+    b: Tensor,  # [B,C] learned
+    mix: float = 0.5,  # share of the linear layer
+) -> Tensor:  # [B,N,C]
     "Mix each token with a linear layer's answer to its direction (AnoVL@3a70bfd, Adapter; mix 1: Dual-Image Eq. 7)."
-    return (1 - mix)*p + mix*(F.normalize(p, dim=-1) @ w.mT + b[:, None])
+    return (1 - mix) * p + mix * (F.normalize(p, dim=-1) @ w.mT + b[:, None])
 
 # %% ../../nbs/methods/adaptation.ipynb #cd2be6a3
-ADAPTERS = dict(text=text_adapter, softmax=partial(text_adapter, alpha='softmax'), code=code_adapter, linear=lambda p, T, w, b: linear_adapter(p, w, b))
+ADAPTERS = dict(
+    text=text_adapter,
+    softmax=partial(text_adapter, alpha='softmax'),
+    code=code_adapter,
+    linear=lambda p, T, w, b: linear_adapter(p, w, b),
+)
 
-def start_shapes(adapter:str, T:Tensor)->tuple:      # shapes without the leading B
+
+def start_shapes(adapter: str, T: Tensor) -> tuple:  # shapes without the leading B
     "Name the shapes of what an adapter learns."
-    if adapter not in ADAPTERS: raise ValueError(f'adapter={adapter!r}: choose from {list(ADAPTERS)}')
+    if adapter not in ADAPTERS:
+        raise ValueError(f'adapter={adapter!r}: choose from {list(ADAPTERS)}')
     K2, C = T.shape[-2:]
-    return dict(text=((K2, C),), softmax=((K2, C),), code=((K2, C), (K2,)), linear=((C, C), (C,)))[adapter]
+    return dict(text=((K2, C),), softmax=((K2, C),), code=((K2, C), (K2,)), linear=((C, C), (C,)))[
+        adapter
+    ]
 
-def draw_start(ids,              # [B] image ids
-               adapter:str,      # one of ADAPTERS
-               T:Tensor,         # [2K,C] or [B,2K,C] sentences: their number and dimension count
-               seed:int=0        # seed of the run
-              )->tuple:          # weights [B,2K,C] or [B,C,C], and bias [B,2K] or [B,C] where there is one
+# %% ../../nbs/methods/adaptation.ipynb #eb308b77
+def draw_start(
+    ids,  # [B] image ids
+    adapter: str,  # one of ADAPTERS
+    T: Tensor,  # [2K,C] or [B,2K,C] sentences: their number and dimension count
+    seed: int = 0,  # seed of the run
+) -> tuple:  # weights [B,2K,C] or [B,C,C], and bias [B,2K] or [B,C] where there is one
     "Draw initial weights, uniform within 1/sqrt(C), from a key of their own for each image (AnoVL@3a70bfd, reset for each image)."
     shapes, C = start_shapes(adapter, T), T.shape[-1]
-    def one(rng): return [(2*rng.random(s, dtype='f4') - 1)/np.float32(C)**.5 for s in shapes]
-    return tuple(torch.from_numpy(np.stack(t)) for t in zip(*(one(seeded_rng(seed, 'adapter', i)) for i in ids)))
+
+    def one(rng):
+        return [(2 * rng.random(s, dtype='f4') - 1) / np.float32(C) ** 0.5 for s in shapes]
+
+    return tuple(
+        torch.from_numpy(np.stack(t))
+        for t in zip(*(one(seeded_rng(seed, 'adapter', i)) for i in ids))
+    )
 
 # %% ../../nbs/methods/adaptation.ipynb #ee9b7592
-def draw_noise(ids,                 # [B] image ids
-               shape,               # of one image's noise: (N, C), or (S, N, C) for S steps
-               seed:int=0,          # seed of the run
-               sigma:float=.05      # standard deviation of a component
-              )->Tensor:            # [B,*shape]
+def draw_noise(
+    ids,  # [B] image ids
+    shape,  # of one image's noise: (N, C), or (S, N, C) for S steps
+    seed: int = 0,  # seed of the run
+    sigma: float = 0.05,  # standard deviation of a component
+) -> Tensor:  # [B,*shape]
     "Draw the noise on patch tokens from a key of its own for each image (AnoCLIP, before Eq. 10)."
-    return torch.from_numpy(np.stack([np.float32(sigma)*seeded_rng(seed, 'noise', i).standard_normal(shape, dtype='f4') for i in ids]))
+    return torch.from_numpy(
+        np.stack(
+            [
+                np.float32(sigma) * seeded_rng(seed, 'noise', i).standard_normal(shape, dtype='f4')
+                for i in ids
+            ]
+        )
+    )
 
 # %% ../../nbs/methods/adaptation.ipynb #d729d02e
-def discriminative_loss(z:Tensor,         # [B,N] logits of adapted tokens
-                        z_hat:Tensor      # [B,N] of adapted noisy tokens
-                       )->Tensor:         # [B]
+def discriminative_loss(
+    z: Tensor,  # [B,N] logits of adapted tokens
+    z_hat: Tensor,  # [B,N] of adapted noisy tokens
+) -> Tensor:  # [B]
     "Train tokens to be normal and noisy tokens to be anomalous, L_d of AnoCLIP Eq. (10)."
-    return (F.softplus(z) + F.softplus(-z_hat)).mean(1)/2
+    return (F.softplus(z) + F.softplus(-z_hat)).mean(1) / 2
 
-PSEUDO = dict(printed=lambda z, y: z.sigmoid()*F.softplus(-z),
-              entropy=lambda z, y: z.sigmoid()*F.softplus(-z) + (-z).sigmoid()*F.softplus(z),
-              frozen=lambda z, y: y*F.softplus(-z) + (1 - y)*F.softplus(z))
 
-def pseudo_loss(z:Tensor,                # [B,N] logits of adapted tokens
-                y:Tensor,                # [B,N] scores before adapting, read by 'frozen'
-                pseudo:str='printed'     # one of PSEUDO
-               )->Tensor:                # [B]
+PSEUDO = dict(
+    printed=lambda z, y: z.sigmoid() * F.softplus(-z),
+    entropy=lambda z, y: z.sigmoid() * F.softplus(-z) + (-z).sigmoid() * F.softplus(z),
+    frozen=lambda z, y: y * F.softplus(-z) + (1 - y) * F.softplus(z),
+)
+
+
+def pseudo_loss(
+    z: Tensor,  # [B,N] logits of adapted tokens
+    y: Tensor,  # [B,N] scores before adapting, read by 'frozen'
+    pseudo: str = 'printed',  # one of PSEUDO
+) -> Tensor:  # [B]
     "Keep what is known of the image's own tokens, L_p of AnoCLIP Eq. (11)."
     return PSEUDO[pseudo](z, y).mean(1)
 
 # %% ../../nbs/methods/adaptation.ipynb #79bda3ff
 @torch.no_grad()
-def adamw(w:Tensor,             # weights of any shape, changed in place
-          g:Tensor,             # their gradient
-          m:Tensor,             # first moment, changed in place
-          v:Tensor,             # second moment, changed in place
-          t:int,                # number of this step, from 1
-          lr:float=1e-3         # learning rate
-         ):
+def adamw(
+    w: Tensor,  # weights of any shape, changed in place
+    g: Tensor,  # their gradient
+    m: Tensor,  # first moment, changed in place
+    v: Tensor,  # second moment, changed in place
+    t: int,  # number of this step, from 1
+    lr: float = 1e-3,  # learning rate
+):
     "Take one AdamW step with PyTorch's defaults (AnoCLIP 4.1)."
-    m.lerp_(g, .1)
-    v.mul_(.999).addcmul_(g, g, value=.001)
-    w.mul_(1 - .01*lr).addcdiv_(m, v.sqrt().div_((1 - .999**t)**.5).add_(1e-8), value=-lr/(1 - .9**t))
+    m.lerp_(g, 0.1)
+    v.mul_(0.999).addcmul_(g, g, value=0.001)
+    w.mul_(1 - 0.01 * lr).addcdiv_(
+        m, v.sqrt().div_((1 - 0.999**t) ** 0.5).add_(1e-8), value=-lr / (1 - 0.9**t)
+    )
 
 # %% ../../nbs/methods/adaptation.ipynb #e168647e
-def descend(start,               # weights, each [B,...]; left as they are
-            loss,                # (step, *weights) -> [B], each image's own
-            steps:int,           # how many
-            lr:float=1e-3,       # learning rate
-            moments=None         # (steps taken, first moments, second moments) to go on with; None: fresh
-           )->tuple:             # weights, moments, losses before each step [S,B]
+def descend(
+    start,  # weights, each [B,...]; left as they are
+    loss,  # (step, *weights) -> [B], each image's own
+    steps: int,  # how many
+    lr: float = 1e-3,  # learning rate
+    moments=None,  # (steps taken, first moments, second moments) to go on with; None: fresh
+) -> tuple:  # weights, moments, losses before each step [S,B]
     "Minimise every image's own loss, all in the same steps (AnoCLIP 4.1)."
     weights, losses = [w.detach().clone().requires_grad_() for w in start], []
-    t, *mv = moments or (0, [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights])
+    t, *mv = moments or (
+        0,
+        [torch.zeros_like(w) for w in weights],
+        [torch.zeros_like(w) for w in weights],
+    )
     m, v = ([a.detach().clone() for a in part] for part in mv)
     for s in range(steps):
-        own = loss(s, *weights); losses.append(own.detach())
-        for args in zip(weights, torch.autograd.grad(own.sum(), weights), m, v): adamw(*args, t + s + 1, lr)
+        own = loss(s, *weights)
+        losses.append(own.detach())
+        for args in zip(weights, torch.autograd.grad(own.sum(), weights), m, v):
+            adamw(*args, t + s + 1, lr)
     return [w.detach() for w in weights], (t + steps, m, v), torch.stack(losses)
 
 # %% ../../nbs/methods/adaptation.ipynb #87569776
-def adapt_together(p:Tensor,                # [B,N,C]
-                   pair:Tensor,             # [B,2,C]
-                   T:Tensor,                # [B,2K,C]
-                   noise:Tensor,            # [B,S,N,C]; step s takes the s-th, or the only one
-                   *start:Tensor,           # [B,...] what the adapter learns
-                   steps:int=5,             # of AdamW
-                   lr:float=1e-3,           # its learning rate
-                   adapter:str='text',      # one of ADAPTERS
-                   pseudo:str='printed',    # one of PSEUDO
-                   tau:float=1.,            # softmax temperature
-                   moments=None             # of an earlier image, see `adapt_in_order`
-                  )->tuple:                 # unit tokens [B,N,C], moments, losses [S,B]
+def adapt_together(
+    p: Tensor,  # [B,N,C]
+    pair: Tensor,  # [B,2,C]
+    T: Tensor,  # [B,2K,C]
+    noise: Tensor,  # [B,S,N,C]; step s takes the s-th, or the only one
+    *start: Tensor,  # [B,...] what the adapter learns
+    steps: int = 5,  # of AdamW
+    lr: float = 1e-3,  # its learning rate
+    adapter: str = 'text',  # one of ADAPTERS
+    pseudo: str = 'printed',  # one of PSEUDO
+    tau: float = 1.0,  # softmax temperature
+    moments=None,  # of an earlier image, see `adapt_in_order`
+) -> tuple:  # unit tokens [B,N,C], moments, losses [S,B]
     "Train the adapters of a batch in one go, L = L_d + L_p (AnoCLIP 3.4)."
     phi, y = ADAPTERS[adapter], anomaly_logit(p, pair, tau).sigmoid()
+
     def loss(s, *w):
         both = torch.cat([p, p + noise[:, s % noise.shape[1]]], 1)
         z, z_hat = anomaly_logit(phi(both, T, *w), pair, tau).chunk(2, 1)
         return discriminative_loss(z, z_hat) + pseudo_loss(z, y, pseudo)
+
     w, moments, losses = descend(start, loss, steps, lr, moments)
-    with torch.no_grad(): return F.normalize(phi(p, T, *w), dim=-1), moments, losses
+    with torch.no_grad():
+        return F.normalize(phi(p, T, *w), dim=-1), moments, losses
 
 # %% ../../nbs/methods/adaptation.ipynb #485a0dd1
 def check_adapt(p, noise, T, start, steps, adapter, pseudo):
     "Refuse what does not fit, before any work is done."
-    if pseudo not in PSEUDO: raise ValueError(f'pseudo={pseudo!r}: choose from {list(PSEUDO)}')
-    if not isinstance(steps, int) or steps < 0: raise ValueError(f'steps={steps!r}: a whole number, 0 (no adapter) or more')
+    if pseudo not in PSEUDO:
+        raise ValueError(f'pseudo={pseudo!r}: choose from {list(PSEUDO)}')
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f'steps={steps!r}: a whole number, 0 (no adapter) or more')
     B, N, C = p.shape
     draws = 1 if noise.ndim == 3 else noise.shape[1]
-    if noise.shape not in ((B, N, C), (B, draws, N, C)) or 1 < draws < steps: raise ValueError(f'noise: {list(noise.shape)} does not fit tokens {[B, N, C]} and steps={steps}; make it with draw_noise(ids, ({N}, {C})) or draw_noise(ids, ({max(1, steps)}, {N}, {C}))')
+    if noise.shape not in ((B, N, C), (B, draws, N, C)) or 1 < draws < steps:
+        raise ValueError(
+            f'noise: {list(noise.shape)} does not fit tokens {[B, N, C]} and steps={steps}; make it with draw_noise(ids, ({N}, {C})) or draw_noise(ids, ({max(1, steps)}, {N}, {C}))'
+        )
     want = [[B, *s] for s in start_shapes(adapter, T)]
     have = [[B, *T.shape[-2:]]] if start is None else [list(w.shape) for w in start]
-    if want != have: raise ValueError(f"start: {have} does not fit adapter {adapter!r}, which learns {want}; make it with draw_start(ids, {adapter!r}, T), or leave it out for 'text' and 'softmax'")
+    if want != have:
+        raise ValueError(
+            f"start: {have} does not fit adapter {adapter!r}, which learns {want}; make it with draw_start(ids, {adapter!r}, T), or leave it out for 'text' and 'softmax'"
+        )
 
-def batch(p, pair, T, noise, start=None)->tuple:      # p, pair, T, noise [B,S,N,C], *start
+# %% ../../nbs/methods/adaptation.ipynb #2337de2a
+def batch(p, pair, T, noise, start=None) -> tuple:  # p, pair, T, noise [B,S,N,C], *start
     "Copy tensors out of inference mode and give each image its own text, noise and start (None: the sentences)."
     own = lambda t: t.detach().to(p.device, torch.float32, copy=True)
     each = lambda t: own(t).expand(len(p), *t.shape[-2:])
     T = each(T)
-    return own(p), each(pair), T, own(noise if noise.ndim == 4 else noise[:, None]), *([T] if start is None else map(own, start))
+    return (
+        own(p),
+        each(pair),
+        T,
+        own(noise if noise.ndim == 4 else noise[:, None]),
+        *([T] if start is None else map(own, start)),
+    )
 
-def as_they_are(p:Tensor)->Tensor:
+
+def as_they_are(p: Tensor) -> Tensor:
     "Give tokens at unit length: unit ones to the bit, others divided by theirs."
     length = p.norm(dim=-1, keepdim=True)
-    return torch.where((length - 1).abs() < 1e-5, p, p/length)
+    return torch.where((length - 1).abs() < 1e-5, p, p / length)
 
 # %% ../../nbs/methods/adaptation.ipynb #0b5a8fa4
 @torch.inference_mode(False)
 @torch.enable_grad()
-def adapt(p:Tensor,                # [B,N,C] tokens: unit ones for the paper's adapters, as projected for the code's
-          pair:Tensor,             # [2,C] or [B,2,C] unit rows: normal, anomalous
-          T:Tensor,                # [2K,C] or [B,2K,C] all sentences, unit rows
-          noise:Tensor,            # [B,N,C], or [B,S,N,C] with one draw for each step, or more; from `draw_noise`
-          steps:int=5,             # of AdamW; 0: the tokens as they are, at unit length
-          lr:float=1e-3,           # its learning rate
-          adapter:str='text',      # one of ADAPTERS
-          pseudo:str='printed',    # one of PSEUDO
-          tau:float=1.,            # softmax temperature
-          start=None,              # what the adapter learns, [B,...] each; None: the sentences
-          chunk:int=None           # images at a time; None: 64, on a CPU as many as share a million numbers of T
-         )->Tensor:                # [B,N,C] adapted tokens, unit length
+def adapt(
+    p: Tensor,  # [B,N,C] tokens: unit ones for the paper's adapters, as projected for the code's
+    pair: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    T: Tensor,  # [2K,C] or [B,2K,C] all sentences, unit rows
+    noise: Tensor,  # [B,N,C], or [B,S,N,C] with one draw for each step, or more; from `draw_noise`
+    steps: int = 5,  # of AdamW; 0: the tokens as they are, at unit length
+    lr: float = 1e-3,  # its learning rate
+    adapter: str = 'text',  # one of ADAPTERS
+    pseudo: str = 'printed',  # one of PSEUDO
+    tau: float = 1.0,  # softmax temperature
+    start=None,  # what the adapter learns, [B,...] each; None: the sentences
+    chunk: int = None,  # images at a time; None: 64, on a CPU as many as share a million numbers of T
+) -> Tensor:  # [B,N,C] adapted tokens, unit length
     "Adapt the tokens of each image to itself (AnoCLIP 3.4)."
     check_adapt(p, noise, T, start, steps, adapter, pseudo)
-    if steps == 0: return as_they_are(p)
-    chunk = chunk or (max(1, 2**20//T.shape[-2:].numel()) if p.device.type == 'cpu' else 64)
+    if steps == 0:
+        return as_they_are(p)
+    chunk = chunk or (max(1, 2**20 // T.shape[-2:].numel()) if p.device.type == 'cpu' else 64)
     parts = zip(*(t.split(chunk) for t in batch(p, pair, T, noise, start)))
-    return torch.cat([adapt_together(*part, steps=steps, lr=lr, adapter=adapter, pseudo=pseudo, tau=tau)[0] for part in parts])
+    return torch.cat(
+        [
+            adapt_together(*part, steps=steps, lr=lr, adapter=adapter, pseudo=pseudo, tau=tau)[0]
+            for part in parts
+        ]
+    )
 
 # %% ../../nbs/methods/adaptation.ipynb #8b33749b
 @torch.inference_mode(False)
 @torch.enable_grad()
-def adapt_in_order(p:Tensor,           # [B,N,C] tokens of images of one category, in order
-                   pair:Tensor,        # [2,C] unit rows: normal, anomalous
-                   T:Tensor,           # [2K,C] all sentences, unit rows
-                   noise:Tensor,       # [B,N,C] or [B,S,N,C]
-                   start=None,         # from `draw_start`; None: the sentences, for 'text'
-                   moments=None,       # from the call before; None: the category begins
-                   adapter:str='code', # one of ADAPTERS
-                   pseudo:str='entropy',   # one of PSEUDO
-                   steps:int=5, lr:float=1e-3, tau:float=1.    # as in `adapt`
-                  )->tuple:            # unit tokens [B,N,C], moments
+def adapt_in_order(
+    p: Tensor,  # [B,N,C] tokens of images of one category, in order
+    pair: Tensor,  # [2,C] unit rows: normal, anomalous
+    T: Tensor,  # [2K,C] all sentences, unit rows
+    noise: Tensor,  # [B,N,C] or [B,S,N,C]
+    start=None,  # from `draw_start`; None: the sentences, for 'text'
+    moments=None,  # from the call before; None: the category begins
+    adapter: str = 'code',  # one of ADAPTERS
+    pseudo: str = 'entropy',  # one of PSEUDO
+    steps: int = 5,
+    lr: float = 1e-3,
+    tau: float = 1.0,  # as in `adapt`
+) -> tuple:  # unit tokens [B,N,C], moments
     "Adapt images one after the other with one optimiser for all: **depends on their order** (AnoVL@3a70bfd, vl_test.py)."
     check_adapt(p, noise, T, start, steps, adapter, pseudo)
-    if steps == 0: return as_they_are(p), moments
+    if steps == 0:
+        return as_they_are(p), moments
     out = []
     for part in zip(*(t.split(1) for t in batch(p, pair, T, noise, start))):
-        tokens, moments, _ = adapt_together(*part, steps=steps, lr=lr, adapter=adapter, pseudo=pseudo, tau=tau, moments=moments)
+        tokens, moments, _ = adapt_together(
+            *part, steps=steps, lr=lr, adapter=adapter, pseudo=pseudo, tau=tau, moments=moments
+        )
         out.append(tokens)
     return torch.cat(out), moments
 
 # %% ../../nbs/methods/adaptation.ipynb #1a54e807
-SIMILARITY = dict(square=lambda S, joint: (S - joint).square().mean(1), cosine=lambda S, joint: 1 - F.cosine_similarity(S, joint, dim=1))
+SIMILARITY = dict(
+    square=lambda S, joint: (S - joint).square().mean(1),
+    cosine=lambda S, joint: 1 - F.cosine_similarity(S, joint, dim=1),
+)
 
-def synthesis_loss(z:Tensor,        # [B,N] logits of adapted tokens of the painted images
-                   mask:Tensor      # [B,N] bool, the patches that were painted on
-                  )->Tensor:        # [B]
+
+def synthesis_loss(
+    z: Tensor,  # [B,N] logits of adapted tokens of the painted images
+    mask: Tensor,  # [B,N] bool, the patches that were painted on
+) -> Tensor:  # [B]
     "Train painted patches to be anomalous, L_syn of Dual-Image Eq. (10)."
-    return (F.softplus(-z)*mask).sum(1)/mask.sum(1)
+    return (F.softplus(-z) * mask).sum(1) / mask.sum(1)
 
+# %% ../../nbs/methods/adaptation.ipynb #9f45044b
 def check_dual(p, p_syn, mask, joint, steps, similarity):
     "Refuse what does not fit, before any work is done."
-    if similarity not in SIMILARITY: raise ValueError(f'similarity={similarity!r}: choose from {list(SIMILARITY)}')
-    if not isinstance(steps, int) or steps < 0: raise ValueError(f'steps={steps!r}: a whole number, 0 (no adapter) or more')
-    for name, t, want in (('p_syn', p_syn, p.shape), ('mask', mask, p.shape[:2]), ('joint', joint, p.shape[:2])):
-        if t.shape != want: raise ValueError(f'{name}: {list(t.shape)} does not fit tokens {list(p.shape)}; it needs {list(want)}')
+    if similarity not in SIMILARITY:
+        raise ValueError(f'similarity={similarity!r}: choose from {list(SIMILARITY)}')
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f'steps={steps!r}: a whole number, 0 (no adapter) or more')
+    for name, t, want in (
+        ('p_syn', p_syn, p.shape),
+        ('mask', mask, p.shape[:2]),
+        ('joint', joint, p.shape[:2]),
+    ):
+        if t.shape != want:
+            raise ValueError(
+                f'{name}: {list(t.shape)} does not fit tokens {list(p.shape)}; it needs {list(want)}'
+            )
     if mask.dtype != torch.bool or not mask.any(1).all():
         empty = [] if mask.dtype != torch.bool else (~mask.any(1)).nonzero().flatten().tolist()
-        raise ValueError(f'mask: {mask.dtype}, no patch of images {empty}; give bool with a patch per image, from patch_mask of a mask that synthesize(..., force=True) made')
+        raise ValueError(
+            f'mask: {mask.dtype}, no patch of images {empty}; give bool with a patch per image, from patch_mask of a mask that synthesize(..., force=True) made'
+        )
 
 # %% ../../nbs/methods/adaptation.ipynb #25de7967
 @torch.inference_mode(False)
 @torch.enable_grad()
-def dual_adapt(p:Tensor,                     # [B,N,C] unit tokens of the images
-               p_syn:Tensor,                 # [B,N,C] of the images with painted anomalies
-               mask:Tensor,                  # [B,N] bool, the painted patches
-               joint:Tensor,                 # [B,N] joint map of the images before adapting, `zsad.methods.dual.joint_map`
-               pair:Tensor,                  # [2,C] or [B,2,C] unit rows: normal, anomalous
-               steps:int=2,                  # of AdamW; 0: the scores of the tokens as they are
-               lr:float=1e-3,                # its learning rate
-               lam:float=1.,                 # weight of the similarity loss
-               tau:float=.07,                # softmax temperature
-               similarity:str='square'       # one of SIMILARITY
-              )->Tensor:                     # [B,N] S'(p'), the adapted text score
+def dual_adapt(
+    p: Tensor,  # [B,N,C] unit tokens of the images
+    p_syn: Tensor,  # [B,N,C] of the images with painted anomalies
+    mask: Tensor,  # [B,N] bool, the painted patches
+    joint: Tensor,  # [B,N] joint map of the images before adapting, `zsad.methods.dual.joint_map`
+    pair: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    steps: int = 2,  # of AdamW; 0: the scores of the tokens as they are
+    lr: float = 1e-3,  # its learning rate
+    lam: float = 1.0,  # weight of the similarity loss
+    tau: float = 0.07,  # softmax temperature
+    similarity: str = 'square',  # one of SIMILARITY
+) -> Tensor:  # [B,N] S'(p'), the adapted text score
     "Adapt a linear layer to each image and its synthetic image (Dual-Image Eq. 7-11)."
     check_dual(p, p_syn, mask, joint, steps, similarity)
-    if steps == 0: return anomaly_score(p, pair, tau)
-    q, pair, q_syn, joint, mask = (t.detach().to(p.device, copy=True) for t in (p.float(), pair.float(), p_syn.float(), joint.float(), mask))
+    if steps == 0:
+        return anomaly_score(p, pair, tau)
+    q, pair, q_syn, joint, mask = (
+        t.detach().to(p.device, copy=True)
+        for t in (p.float(), pair.float(), p_syn.float(), joint.float(), mask)
+    )
     score = lambda t, w, b: anomaly_logit(linear_adapter(t, w, b, mix=1), pair, tau)
+
     def loss(s, w, b):
         z, z_syn = score(torch.cat([q, q_syn], 1), w, b).chunk(2, 1)
-        return synthesis_loss(z_syn, mask) + lam*SIMILARITY[similarity](z.sigmoid(), joint)
+        return synthesis_loss(z_syn, mask) + lam * SIMILARITY[similarity](z.sigmoid(), joint)
+
     B, N, C = q.shape
-    (w, b), *_ = descend([torch.eye(C, device=q.device).expand(B, C, C), q.new_zeros(B, C)], loss, steps, lr)
-    with torch.no_grad(): return score(q, w, b).sigmoid()
+    (w, b), *_ = descend(
+        [torch.eye(C, device=q.device).expand(B, C, C), q.new_zeros(B, C)], loss, steps, lr
+    )
+    with torch.no_grad():
+        return score(q, w, b).sigmoid()

@@ -8,81 +8,136 @@ __all__ = ['POLICIES', 'check_reference', 'pair_map', 'check_share', 'joint_map'
 # %% ../../nbs/methods/dual.ipynb #9aa8faf9
 import torch
 from torch import Tensor
+
 from ..core.files import seeded_rng
 from .windows import association
 
 # %% ../../nbs/methods/dual.ipynb #9f37e232
-def check_reference(p:Tensor, q:Tensor, join:str):
+def check_reference(p: Tensor, q: Tensor, join: str):
     "Refuse references that do not belong to the images, and a mean where nobody can tell the references apart."
-    if join not in ('union', 'mean'): raise ValueError(f"join={join!r}: choose 'union', one memory of all references, or 'mean', the mean of one map per reference")
+    if join not in ('union', 'mean'):
+        raise ValueError(
+            f"join={join!r}: choose 'union', one memory of all references, or 'mean', the mean of one map per reference"
+        )
     B, N, C = p.shape if p.ndim == 3 else ('B', 'N', 'C')
-    if p.ndim != 3 or q.ndim not in (2, 3, 4) or 0 in q.shape or q.shape[-1] != C or q.ndim > 2 and len(q) != B:
-        raise ValueError(f'p: {list(p.shape)}, q: {list(q.shape)} do not fit; patches [{B},{N},{C}] need q [R,{C}] for all images, or of each [{B},R,{C}] or [{B},K,{N},{C}] with at least one reference, same encoder and stage')
-    if join == 'mean' and q.ndim != 4: raise ValueError(f"join='mean': q {list(q.shape)} does not say which patches are whose; give q [{B},K,N,{C}], K references of every image")
+    if (
+        p.ndim != 3
+        or q.ndim not in (2, 3, 4)
+        or 0 in q.shape
+        or q.shape[-1] != C
+        or q.ndim > 2
+        and len(q) != B
+    ):
+        raise ValueError(
+            f'p: {list(p.shape)}, q: {list(q.shape)} do not fit; patches [{B},{N},{C}] need q [R,{C}] for all images, or of each [{B},R,{C}] or [{B},K,{N},{C}] with at least one reference, same encoder and stage'
+        )
+    if join == 'mean' and q.ndim != 4:
+        raise ValueError(
+            f"join='mean': q {list(q.shape)} does not say which patches are whose; give q [{B},K,N,{C}], K references of every image"
+        )
 
 # %% ../../nbs/methods/dual.ipynb #aef73ce8
-def pair_map(p:Tensor,               # [B,N,C] patch tokens of the images, of any length
-             q:Tensor,               # of their references: [R,C] the same for all, [B,R,C] or [B,K,N,C] each its own
-             join:str='union',       # K references: 'union' of their patches, or 'mean' of K maps
-             chunk:int=2**24         # products held at a time
-            )->Tensor:               # [B,N] from 0 (found again) to 2
+def pair_map(
+    p: Tensor,  # [B,N,C] patch tokens of the images, of any length
+    q: Tensor,  # of their references: [R,C] the same for all, [B,R,C] or [B,K,N,C] each its own
+    join: str = 'union',  # K references: 'union' of their patches, or 'mean' of K maps
+    chunk: int = 2**24,  # products held at a time
+) -> Tensor:  # [B,N] from 0 (found again) to 2
     "Measure how far patches are from the most similar one of their references, Dual-Image Eq. (5)."
     check_reference(p, q, join)
-    if join == 'mean': return torch.stack([pair_map(p, r, chunk=chunk) for r in q.unbind(1)]).mean(0)
-    if q.ndim == 2: return 2*association(p, q, chunk)
-    return torch.cat([2*association(a[None], r.flatten(0, -2), chunk) for a, r in zip(p, q)])
+    if join == 'mean':
+        return torch.stack([pair_map(p, r, chunk=chunk) for r in q.unbind(1)]).mean(0)
+    if q.ndim == 2:
+        return 2 * association(p, q, chunk)
+    return torch.cat([2 * association(a[None], r.flatten(0, -2), chunk) for a, r in zip(p, q)])
 
 # %% ../../nbs/methods/dual.ipynb #35624201
-def check_share(name:str, value:float, none:str, full:str):
+def check_share(name: str, value: float, none: str, full: str):
     "Refuse a share outside 0 to 1."
-    if not 0 <= value <= 1: raise ValueError(f'{name}={value!r}: give a share from 0 ({none} alone) to 1 ({full} alone)')
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f'{name}={value!r}: give a share from 0 ({none} alone) to 1 ({full} alone)'
+        )
 
 # %% ../../nbs/methods/dual.ipynb #8985b851
-def joint_map(text:Tensor,           # [B,N] from the sentences
-              vis:Tensor,            # [B,N] from the references, see `pair_map`
-              alpha:float=.5         # share of the sentences
-             )->Tensor:              # [B,N]
+def joint_map(
+    text: Tensor,  # [B,N] from the sentences
+    vis: Tensor,  # [B,N] from the references, see `pair_map`
+    alpha: float = 0.5,  # share of the sentences
+) -> Tensor:  # [B,N]
     "Join what the sentences and what the references say of every patch, Dual-Image Eq. (6), a reconstruction."
     check_share('alpha', alpha, 'the references', 'the sentences')
-    if text.shape != vis.shape: raise ValueError(f'text: {list(text.shape)} and vis: {list(vis.shape)} differ; give both maps of the same images on the same grid, [B,N]')
-    return alpha*text + (1 - alpha)*vis
+    if text.shape != vis.shape:
+        raise ValueError(
+            f'text: {list(text.shape)} and vis: {list(vis.shape)} differ; give both maps of the same images on the same grid, [B,N]'
+        )
+    return alpha * text + (1 - alpha) * vis
 
-def dual_score(score:Tensor,         # [B] of the class token
-               a:Tensor,             # [B,N] or [B,h,w] from `joint_map`
-               beta:float=.5         # share of the class token
-              )->Tensor:             # [B]
+
+def dual_score(
+    score: Tensor,  # [B] of the class token
+    a: Tensor,  # [B,N] or [B,h,w] from `joint_map`
+    beta: float = 0.5,  # share of the class token
+) -> Tensor:  # [B]
     "Join the class token's score with the worst place of the joint map, Dual-Image Eq. (13) without adapter, a reconstruction."
     check_share('beta', beta, 'the map', 'the class token')
-    if score.ndim != 1 or len(a) != len(score): raise ValueError(f'score: {list(score.shape)} does not fit a: {list(a.shape)}; give one score [B] per map [B,N]')
-    return beta*score + (1 - beta)*a.flatten(1).amax(1)
+    if score.ndim != 1 or len(a) != len(score):
+        raise ValueError(
+            f'score: {list(score.shape)} does not fit a: {list(a.shape)}; give one score [B] per map [B,N]'
+        )
+    return beta * score + (1 - beta) * a.flatten(1).amax(1)
 
 # %% ../../nbs/methods/dual.ipynb #812b2cce
 POLICIES = ('random', 'normal', 'anomalous', 'same')
 
-def check_draw(pool:list, count:int, policy:str, labels, category:str):
+
+def check_draw(pool: list, count: int, policy: str, labels, category: str):
     "Refuse draws that cannot be made for any image."
-    if policy not in POLICIES: raise ValueError(f'policy={policy!r}: choose from {POLICIES}')
-    if not isinstance(count, int) or count < 1: raise ValueError(f'count={count!r}: draw a whole number of references, 1 or more')
+    if policy not in POLICIES:
+        raise ValueError(f'policy={policy!r}: choose from {POLICIES}')
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f'count={count!r}: draw a whole number of references, 1 or more')
     twice = sorted({i for i in pool if pool.count(i) > 1}) if len(set(pool)) < len(pool) else []
-    if twice: raise ValueError(f'ids of {category!r}: {twice[0]!r} stands there more than once; give every image an id of its own')
-    if policy in ('normal', 'anomalous') and (labels is None or len(labels) != len(pool) or not {int(l) for l in labels} <= {0, 1}):
-        raise ValueError(f"policy={policy!r} needs labels, 0 or 1 for each of the {len(pool)} images of {category!r}; got {'none' if labels is None else f'{len(labels)} with values {sorted({int(l) for l in labels})}'}; 'random' needs none")
+    if twice:
+        raise ValueError(
+            f'ids of {category!r}: {twice[0]!r} stands there more than once; give every image an id of its own'
+        )
+    if policy in ('normal', 'anomalous') and (
+        labels is None or len(labels) != len(pool) or not {int(l) for l in labels} <= {0, 1}
+    ):
+        raise ValueError(
+            f"policy={policy!r} needs labels, 0 or 1 for each of the {len(pool)} images of {category!r}; got {'none' if labels is None else f'{len(labels)} with values {sorted({int(l) for l in labels})}'}; 'random' needs none"
+        )
 
 # %% ../../nbs/methods/dual.ipynb #8c51b044
-def draw_references(ids,                     # [M] ids of the images to score, all of one category
-                    seed:int=0,              # seed of the run
-                    count:int=1,             # references per image
-                    policy:str='random',     # one of POLICIES
-                    labels=None,             # [P] 0 or 1 of the pool, for 'normal' and 'anomalous'
-                    pool=None,               # [P] ids to draw from; None: `ids`
-                    category:str=''          # named in errors
-                   )->Tensor:                # [M,count] positions in the pool
+def draw_references(
+    ids,  # [M] ids of the images to score, all of one category
+    seed: int = 0,  # seed of the run
+    count: int = 1,  # references per image
+    policy: str = 'random',  # one of POLICIES
+    labels=None,  # [P] 0 or 1 of the pool, for 'normal' and 'anomalous'
+    pool=None,  # [P] ids to draw from; None: `ids`
+    category: str = '',  # named in errors
+) -> Tensor:  # [M,count] positions in the pool
     "Draw the references of every image by its own key, those of a smaller count first (Dual-Image, Sec. 3.2 and 5)."
     ids, pool = list(ids), list(ids if pool is None else pool)
     check_draw(pool, count, policy, labels, category)
-    order, want = sorted(range(len(pool)), key=pool.__getitem__), dict(normal=0, anomalous=1).get(policy)
+    order, want = (
+        sorted(range(len(pool)), key=pool.__getitem__),
+        dict(normal=0, anomalous=1).get(policy),
+    )
     fits = lambda i, j: (pool[j] == i) == (policy == 'same') and (want is None or labels[j] == want)
-    drawn = [[j for k in seeded_rng(seed, 'reference', i).permutation(len(pool)) if fits(i, j := order[k])] for i in ids]
+    drawn = [
+        [
+            j
+            for k in seeded_rng(seed, 'reference', i).permutation(len(pool))
+            if fits(i, j := order[k])
+        ]
+        for i in ids
+    ]
     for i, d in zip(ids, drawn):
-        if len(d) < count: raise ValueError(f'count={count}: {category!r} has {len(d)} images that policy {policy!r} may draw for {i!r}, of {len(pool)}; give more images or a pool of references, or ask for fewer')
+        if len(d) < count:
+            raise ValueError(
+                f'count={count}: {category!r} has {len(d)} images that policy {policy!r} may draw for {i!r}, of {len(pool)}; give more images or a pool of references, or ask for fewer'
+            )
     return torch.tensor([d[:count] for d in drawn], dtype=torch.long).view(len(ids), count)

@@ -8,36 +8,47 @@ __all__ = ['check_neighbourhood', 'aggregate', 'nearest_patch_distances', 'check
 
 # %% ../../nbs/methods/musc.ipynb #a7eb804e
 from itertools import zip_longest
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from ..core.files import seeded_rng
 
 # %% ../../nbs/methods/musc.ipynb #4a383ff7
 def check_neighbourhood(tokens, grid, r):
     "Refuse tokens that are not those of the grid, and neighbourhoods without a centre."
     h, w = grid
-    if tokens.ndim < 3 or tokens.shape[-2] != h*w: raise ValueError(f'tokens: {list(tokens.shape)} does not fit; a grid of {h} x {w} patches needs [M,{h*w},D], patch tokens without the class token')
+    if tokens.ndim < 3 or tokens.shape[-2] != h * w:
+        raise ValueError(
+            f'tokens: {list(tokens.shape)} does not fit; a grid of {h} x {w} patches needs [M,{h * w},D], patch tokens without the class token'
+        )
     if not isinstance(r, int) or r % 2 == 0 or not 1 <= r <= min(h, w):
-        raise ValueError(f'r={r!r}: on a grid of {h} x {w} patches the side of a neighbourhood is an odd number from 1 to {min(h, w)}; choose such an r')
+        raise ValueError(
+            f'r={r!r}: on a grid of {h} x {w} patches the side of a neighbourhood is an odd number from 1 to {min(h, w)}; choose such an r'
+        )
 
 # %% ../../nbs/methods/musc.ipynb #2392257f
-def aggregate(tokens:Tensor,     # [...,N,D] patch tokens of one layer, as they are in the stream
-              grid,              # (rows, columns) of patches
-              r:int=1            # side of the neighbourhood in patches, odd
-             )->Tensor:          # [...,N,D] unit length, float32 or better
+def aggregate(
+    tokens: Tensor,  # [...,N,D] patch tokens of one layer, as they are in the stream
+    grid,  # (rows, columns) of patches
+    r: int = 1,  # side of the neighbourhood in patches, odd
+) -> Tensor:  # [...,N,D] unit length, float32 or better
     "Norm an image's patches jointly and average each with its neighbours (MuSc, LNAMD)."
     check_neighbourhood(tokens, grid, r)
     z = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     z = F.layer_norm(z, z.shape[-2:]).reshape(-1, *grid, z.shape[-1]).permute(0, 3, 1, 2)
-    return F.normalize(F.avg_pool2d(z, r, 1, r//2).permute(0, 2, 3, 1).reshape(tokens.shape), dim=-1)
+    return F.normalize(
+        F.avg_pool2d(z, r, 1, r // 2).permute(0, 2, 3, 1).reshape(tokens.shape), dim=-1
+    )
 
 # %% ../../nbs/methods/musc.ipynb #112caf84
-def nearest_patch_distances(a:Tensor,     # [J,P,D] patches of J images, unit length
-            b:Tensor      # [N,D] patches of one image, unit length
-           )->tuple:      # [J,P] from each patch of a to b; [J,N] from each patch of b to each image of a
+def nearest_patch_distances(
+    a: Tensor,  # [J,P,D] patches of J images, unit length
+    b: Tensor,  # [N,D] patches of one image, unit length
+) -> tuple:  # [J,P] from each patch of a to b; [J,N] from each patch of b to each image of a
     "Measure how far patches are from the nearest patch of another image, both ways (MuSc, MSM)."
-    distance = lambda s: (2 - 2*s).clamp(min=0).sqrt()
+    distance = lambda s: (2 - 2 * s).clamp(min=0).sqrt()
     s = (a.flatten(0, 1) @ b.T).unflatten(0, a.shape[:2])
     there, back = s.amax(2), s.amax(1)
     close = there.amax(1) > 1 - 1e-4
@@ -45,7 +56,9 @@ def nearest_patch_distances(a:Tensor,     # [J,P,D] patches of J images, unit le
     if close.any():
         near, s = a[close], s[close]
         there[close] = (near - b[s.argmax(2)]).norm(dim=-1)
-        back[close] = (b - near.gather(1, s.argmax(1)[..., None].expand(-1, -1, a.shape[-1]))).norm(dim=-1)
+        back[close] = (b - near.gather(1, s.argmax(1)[..., None].expand(-1, -1, a.shape[-1]))).norm(
+            dim=-1
+        )
     return there, back
 
 # %% ../../nbs/methods/musc.ipynb #180fd058
@@ -53,108 +66,172 @@ def check_features(features, others=None):
     "Refuse sets that are too small to score and features that are not of unit length."
     shape = list(features.shape)
     if features.ndim != 3 or 0 in shape or (others is None and len(features) < 2):
-        raise ValueError(f'features: {shape}: need [M,N,D] with M at least 2, for images are scored by each other; give more images, or a reference set as others')
-    if others is not None and (others.ndim not in (3, 4) or 0 in others.shape or others.shape[-1] != shape[2] or (others.ndim == 4 and len(others) != shape[0])):
-        raise ValueError(f'others: {list(others.shape)} does not fit features {shape}; need [R,P,{shape[2]}], the same R images for all, or [{shape[0]},R,P,{shape[2]}], R images for each')
+        raise ValueError(
+            f'features: {shape}: need [M,N,D] with M at least 2, for images are scored by each other; give more images, or a reference set as others'
+        )
+    if others is not None and (
+        others.ndim not in (3, 4)
+        or 0 in others.shape
+        or others.shape[-1] != shape[2]
+        or (others.ndim == 4 and len(others) != shape[0])
+    ):
+        raise ValueError(
+            f'others: {list(others.shape)} does not fit features {shape}; need [R,P,{shape[2]}], the same R images for all, or [{shape[0]},R,P,{shape[2]}], R images for each'
+        )
     for name, t in (('features', features), ('others', others)):
-        if t is None: continue
+        if t is None:
+            continue
         bad = (~((t.norm(dim=-1) - 1).abs() < 1e-3)).flatten(1).any(1).nonzero()[:, 0].tolist()
-        if bad: raise ValueError(f'{name}: patches of image {bad[:5]} are not of unit length; make features with aggregate(tokens, grid, r) from finite tokens')
+        if bad:
+            raise ValueError(
+                f'{name}: patches of image {bad[:5]} are not of unit length; make features with aggregate(tokens, grid, r) from finite tokens'
+            )
 
 # %% ../../nbs/methods/musc.ipynb #791cbf63
 @torch.no_grad()
-def patch_distances(features:Tensor,      # [M,N,D] from `aggregate`
-                    others:Tensor=None,   # [R,P,D] or [M,R,P,D] reference images; None: the images of the set but itself
-                    chunk:int=None        # products held at a time; None: 2^20 on a CPU, 2^26 elsewhere
-                   )->Tensor:             # [M,M-1,N] or [M,R,N]
+def patch_distances(
+    features: Tensor,  # [M,N,D] from `aggregate`
+    others: Tensor = None,  # [R,P,D] or [M,R,P,D] reference images; None: the images of the set but itself
+    chunk: int = None,  # products held at a time; None: 2^20 on a CPU, 2^26 elsewhere
+) -> Tensor:  # [M,M-1,N] or [M,R,N]
     "Measure how far every patch is from the nearest patch of every other image (MuSc, MSM)."
     check_features(features, others)
     (M, N, _), o = features.shape, features if others is None else others
-    step = max(1, (chunk or (2**20 if features.device.type == 'cpu' else 2**26))//(N*o.shape[-2]))
+    step = max(
+        1, (chunk or (2**20 if features.device.type == 'cpu' else 2**26)) // (N * o.shape[-2])
+    )
     if others is None:
         d = features.new_empty(M, M - 1, N)
         for i in range(M - 1):
-            for j in range(i + 1, M, step): d[j:j + step, i], d[i, j - 1:j - 1 + step] = nearest_patch_distances(features[j:j + step], features[i])
+            for j in range(i + 1, M, step):
+                d[j : j + step, i], d[i, j - 1 : j - 1 + step] = nearest_patch_distances(
+                    features[j : j + step], features[i]
+                )
         return d
     d = features.new_empty(M, o.shape[-3], N)
     for i, mine in enumerate(o if o.ndim == 4 else o.expand(M, *o.shape)):
-        for j in range(0, len(mine), step): d[i, j:j + step] = nearest_patch_distances(mine[j:j + step], features[i])[1]
+        for j in range(0, len(mine), step):
+            d[i, j : j + step] = nearest_patch_distances(mine[j : j + step], features[i])[1]
     return d
 
 # %% ../../nbs/methods/musc.ipynb #9ae19448
-def interval_average(d:Tensor,            # [M,R,N] from `patch_distances`
-                share:float=0.3      # part of the R images that counts
-               )->Tensor:            # [M,N]
+def interval_average(
+    d: Tensor,  # [M,R,N] from `patch_distances`
+    share: float = 0.3,  # part of the R images that counts
+) -> Tensor:  # [M,N]
     "Average the lowest distances of every patch, one at least (MuSc, interval average of MSM)."
-    if not 0 < share <= 1: raise ValueError(f'share={share!r}: the part of the other images that counts, above 0 and up to 1 (0.3 in MuSc)')
-    lowest = d.topk(max(1, int(share*d.shape[1])), 1, largest=False, sorted=False).values.mean(1)
-    return torch.where(d.isnan().any(1), torch.nan, lowest)        # topk sorts NaN behind all numbers
+    if not 0 < share <= 1:
+        raise ValueError(
+            f'share={share!r}: the part of the other images that counts, above 0 and up to 1 (0.3 in MuSc)'
+        )
+    lowest = d.topk(max(1, int(share * d.shape[1])), 1, largest=False, sorted=False).values.mean(1)
+    return torch.where(d.isnan().any(1), torch.nan, lowest)  # topk sorts NaN behind all numbers
 
-def mutual_scores(features:Tensor,       # [M,N,D] from `aggregate`
-                  others:Tensor=None,    # [R,P,D] or [M,R,P,D] reference images; None: the set itself
-                  share:float=0.3,       # part of the other images that counts
-                  chunk:int=None         # products held at a time
-                 )->Tensor:              # [M,N] higher = more anomalous, 0 to 2
+
+def mutual_scores(
+    features: Tensor,  # [M,N,D] from `aggregate`
+    others: Tensor = None,  # [R,P,D] or [M,R,P,D] reference images; None: the set itself
+    share: float = 0.3,  # part of the other images that counts
+    chunk: int = None,  # products held at a time
+) -> Tensor:  # [M,N] higher = more anomalous, 0 to 2
     "Score patches by the other images at one layer and one neighbourhood (MuSc, MSM)."
     return interval_average(patch_distances(features, others, chunk), share)
 
 # %% ../../nbs/methods/musc.ipynb #af08732d
-def musc_map(layers,                  # [L,M,N,D], or anything that yields [M,N,D] layer by layer
-             grid,                    # (rows, columns) of patches
-             scales=(1, 3, 5),        # sides of the neighbourhoods in patches
-             share:float=0.3,         # part of the other images that counts
-             others=None,             # the same of reference images: [L,R,N,D] or [L,M,R,N,D]; None: the set itself
-             chunk:int=None           # products held at a time
-            )->Tensor:                # [M,N]
+def musc_map(
+    layers,  # [L,M,N,D], or anything that yields [M,N,D] layer by layer
+    grid,  # (rows, columns) of patches
+    scales=(1, 3, 5),  # sides of the neighbourhoods in patches
+    share: float = 0.3,  # part of the other images that counts
+    others=None,  # the same of reference images: [L,R,N,D] or [L,M,R,N,D]; None: the set itself
+    chunk: int = None,  # products held at a time
+) -> Tensor:  # [M,N]
     "Average mutual scores over layers and neighbourhoods (MuSc)."
     maps = []
     for z, o in zip_longest(layers, () if others is None else others):
-        if z is None or (o is None) != (others is None): raise ValueError(f"others: {'more' if z is None else 'fewer'} layers than the images have; encode both with the same layers")
-        maps += [mutual_scores(aggregate(z, grid, r), None if o is None else aggregate(o, grid, r), share, chunk) for r in scales]
-    if not maps: raise ValueError(f'{len(scales)} scales and no map: give at least one layer and one scale, for example scales=(1, 3, 5)')
+        if z is None or (o is None) != (others is None):
+            raise ValueError(
+                f"others: {'more' if z is None else 'fewer'} layers than the images have; encode both with the same layers"
+            )
+        maps += [
+            mutual_scores(
+                aggregate(z, grid, r), None if o is None else aggregate(o, grid, r), share, chunk
+            )
+            for r in scales
+        ]
+    if not maps:
+        raise ValueError(
+            f'{len(scales)} scales and no map: give at least one layer and one scale, for example scales=(1, 3, 5)'
+        )
     return torch.stack(maps).mean(0)
 
 # %% ../../nbs/methods/musc.ipynb #b1f03733
-def image_score(a:Tensor,     # [M,N] from `musc_map`
-                grid,         # (rows, columns) of patches
-                size:int      # input size of the encoder in pixels
-               )->Tensor:     # [M]
+def image_score(
+    a: Tensor,  # [M,N] from `musc_map`
+    grid,  # (rows, columns) of patches
+    size: int,  # input size of the encoder in pixels
+) -> Tensor:  # [M]
     "Take the highest value of each enlarged map (MuSc, image score before RsCIN)."
-    large = (F.interpolate(p.reshape(-1, 1, *grid), size=(size, size), mode='bilinear', align_corners=True) for p in a.split(32))
+    large = (
+        F.interpolate(
+            p.reshape(-1, 1, *grid), size=(size, size), mode='bilinear', align_corners=True
+        )
+        for p in a.split(32)
+    )
     return torch.cat([p.flatten(1).amax(1) for p in large])
 
 # %% ../../nbs/methods/musc.ipynb #ccc65b81
-def rscin(scores:Tensor,               # [M] image scores
-          cls:Tensor,                  # [M,C] class tokens, unit length
-          neighbours=(1, 2, 3),        # sizes k of the neighbourhoods, the image itself included
-          most:float=0.5               # largest part of the set that is listened to
-         )->Tensor:                    # [M] scaled to [0,1] by the scores of this set
+def rscin(
+    scores: Tensor,  # [M] image scores
+    cls: Tensor,  # [M,C] class tokens, unit length
+    neighbours=(1, 2, 3),  # sizes k of the neighbourhoods, the image itself included
+    most: float = 0.5,  # largest part of the set that is listened to
+) -> Tensor:  # [M] scaled to [0,1] by the scores of this set
     "Average the scaled scores of images that resemble each other (MuSc, RsCIN)."
     M = len(scores)
-    if scores.shape != (M,) or cls.ndim != 2 or len(cls) != M or not M: raise ValueError(f'scores {list(scores.shape)} and cls {list(cls.shape)} do not fit; need [M] and [M,C] with M at least 1')
-    if not torch.isfinite(scores).all(): raise ValueError(f'scores: {(~torch.isfinite(scores)).sum()} of {M} are not finite; leave these images out')
-    if not neighbours or any(not isinstance(k, int) or k < 1 for k in neighbours) or not 0 < most <= 1:
-        raise ValueError(f'neighbours={neighbours!r}, most={most!r}: need whole numbers from 1 (the image itself), and a part above 0 and up to 1')
-    c = scores - scores.min(); c = c/c.max() if c.max() > 0 else c
+    if scores.shape != (M,) or cls.ndim != 2 or len(cls) != M or not M:
+        raise ValueError(
+            f'scores {list(scores.shape)} and cls {list(cls.shape)} do not fit; need [M] and [M,C] with M at least 1'
+        )
+    if not torch.isfinite(scores).all():
+        raise ValueError(
+            f'scores: {(~torch.isfinite(scores)).sum()} of {M} are not finite; leave these images out'
+        )
+    if (
+        not neighbours
+        or any(not isinstance(k, int) or k < 1 for k in neighbours)
+        or not 0 < most <= 1
+    ):
+        raise ValueError(
+            f'neighbours={neighbours!r}, most={most!r}: need whole numbers from 1 (the image itself), and a part above 0 and up to 1'
+        )
+    c = scores - scores.min()
+    c = c / c.max() if c.max() > 0 else c
     w = cls @ cls.T
-    ks = [min(k, max(1, int(most*M))) for k in neighbours]
-    near = w.clone().fill_diagonal_(9).topk(max(ks)).indices             # itself first, whatever copies the set has
+    ks = [min(k, max(1, int(most * M))) for k in neighbours]
+    near = (
+        w.clone().fill_diagonal_(9).topk(max(ks)).indices
+    )  # itself first, whatever copies the set has
     w = w.gather(1, near).clamp(min=0)
-    told = (w*c[near]).cumsum(1)/w.cumsum(1)                             # [M,k] for every k at once
+    told = (w * c[near]).cumsum(1) / w.cumsum(1)  # [M,k] for every k at once
     return told[:, [k - 1 for k in ks]].mean(1)
 
 # %% ../../nbs/methods/musc.ipynb #36426da2
-def split_subsets(ids,                 # ids or paths of the set; or how many images there are
-                  parts:int,           # number of subsets
-                  seed:int=0,          # seed of the run
-                  category:str='',     # key of the draw beside the seed
-                  kinds=None           # kind of defect of each image: dealt out evenly as in the public code, which uses labels
-                 )->list:              # per subset the positions of its images
+def split_subsets(
+    ids,  # ids or paths of the set; or how many images there are
+    parts: int,  # number of subsets
+    seed: int = 0,  # seed of the run
+    category: str = '',  # key of the draw beside the seed
+    kinds=None,  # kind of defect of each image: dealt out evenly as in the public code, which uses labels
+) -> list:  # per subset the positions of its images
     "Deal a set out into subsets of equal size, give or take one (MuSc, subsets)."
     ids = list(range(ids)) if isinstance(ids, int) else list(ids)
-    if not isinstance(parts, int) or not 1 <= parts <= len(ids)//2:
-        raise ValueError(f'parts={parts!r}: {len(ids)} images make 1 to {len(ids)//2} subsets of at least two; give more images, or fewer parts')
+    if not isinstance(parts, int) or not 1 <= parts <= len(ids) // 2:
+        raise ValueError(
+            f'parts={parts!r}: {len(ids)} images make 1 to {len(ids) // 2} subsets of at least two; give more images, or fewer parts'
+        )
     order = sorted(range(len(ids)), key=ids.__getitem__)
     order = [order[k] for k in seeded_rng(seed, 'subsets', category).permutation(len(ids))]
-    if kinds is not None: order.sort(key=lambda i: str(kinds[i]))
+    if kinds is not None:
+        order.sort(key=lambda i: str(kinds[i]))
     return [sorted(order[p::parts]) for p in range(parts)]

@@ -11,215 +11,418 @@ __all__ = ['RULES', 'ORDERS', 'KINDS', 'TEXTURES', 'TEMPLATES', 'BASE', 'WINCLIP
 # %% ../../nbs/methods/prompts.ipynb #529ede49
 from dataclasses import dataclass, replace
 from itertools import product
+
 import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/methods/prompts.ipynb #d38ec866
-RULES = ('raw', 'unit')            # how the embeddings of many sentences become one vector, see "Averaging" below
-ORDERS = ('templates', 'states')   # which of the two changes slowest in the list of sentences
+RULES = (
+    'raw',
+    'unit',
+)  # how the embeddings of many sentences become one vector, see "Averaging" below
+ORDERS = ('templates', 'states')  # which of the two changes slowest in the list of sentences
+
 
 @dataclass(frozen=True)
 class PromptSet:
     "Lists whose product describes one category in its normal and its anomalous state (AnoCLIP, section 3.3)"
-    name: str                        # the name under which results are recorded
-    normal: tuple                    # normal states; each holds one `{}` for the category
-    abnormal: tuple                  # anomalous states, likewise
-    templates: tuple                 # sentences with one `{}` for the state and at most one `{domain}`
-    domains: tuple = ('photo',)      # phrases for `{domain}`
-    texture_domains: tuple = ()      # phrases for `{domain}` when the category is a texture; empty: as `domains`
-    average: str = 'raw'             # one of RULES
-    order: str = 'templates'         # one of ORDERS
-    underscore: str = ' '            # what a `_` in the category becomes; '_' keeps it
-    renames: tuple = ()              # pairs (category, the word used instead)
-    task: tuple = ()                 # pairs (category, anomalous states that it alone has): WinCLIP's task-specific states
-    source: str = ''                 # where the lists come from
 
-    def __post_init__(self): check_prompts(self)
+    name: str  # the name under which results are recorded
+    normal: tuple  # normal states; each holds one `{}` for the category
+    abnormal: tuple  # anomalous states, likewise
+    templates: tuple  # sentences with one `{}` for the state and at most one `{domain}`
+    domains: tuple = ('photo',)  # phrases for `{domain}`
+    texture_domains: tuple = ()  # phrases for `{domain}` when the category is a texture; empty: as `domains`
+    average: str = 'raw'  # one of RULES
+    order: str = 'templates'  # one of ORDERS
+    underscore: str = ' '  # what a `_` in the category becomes; '_' keeps it
+    renames: tuple = ()  # pairs (category, the word used instead)
+    task: tuple = ()  # pairs (category, anomalous states that it alone has): WinCLIP's task-specific states
+    source: str = ''  # where the lists come from
+
+    def __post_init__(self):
+        check_prompts(self)
 
 # %% ../../nbs/methods/prompts.ipynb #b35833be
 def check_prompts(
-    p, # PromptSet
+    p,  # PromptSet
 ):
     "Make the lists of a PromptSet tuples and refuse what cannot give sentences"
-    for field in ('normal', 'abnormal', 'templates', 'domains', 'texture_domains', 'renames', 'task'):
-        if isinstance(getattr(p, field), str): raise ValueError(f'{p.name}: {field} is one string; write a tuple, as in (\'photo\',)')
+    for field in (
+        'normal',
+        'abnormal',
+        'templates',
+        'domains',
+        'texture_domains',
+        'renames',
+        'task',
+    ):
+        if isinstance(getattr(p, field), str):
+            raise ValueError(f'{p.name}: {field} is one string; write a tuple, as in (\'photo\',)')
         object.__setattr__(p, field, tuple(getattr(p, field)))
-    for field, own in (*((f, getattr(p, f)) for f in ('normal', 'abnormal', 'templates')), *((f'task of {c!r}', own) for c, own in p.task)):
-        if isinstance(own, str): raise ValueError(f'{p.name}: {field} is one string; write a tuple, as in (\'{{}} with bad soldering\',)')
+    for field, own in (
+        *((f, getattr(p, f)) for f in ('normal', 'abnormal', 'templates')),
+        *((f'task of {c!r}', own) for c, own in p.task),
+    ):
+        if isinstance(own, str):
+            raise ValueError(
+                f'{p.name}: {field} is one string; write a tuple, as in (\'{{}} with bad soldering\',)'
+            )
         bad = [s for s in own if s.count('{}') != 1]
         if bad or not own:
-            raise ValueError(f"{p.name}: {field} holds {bad[:3] or 'nothing'}; every entry needs exactly one '{{}}', as in 'flawless {{}}'")
+            raise ValueError(
+                f"{p.name}: {field} holds {bad[:3] or 'nothing'}; every entry needs exactly one '{{}}', as in 'flawless {{}}'"
+            )
     if not p.domains or not all(p.domains + p.texture_domains):
-        raise ValueError(f"{p.name}: domains={p.domains}, texture_domains={p.texture_domains}; give at least one phrase and no empty one, as in ('photo',)")
+        raise ValueError(
+            f"{p.name}: domains={p.domains}, texture_domains={p.texture_domains}; give at least one phrase and no empty one, as in ('photo',)"
+        )
     for field, valid in (('average', RULES), ('order', ORDERS)):
-        if getattr(p, field) not in valid: raise ValueError(f'{p.name}: {field}={getattr(p, field)!r}; valid: {", ".join(valid)}')
+        if getattr(p, field) not in valid:
+            raise ValueError(f'{p.name}: {field}={getattr(p, field)!r}; valid: {", ".join(valid)}')
 
 # %% ../../nbs/methods/prompts.ipynb #6a8eb238
 def category_words(
-    prompts:PromptSet, # the set whose spelling is used
-    category:str, # category, usually its folder name
-)->str: # the words that enter the sentences
+    prompts: PromptSet,  # the set whose spelling is used
+    category: str,  # category, usually its folder name
+) -> str:  # the words that enter the sentences
     "Spell a category the way a prompt set does"
     if not isinstance(category, str) or not category.strip():
-        raise ValueError(f"category={category!r}; give the category's name, for example 'bottle' or 'metal_nut'")
+        raise ValueError(
+            f"category={category!r}; give the category's name, for example 'bottle' or 'metal_nut'"
+        )
     return dict(prompts.renames).get(category, category).replace('_', prompts.underscore)
 
 # %% ../../nbs/methods/prompts.ipynb #bf847c4f
 KINDS = ('object', 'texture')
-TEXTURES = ('carpet', 'grid', 'leather', 'tile', 'wood')   # of MVTec-AD
+TEXTURES = ('carpet', 'grid', 'leather', 'tile', 'wood')  # of MVTec-AD
+
 
 def category_kind(
-    category:str, # category, usually its folder name
-    kind:str=None, # 'object', 'texture' or None: looked up; a category that is not listed is an object
-)->str: # 'object' or 'texture'
+    category: str,  # category, usually its folder name
+    kind: str = None,  # 'object', 'texture' or None: looked up; a category that is not listed is an object
+) -> str:  # 'object' or 'texture'
     "Say whether a category is an object or a texture (MVTec-AD's two groups)"
-    if kind is None: return 'texture' if category in TEXTURES else 'object'
-    if kind not in KINDS: raise ValueError(f'kind={kind!r}; valid: {", ".join(KINDS)}, or None to look it up by category')
+    if kind is None:
+        return 'texture' if category in TEXTURES else 'object'
+    if kind not in KINDS:
+        raise ValueError(
+            f'kind={kind!r}; valid: {", ".join(KINDS)}, or None to look it up by category'
+        )
     return kind
 
 # %% ../../nbs/methods/prompts.ipynb #55a19c8c
 def with_domain(
-    template:str, # a template, `{domain}` in it or not
-    domain:str, # the phrase that replaces `{domain}`
-)->str: # the template, still with its `{}`
+    template: str,  # a template, `{domain}` in it or not
+    domain: str,  # the phrase that replaces `{domain}`
+) -> str:  # the template, still with its `{}`
     "Put a domain phrase into a template, with the article that fits it (AnoCLIP, section 3.3)"
-    if domain[:1] in 'aeiou': template = template.replace('a {domain}', 'an {domain}')
+    if domain[:1] in 'aeiou':
+        template = template.replace('a {domain}', 'an {domain}')
     return template.replace('{domain}', domain)
 
+# %% ../../nbs/methods/prompts.ipynb #994e4173
 def compose(
-    prompts:PromptSet, # the lists
-    category:str, # category, usually its folder name
-    kind:str=None, # 'object', 'texture' or None: looked up by category
-)->tuple: # (normal sentences, anomalous sentences), two lists
+    prompts: PromptSet,  # the lists
+    category: str,  # category, usually its folder name
+    kind: str = None,  # 'object', 'texture' or None: looked up by category
+) -> tuple:  # (normal sentences, anomalous sentences), two lists
     "Write out all sentences of a prompt set: domains x templates x states"
     textured = category_kind(category, kind) == 'texture' and prompts.texture_domains
-    templates = [with_domain(t, d) for d, t in product(prompts.texture_domains if textured else prompts.domains, prompts.templates)]
+    templates = [
+        with_domain(t, d)
+        for d, t in product(
+            prompts.texture_domains if textured else prompts.domains, prompts.templates
+        )
+    ]
+
     def fill(states):
         states = [s.replace('{}', category_words(prompts, category)) for s in states]
-        pairs = product(templates, states) if prompts.order == 'templates' else ((t, s) for s, t in product(states, templates))
+        pairs = (
+            product(templates, states)
+            if prompts.order == 'templates'
+            else ((t, s) for s, t in product(states, templates))
+        )
         return [t.replace('{}', s) for t, s in pairs]
+
     return fill(prompts.normal), fill((*prompts.abnormal, *dict(prompts.task).get(category, ())))
 
 # %% ../../nbs/methods/prompts.ipynb #cd0561bc
 TEMPLATES = (
-    'a cropped {domain} of the {}',             'a cropped {domain} of a {}',
-    'a close-up {domain} of a {}',              'a close-up {domain} of the {}',
-    'a bright {domain} of a {}',                'a bright {domain} of the {}',
-    'a dark {domain} of the {}',                'a dark {domain} of a {}',
-    'a jpeg corrupted {domain} of a {}',        'a jpeg corrupted {domain} of the {}',
-    'a blurry {domain} of the {}',              'a blurry {domain} of a {}',
-    'a {domain} of a {}',                       'a {domain} of the {}',
-    'a {domain} of a small {}',                 'a {domain} of the small {}',
-    'a {domain} of a large {}',                 'a {domain} of the large {}',
-    'a {domain} of the {} for visual inspection', 'a {domain} of a {} for visual inspection',
-    'a {domain} of the {} for anomaly detection', 'a {domain} of a {} for anomaly detection')
-BASE = PromptSet('base', ('normal {}',), ('abnormal {}',), TEMPLATES, source='AnoCLIP Table 4, row Base; templates as in AnoVL')
+    'a cropped {domain} of the {}',
+    'a cropped {domain} of a {}',
+    'a close-up {domain} of a {}',
+    'a close-up {domain} of the {}',
+    'a bright {domain} of a {}',
+    'a bright {domain} of the {}',
+    'a dark {domain} of the {}',
+    'a dark {domain} of a {}',
+    'a jpeg corrupted {domain} of a {}',
+    'a jpeg corrupted {domain} of the {}',
+    'a blurry {domain} of the {}',
+    'a blurry {domain} of a {}',
+    'a {domain} of a {}',
+    'a {domain} of the {}',
+    'a {domain} of a small {}',
+    'a {domain} of the small {}',
+    'a {domain} of a large {}',
+    'a {domain} of the large {}',
+    'a {domain} of the {} for visual inspection',
+    'a {domain} of a {} for visual inspection',
+    'a {domain} of the {} for anomaly detection',
+    'a {domain} of a {} for anomaly detection',
+)
+
+# %% ../../nbs/methods/prompts.ipynb #cea7363e
+BASE = PromptSet(
+    'base',
+    ('normal {}',),
+    ('abnormal {}',),
+    TEMPLATES,
+    source='AnoCLIP Table 4, row Base; templates as in AnoVL',
+)
 
 # %% ../../nbs/methods/prompts.ipynb #ace71ec5
-WINCLIP_TEMPLATES = tuple(t + '.' for t in TEMPLATES)   # WinCLIP's spelling: with a full stop
-CLIP = PromptSet('clip', ('a normal {}',), ('an anomalous {}',), ('a {domain} of {}',), source='AnomalyCLIP and KAnoCLIP, row CLIP')
-CLIP_AC = PromptSet('clip-ac', ('normal {}',), ('anomalous {}',), WINCLIP_TEMPLATES, source='WinCLIP, row CLIP-AC; AnoCLIP Table 2, row CLIP')
+WINCLIP_TEMPLATES = tuple(t + '.' for t in TEMPLATES)  # WinCLIP's spelling: with a full stop
+CLIP = PromptSet(
+    'clip',
+    ('a normal {}',),
+    ('an anomalous {}',),
+    ('a {domain} of {}',),
+    source='AnomalyCLIP and KAnoCLIP, row CLIP',
+)
+CLIP_AC = PromptSet(
+    'clip-ac',
+    ('normal {}',),
+    ('anomalous {}',),
+    WINCLIP_TEMPLATES,
+    source='WinCLIP, row CLIP-AC; AnoCLIP Table 2, row CLIP',
+)
 
 # %% ../../nbs/methods/prompts.ipynb #f98b59f9
-WITHOUT = ('flawless {}', 'perfect {}', 'unblemished {}', '{} without flaw', '{} without defect', '{} without damage')
+WITHOUT = (
+    'flawless {}',
+    'perfect {}',
+    'unblemished {}',
+    '{} without flaw',
+    '{} without defect',
+    '{} without damage',
+)
 WITH = ('{} with flaw', '{} with defect', '{} with damage')
-CS = replace(BASE, name='cs', normal=('normal {}', *WITHOUT), abnormal=('damaged {}', 'abnormal {}', 'imperfect {}', 'blemished {}', *WITH),
-             source='AnoCLIP Table 4, row +CS; states as in AnoVL')
+CS = replace(
+    BASE,
+    name='cs',
+    normal=('normal {}', *WITHOUT),
+    abnormal=('damaged {}', 'abnormal {}', 'imperfect {}', 'blemished {}', *WITH),
+    source='AnoCLIP Table 4, row +CS; states as in AnoVL',
+)
 
 # %% ../../nbs/methods/prompts.ipynb #2694cb89
-ANOCLIP = replace(CS, name='anoclip', domains=('industrial photo', 'industrial image', 'manufacturing image', 'textural photo'),
-                  source='AnoCLIP Table 4, row +DA; the four domain phrases are a reconstruction')
-ANOCLIP_CODE = replace(ANOCLIP, name='anoclip@code', domains=ANOCLIP.domains[:3], texture_domains=('industrial photo', 'textural photo', 'surface picture'),
-                       underscore='_', renames=(('macaroni1', 'macaroni'), ('macaroni2', 'macaroni')), source='AnoVL@3a70bfd, prompt_ensemble.py')
+ANOCLIP = replace(
+    CS,
+    name='anoclip',
+    domains=('industrial photo', 'industrial image', 'manufacturing image', 'textural photo'),
+    source='AnoCLIP Table 4, row +DA; the four domain phrases are a reconstruction',
+)
+ANOCLIP_CODE = replace(
+    ANOCLIP,
+    name='anoclip@code',
+    domains=ANOCLIP.domains[:3],
+    texture_domains=('industrial photo', 'textural photo', 'surface picture'),
+    underscore='_',
+    renames=(('macaroni1', 'macaroni'), ('macaroni2', 'macaroni')),
+    source='AnoVL@3a70bfd, prompt_ensemble.py',
+)
 
 # %% ../../nbs/methods/prompts.ipynb #1bc0e2d6
-WINCLIP = PromptSet('winclip', ('{}', *WITHOUT), ('damaged {}', *WITH), WINCLIP_TEMPLATES, source='WinCLIP, list of multi-level prompts (CPE)')
-FAULTY = tuple(t.replace('jpeg corrupted {domain} of a ', 'jpeg corrupted {domain} of the ') for t in WINCLIP_TEMPLATES if t != 'a cropped {domain} of a {}.')
-WINCLIP_CODE = replace(WINCLIP, name='winclip@code', templates=FAULTY, order='states', underscore='_',
-                       source='Accurate-WinCLIP@eef4f8c, reproduce_WinCLIP.py; anomalib 2.7.0, winclip/prompting.py')
-BOARDS = ('pcb1', 'pcb2', 'pcb3', 'pcb4', 'sensor_board', 'relay_board', 'memory_board', 'radio_board')
-WINCLIP_TASK = replace(WINCLIP, name='winclip/task', task=tuple((c, ('{} with bad soldering',)) for c in BOARDS),
-                       source='WinCLIP, CPE with task-specific states: its example, bad soldering, for the boards of VisA and of procad-b')
+WINCLIP = PromptSet(
+    'winclip',
+    ('{}', *WITHOUT),
+    ('damaged {}', *WITH),
+    WINCLIP_TEMPLATES,
+    source='WinCLIP, list of multi-level prompts (CPE)',
+)
+FAULTY = tuple(
+    t.replace('jpeg corrupted {domain} of a ', 'jpeg corrupted {domain} of the ')
+    for t in WINCLIP_TEMPLATES
+    if t != 'a cropped {domain} of a {}.'
+)
+WINCLIP_CODE = replace(
+    WINCLIP,
+    name='winclip@code',
+    templates=FAULTY,
+    order='states',
+    underscore='_',
+    source='Accurate-WinCLIP@eef4f8c, reproduce_WinCLIP.py; anomalib 2.7.0, winclip/prompting.py',
+)
+
+# %% ../../nbs/methods/prompts.ipynb #419fa0e6
+BOARDS = (
+    'pcb1',
+    'pcb2',
+    'pcb3',
+    'pcb4',
+    'sensor_board',
+    'relay_board',
+    'memory_board',
+    'radio_board',
+)
+WINCLIP_TASK = replace(
+    WINCLIP,
+    name='winclip/task',
+    task=tuple((c, ('{} with bad soldering',)) for c in BOARDS),
+    source='WinCLIP, CPE with task-specific states: its example, bad soldering, for the boards of VisA and of procad-b',
+)
 
 # %% ../../nbs/methods/prompts.ipynb #81bb7120
 APRIL_TEMPLATES = (
-    'a bad photo of a {}.', 'a low resolution photo of the {}.', 'a bad photo of the {}.', 'a cropped photo of the {}.',
-    'a bright photo of a {}.', 'a dark photo of the {}.', 'a photo of my {}.', 'a photo of the cool {}.',
-    'a close-up photo of a {}.', 'a black and white photo of the {}.', 'a bright photo of the {}.', 'a cropped photo of a {}.',
-    'a jpeg corrupted photo of a {}.', 'a blurry photo of the {}.', 'a photo of the {}.', 'a good photo of the {}.',
-    'a photo of one {}.', 'a close-up photo of the {}.', 'a photo of a {}.', 'a low resolution photo of a {}.',
-    'a photo of a large {}.', 'a blurry photo of a {}.', 'a jpeg corrupted photo of the {}.', 'a good photo of a {}.',
-    'a photo of the small {}.', 'a photo of the large {}.', 'a black and white photo of a {}.', 'a dark photo of a {}.',
-    'a photo of a cool {}.', 'a photo of a small {}.', 'there is a {} in the scene.', 'there is the {} in the scene.',
-    'this is a {} in the scene.', 'this is the {} in the scene.', 'this is one {} in the scene.')
-APRIL_GAN = PromptSet('april-gan', ('{}', *WITHOUT), ('damaged {}', 'broken {}', *WITH), APRIL_TEMPLATES,
-                      average='unit', order='states', underscore='_', source='VAND-APRIL-GAN@f13b8a6, prompt_ensemble.py')
+    'a bad photo of a {}.',
+    'a low resolution photo of the {}.',
+    'a bad photo of the {}.',
+    'a cropped photo of the {}.',
+    'a bright photo of a {}.',
+    'a dark photo of the {}.',
+    'a photo of my {}.',
+    'a photo of the cool {}.',
+    'a close-up photo of a {}.',
+    'a black and white photo of the {}.',
+    'a bright photo of the {}.',
+    'a cropped photo of a {}.',
+    'a jpeg corrupted photo of a {}.',
+    'a blurry photo of the {}.',
+    'a photo of the {}.',
+    'a good photo of the {}.',
+    'a photo of one {}.',
+    'a close-up photo of the {}.',
+    'a photo of a {}.',
+    'a low resolution photo of a {}.',
+    'a photo of a large {}.',
+    'a blurry photo of a {}.',
+    'a jpeg corrupted photo of the {}.',
+    'a good photo of a {}.',
+    'a photo of the small {}.',
+    'a photo of the large {}.',
+    'a black and white photo of a {}.',
+    'a dark photo of a {}.',
+    'a photo of a cool {}.',
+    'a photo of a small {}.',
+    'there is a {} in the scene.',
+    'there is the {} in the scene.',
+    'this is a {} in the scene.',
+    'this is the {} in the scene.',
+    'this is one {} in the scene.',
+)
+
+# %% ../../nbs/methods/prompts.ipynb #6e4214f3
+APRIL_GAN = PromptSet(
+    'april-gan',
+    ('{}', *WITHOUT),
+    ('damaged {}', 'broken {}', *WITH),
+    APRIL_TEMPLATES,
+    average='unit',
+    order='states',
+    underscore='_',
+    source='VAND-APRIL-GAN@f13b8a6, prompt_ensemble.py',
+)
 
 # %% ../../nbs/methods/prompts.ipynb #82e14cad
-PROMPTS = {p.name: p for p in (CLIP, CLIP_AC, BASE, CS, ANOCLIP, ANOCLIP_CODE, WINCLIP, WINCLIP_CODE, WINCLIP_TASK, APRIL_GAN)}
+PROMPTS = {
+    p.name: p
+    for p in (
+        CLIP,
+        CLIP_AC,
+        BASE,
+        CS,
+        ANOCLIP,
+        ANOCLIP_CODE,
+        WINCLIP,
+        WINCLIP_CODE,
+        WINCLIP_TASK,
+        APRIL_GAN,
+    )
+}
 
+# %% ../../nbs/methods/prompts.ipynb #bfe60e28
 def prompt_set(
-    prompts, # a name of PROMPTS or a PromptSet
-)->PromptSet:
+    prompts,  # a name of PROMPTS or a PromptSet
+) -> PromptSet:
     "Look a prompt set up by its name"
-    if isinstance(prompts, PromptSet): return prompts
-    if isinstance(prompts, str) and prompts in PROMPTS: return PROMPTS[prompts]
-    raise ValueError(f'unknown prompts {prompts!r}; valid names: {", ".join(PROMPTS)}; '
-                     'or give a PromptSet, or a pair (normal sentences, anomalous sentences)')
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if isinstance(prompts, str) and prompts in PROMPTS:
+        return PROMPTS[prompts]
+    raise ValueError(
+        f'unknown prompts {prompts!r}; valid names: {", ".join(PROMPTS)}; '
+        'or give a PromptSet, or a pair (normal sentences, anomalous sentences)'
+    )
 
 # %% ../../nbs/methods/prompts.ipynb #738378eb
 def sentences(
-    prompts, # a name of PROMPTS, a PromptSet, or (normal sentences, anomalous sentences)
-    category:str, # category, usually its folder name
-    kind:str=None, # 'object', 'texture' or None: looked up by category
-)->tuple: # (normal sentences, anomalous sentences), two lists of str
+    prompts,  # a name of PROMPTS, a PromptSet, or (normal sentences, anomalous sentences)
+    category: str,  # category, usually its folder name
+    kind: str = None,  # 'object', 'texture' or None: looked up by category
+) -> tuple:  # (normal sentences, anomalous sentences), two lists of str
     "List the sentences that describe a category as normal and as anomalous"
-    if isinstance(prompts, (str, PromptSet)): return compose(prompt_set(prompts), category, kind)
-    if not isinstance(prompts, (tuple, list)) or len(prompts) != 2: prompt_set(prompts)   # raises and names the valid ones
+    if isinstance(prompts, (str, PromptSet)):
+        return compose(prompt_set(prompts), category, kind)
+    if not isinstance(prompts, (tuple, list)) or len(prompts) != 2:
+        prompt_set(prompts)  # raises and names the valid ones
     pair = [[s] if isinstance(s, str) else list(s) for s in prompts]
     if bad := [s for side in pair for s in side or [''] if not isinstance(s, str) or not s.strip()]:
-        raise ValueError(f'prompts hold {bad[0]!r}; give at least one sentence for the normal and one for the anomalous state')
+        raise ValueError(
+            f'prompts hold {bad[0]!r}; give at least one sentence for the normal and one for the anomalous state'
+        )
     return tuple([s.replace('{}', category_words(BASE, category)) for s in side] for side in pair)
 
 # %% ../../nbs/methods/prompts.ipynb #7ac5e835
 def average(
-    each, # un-normalised embeddings of the sentences of one state, [K, C]
-    rule:str='raw', # 'raw': mean, L2 (AnoCLIP Eq. 8); 'unit': L2 each, mean, L2 (APRIL-GAN)
-): # one unit vector [C]
+    each,  # un-normalised embeddings of the sentences of one state, [K, C]
+    rule: str = 'raw',  # 'raw': mean, L2 (AnoCLIP Eq. 8); 'unit': L2 each, mean, L2 (APRIL-GAN)
+):  # one unit vector [C]
     "Average the embeddings of many sentences into one unit vector (AnoCLIP Eq. 8)"
-    if rule not in RULES: raise ValueError(f'rule={rule!r}; valid: {", ".join(RULES)}')
-    if rule == 'unit': each = F.normalize(each, dim=-1)
+    if rule not in RULES:
+        raise ValueError(f'rule={rule!r}; valid: {", ".join(RULES)}')
+    if rule == 'unit':
+        each = F.normalize(each, dim=-1)
     return F.normalize(each.mean(dim=0), dim=-1)
 
 # %% ../../nbs/methods/prompts.ipynb #dc580cca
 @dataclass(frozen=True, eq=False)
 class Text:
     "Hold the two text vectors of a category and the sentences' vectors behind them (AnoCLIP Eq. 8)"
-    pair: torch.Tensor   # [2, C] unit rows: 0 normal, 1 anomalous
-    each: tuple          # ([K0, C], [K1, C]) unit rows, one per sentence: normal, anomalous
 
-    def to(self, device): return Text(self.pair.to(device), tuple(e.to(device) for e in self.each))
-    def __repr__(self): return f'Text(pair {list(self.pair.shape)}, each {" + ".join(str(list(e.shape)) for e in self.each)})'
+    pair: torch.Tensor  # [2, C] unit rows: 0 normal, 1 anomalous
+    each: tuple  # ([K0, C], [K1, C]) unit rows, one per sentence: normal, anomalous
+
+    def to(self, device):
+        return Text(self.pair.to(device), tuple(e.to(device) for e in self.each))
+
+    def __repr__(self):
+        return f'Text(pair {list(self.pair.shape)}, each {" + ".join(str(list(e.shape)) for e in self.each)})'
 
 # %% ../../nbs/methods/prompts.ipynb #ab977c29
 def encode_text(
-    encoder, # anything with `embed_text(list of str) -> [K, C]`, un-normalised
-    prompts, # a name of PROMPTS, a PromptSet, or (normal sentences, anomalous sentences)
-    category:str, # category, usually its folder name
-    kind:str=None, # 'object', 'texture' or None: looked up by category
-    rule:str=None, # one of RULES; None: the rule of the set, 'raw' for sentences of your own
-)->Text:
+    encoder,  # anything with `embed_text(list of str) -> [K, C]`, un-normalised
+    prompts,  # a name of PROMPTS, a PromptSet, or (normal sentences, anomalous sentences)
+    category: str,  # category, usually its folder name
+    kind: str = None,  # 'object', 'texture' or None: looked up by category
+    rule: str = None,  # one of RULES; None: the rule of the set, 'raw' for sentences of your own
+) -> Text:
     "Encode a category's sentences and average them per state (AnoCLIP Eq. 8)"
     normal, abnormal = sentences(prompts, category, kind)
-    if rule is None: rule = prompt_set(prompts).average if isinstance(prompts, (str, PromptSet)) else 'raw'
+    if rule is None:
+        rule = prompt_set(prompts).average if isinstance(prompts, (str, PromptSet)) else 'raw'
     each = encoder.embed_text(normal + abnormal).float().split([len(normal), len(abnormal)])
-    return Text(torch.stack([average(e, rule) for e in each]), tuple(F.normalize(e, dim=-1) for e in each))
+    return Text(
+        torch.stack([average(e, rule) for e in each]), tuple(F.normalize(e, dim=-1) for e in each)
+    )
+
 
 def encode_prompts(
-    encoder, # anything with `embed_text(list of str) -> [K, C]`, un-normalised
-    prompts, # a name of PROMPTS, a PromptSet, or (normal sentences, anomalous sentences)
-    category:str, # category, usually its folder name
-    kind:str=None, # 'object', 'texture' or None: looked up by category
-): # [2, C] unit rows: 0 normal, 1 anomalous
+    encoder,  # anything with `embed_text(list of str) -> [K, C]`, un-normalised
+    prompts,  # a name of PROMPTS, a PromptSet, or (normal sentences, anomalous sentences)
+    category: str,  # category, usually its folder name
+    kind: str = None,  # 'object', 'texture' or None: looked up by category
+):  # [2, C] unit rows: 0 normal, 1 anomalous
     "Give the two text vectors of a category: the `pair` of `encode_text` (AnoCLIP Eq. 8)"
     return encode_text(encoder, prompts, category, kind).pair

@@ -8,35 +8,42 @@ __all__ = ['TARGETS', 'weigh', 'mix', 'forward_weights', 'check_question', 'bloc
 # %% ../../nbs/methods/relevance.ipynb #758b4d89
 import torch
 from torch import Tensor
-from ..encoder.attention import add_mlp, attend, to_stage, project, qkv
+
+from ..encoder.attention import add_mlp, attend, project, qkv, to_stage
 
 # %% ../../nbs/methods/relevance.ipynb #5f2caed0
-def weigh(q:Tensor,      # [B,Q,D] queries
-          k:Tensor,      # [B,T,D] keys
-          heads:int
-         )->Tensor:      # [B,h,Q,T] float32, rows sum to 1
+def weigh(
+    q: Tensor,  # [B,Q,D] queries
+    k: Tensor,  # [B,T,D] keys
+    heads: int,
+) -> Tensor:  # [B,h,Q,T] float32, rows sum to 1
     "Compute the attention weights of every head, AnoCLIP Eq. (5)."
     q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
-    return (q*q.shape[-1]**-.5 @ k.mT).softmax(-1, dtype=torch.float32)
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1, dtype=torch.float32)
 
-def mix(a:Tensor,        # [B,h,Q,T] weights
-        v:Tensor         # [B,T,D] values
-       )->Tensor:        # [B,Q,D] before the output projection
+
+def mix(
+    a: Tensor,  # [B,h,Q,T] weights
+    v: Tensor,  # [B,T,D] values
+) -> Tensor:  # [B,Q,D] before the output projection
     "Mix values by given weights in every head, AnoCLIP Eq. (5)."
     v = v.unflatten(-1, (a.shape[1], -1)).transpose(1, 2)
     return (a.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 # %% ../../nbs/methods/relevance.ipynb #cb74027a
-def forward_weights(visual,         # open_clip VisionTransformer
-                 z:Tensor,       # [B,1+N,D] embedded tokens, after ln_pre
-                 start:int       # first block whose weights are kept, from 0
-                )->tuple:        # class token [B,C] of unit length, [[B,h,1+N,1+N] per block from start, the last one [B,h,1,1+N]]
+def forward_weights(
+    visual,  # open_clip VisionTransformer
+    z: Tensor,  # [B,1+N,D] embedded tokens, after ln_pre
+    start: int,  # first block whose weights are kept, from 0
+) -> tuple:  # class token [B,C] of unit length, [[B,h,1+N,1+N] per block from start, the last one [B,h,1,1+N]]
     "Walk all blocks and keep attention weights that gradients can be taken of, AnoCLIP Eq. (3)-(6)."
     blocks, weights = visual.transformer.resblocks, []
     for l, b in enumerate(blocks):
         q, k, v = qkv(b, z)
-        if l == len(blocks) - 1: z, q = z[:, :1], q[:, :1]         # nothing else is read behind the last block
-        if l < start: mixed = attend(q, k, v, b.attn.num_heads)
+        if l == len(blocks) - 1:
+            z, q = z[:, :1], q[:, :1]  # nothing else is read behind the last block
+        if l < start:
+            mixed = attend(q, k, v, b.attn.num_heads)
         else:
             weights.append(weigh(q, k, b.attn.num_heads).requires_grad_())
             mixed = mix(weights[-1], v)
@@ -46,51 +53,71 @@ def forward_weights(visual,         # open_clip VisionTransformer
 # %% ../../nbs/methods/relevance.ipynb #68f2038a
 TARGETS = ('anomalous', 'difference')
 
-def check_question(visual, x:Tensor, text:Tensor, start:int, target:str):
+
+def check_question(visual, x: Tensor, text: Tensor, start: int, target: str):
     "Raise an error for a request that this encoder does not support."
     n, S, C = len(visual.transformer.resblocks), visual.image_size[0], visual.proj.shape[1]
-    if x.ndim != 4 or x.shape[1:] != (3, S, S): raise ValueError(f'x: need images [B,3,{S},{S}], got {list(x.shape)}; make it with encoder.preprocess(images)')
-    if text.shape not in ((2, C), (len(x), 2, C)): raise ValueError(f'text: need [2,{C}] or one pair per image [{len(x)},2,{C}], got {list(text.shape)}; make it with encode_prompts of the same encoder')
-    if not isinstance(start, int) or not -n <= start < n: raise ValueError(f'start={start!r}: this encoder has blocks 0 to {n - 1}; 0 takes all of them, -1 the last one only')
-    if target not in TARGETS: raise ValueError(f'target={target!r}: choose from {TARGETS}')
-    if visual.proj.is_inference(): raise ValueError('visual: its weights were made under torch.inference_mode() and give no gradients; load the encoder outside of it')
+    if x.ndim != 4 or x.shape[1:] != (3, S, S):
+        raise ValueError(
+            f'x: need images [B,3,{S},{S}], got {list(x.shape)}; make it with encoder.preprocess(images)'
+        )
+    if text.shape not in ((2, C), (len(x), 2, C)):
+        raise ValueError(
+            f'text: need [2,{C}] or one pair per image [{len(x)},2,{C}], got {list(text.shape)}; make it with encode_prompts of the same encoder'
+        )
+    if not isinstance(start, int) or not -n <= start < n:
+        raise ValueError(
+            f'start={start!r}: this encoder has blocks 0 to {n - 1}; 0 takes all of them, -1 the last one only'
+        )
+    if target not in TARGETS:
+        raise ValueError(f'target={target!r}: choose from {TARGETS}')
+    if visual.proj.is_inference():
+        raise ValueError(
+            'visual: its weights were made under torch.inference_mode() and give no gradients; load the encoder outside of it'
+        )
 
 # %% ../../nbs/methods/relevance.ipynb #3937e63c
-def block_relevance(visual,                    # open_clip VisionTransformer
-                    x:Tensor,                  # [B,3,S,S] preprocessed images
-                    text:Tensor,               # [2,C] or [B,2,C] unit rows: normal, anomalous
-                    scale:float,               # CLIP's logit scale, model.logit_scale.exp()
-                    start:int=0,               # first block that takes part; negative: from the end
-                    target:str='anomalous'     # the answer explained: 'anomalous' sentences, or their 'difference' from the normal ones
-                   )->list:                    # [[B,1+N,1+N] per block from start, the last one [B,1,1+N]]
+def block_relevance(
+    visual,  # open_clip VisionTransformer
+    x: Tensor,  # [B,3,S,S] preprocessed images
+    text: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    scale: float,  # CLIP's logit scale, model.logit_scale.exp()
+    start: int = 0,  # first block that takes part; negative: from the end
+    target: str = 'anomalous',  # the answer explained: 'anomalous' sentences, or their 'difference' from the normal ones
+) -> list:  # [[B,1+N,1+N] per block from start, the last one [B,1,1+N]]
     "Average the positive part of gradient times weight over heads, TransMM Eq. (5)."
     check_question(visual, x, text, start, target)
     w, start = visual.conv1.weight, range(len(visual.transformer.resblocks))[start]
     with torch.inference_mode(False), torch.enable_grad():
         cls, weights = forward_weights(visual, visual._embeds(x.to(w)), start)
-        text = scale*text.to(w.device, torch.float32)
+        text = scale * text.to(w.device, torch.float32)
         side = text[..., 1, :] - text[..., 0, :] if target == 'difference' else text[..., 1, :]
-        grads = torch.autograd.grad((cls*side).sum(), weights)
-    return [(g*a.detach()).clamp(min=0).mean(1) for g, a in zip(grads, weights)]
+        grads = torch.autograd.grad((cls * side).sum(), weights)
+    return [(g * a.detach()).clamp(min=0).mean(1) for g, a in zip(grads, weights)]
 
 # %% ../../nbs/methods/relevance.ipynb #fbc6a85e
-def join_blocks(blocks:list      # [[B,1+N,1+N] per block] from `block_relevance`; the last may have row 0 only
-               )->Tensor:        # [B,N]
+def join_blocks(
+    blocks: list,  # [[B,1+N,1+N] per block] from `block_relevance`; the last may have row 0 only
+) -> Tensor:  # [B,N]
     "Hand the class token's relevance down from the last block to the patches, TransMM Eq. (6)."
     r = torch.eye(1, blocks[0].shape[-1], device=blocks[0].device)
-    for a in reversed(blocks): r = r + r[..., :a.shape[1]] @ a
+    for a in reversed(blocks):
+        r = r + r[..., : a.shape[1]] @ a
     return r[:, 0, 1:]
 
 # %% ../../nbs/methods/relevance.ipynb #36eba7d2
-def relevance(visual,                    # open_clip VisionTransformer
-              x:Tensor,                  # [B,3,S,S] preprocessed images
-              text:Tensor,               # [2,C] or [B,2,C] unit rows: normal, anomalous
-              scale:float,               # CLIP's logit scale, model.logit_scale.exp()
-              start:int=0,               # first block that takes part: 0 all of them (as printed), -1 the last (the public code for CLIP)
-              target:str='anomalous',    # the answer explained: 'anomalous' sentences, or their 'difference' from the normal ones
-              chunk:int=4                # images per pass; they keep the weights of all blocks until the gradient is taken
-             )->Tensor:                  # [B,N] 0 or more, float32
+def relevance(
+    visual,  # open_clip VisionTransformer
+    x: Tensor,  # [B,3,S,S] preprocessed images
+    text: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    scale: float,  # CLIP's logit scale, model.logit_scale.exp()
+    start: int = 0,  # first block that takes part: 0 all of them (as printed), -1 the last (the public code for CLIP)
+    target: str = 'anomalous',  # the answer explained: 'anomalous' sentences, or their 'difference' from the normal ones
+    chunk: int = 4,  # images per pass; they keep the weights of all blocks until the gradient is taken
+) -> Tensor:  # [B,N] 0 or more, float32
     "Map the relevance of each patch for the anomalous sentences, TransMM Eq. (5) and (6)."
     check_question(visual, x, text, start, target)
     parts = zip(x.split(chunk), text.expand(len(x), -1, -1).split(chunk))
-    return torch.cat([join_blocks(block_relevance(visual, i, t, scale, start, target)) for i, t in parts])
+    return torch.cat(
+        [join_blocks(block_relevance(visual, i, t, scale, start, target)) for i, t in parts]
+    )

@@ -10,73 +10,95 @@ __all__ = ['XYZ', 'AUGMENTERS', 'FIELDS', 'lattice_noise', 'perlin', 'rotate', '
 
 # %% ../../nbs/methods/synthesis.ipynb #7d53c9eb
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
+
 from ..core.files import digest, parallel_map
 from ..datasets.layouts import folders, image_files, load_image
 from ..rendered.procad import cover, disc, grid, noise, pick, rgb, turn, uni, wave
 
 # %% ../../nbs/methods/synthesis.ipynb #6171137c
-def lattice_noise(angles,             # [ky+1,kx+1] directions at the corners of ky x kx cells, radians; cos points down, sin right
-                  shape               # (H, W) pixels
-                 )->np.ndarray:       # [H,W] from -1 to 1, 0 at every corner
+def lattice_noise(
+    angles,  # [ky+1,kx+1] directions at the corners of ky x kx cells, radians; cos points down, sin right
+    shape,  # (H, W) pixels
+) -> np.ndarray:  # [H,W] from -1 to 1, 0 at every corner
     "Interpolate Perlin noise between the directions at the corners of a lattice (DRAEM, perlin.py)."
-    def lines(n, k):                  # weight of each lattice line for each row of pixels, and the way from it
-        d = np.arange(n)[:, None]*(k - 1)/n - np.arange(k)
-        t = np.clip(1 - abs(d), 0, 1)
-        return t**3*(t*(6*t - 15) + 10), d
-    (wy, dy), (wx, dx) = map(lines, shape, np.shape(angles))
-    return 2**.5*((wy*dy) @ np.cos(angles) @ wx.T + wy @ np.sin(angles) @ (wx*dx).T)
 
-def perlin(shape,                     # (H, W) pixels, any
-           res,                       # (ky, kx) cells
-           rng                        # numpy Generator
-          )->np.ndarray:              # [H,W]
+    def lines(n, k):  # weight of each lattice line for each row of pixels, and the way from it
+        d = np.arange(n)[:, None] * (k - 1) / n - np.arange(k)
+        t = np.clip(1 - abs(d), 0, 1)
+        return t**3 * (t * (6 * t - 15) + 10), d
+
+    (wy, dy), (wx, dx) = map(lines, shape, np.shape(angles))
+    return 2**0.5 * ((wy * dy) @ np.cos(angles) @ wx.T + wy @ np.sin(angles) @ (wx * dx).T)
+
+
+def perlin(
+    shape,  # (H, W) pixels, any
+    res,  # (ky, kx) cells
+    rng,  # numpy Generator
+) -> np.ndarray:  # [H,W]
     "Draw Perlin noise on an image of any size (DRAEM, perlin.py)."
-    return lattice_noise(2*np.pi*rng.random((res[0] + 1, res[1] + 1)), shape)
+    return lattice_noise(2 * np.pi * rng.random((res[0] + 1, res[1] + 1)), shape)
 
 # %% ../../nbs/methods/synthesis.ipynb #d1069451
-def rotate(a:np.ndarray,              # [H,W] float32 or [H,W,3] uint8
-           degrees:float              # counter-clockwise
-          )->np.ndarray:              # as `a`
+def rotate(
+    a: np.ndarray,  # [H,W] float32 or [H,W,3] uint8
+    degrees: float,  # counter-clockwise
+) -> np.ndarray:  # as `a`
     "Turn a field or an image about its centre, zeros coming in (imgaug Affine: bilinear, constant 0)."
-    framed = np.pad(a, ((1, 1), (1, 1), (0, 0))[:a.ndim])               # a frame of zeros, into which the rim fades
+    framed = np.pad(
+        a, ((1, 1), (1, 1), (0, 0))[: a.ndim]
+    )  # a frame of zeros, into which the rim fades
     return np.array(Image.fromarray(framed).rotate(degrees, Image.Resampling.BILINEAR))[1:-1, 1:-1]
 
-def draw_mask(shape,                  # (H, W) pixels
-              rng,                    # numpy Generator
-              force:bool=True         # draw until something is marked; False: one in twenty is empty
-             )->np.ndarray:           # [H,W] bool
+
+def draw_mask(
+    shape,  # (H, W) pixels
+    rng,  # numpy Generator
+    force: bool = True,  # draw until something is marked; False: one in twenty is empty
+) -> np.ndarray:  # [H,W] bool
     "Draw where the anomaly shall be: turned Perlin noise above 0.5 (DRAEM, augment_image)."
     for _ in range(100):
-        field = perlin(shape, 2**rng.integers(0, 6, 2), rng).astype('f4')
-        mask = rotate(field, rng.uniform(-90, 90)) > .5
-        if mask.any() or not force: return mask
-    raise ValueError(f'shape={tuple(shape)}: nothing was marked in 100 draws; such an image is too small to hold an anomaly, use one of at least 8 x 8 pixels')
+        field = perlin(shape, 2 ** rng.integers(0, 6, 2), rng).astype('f4')
+        mask = rotate(field, rng.uniform(-90, 90)) > 0.5
+        if mask.any() or not force:
+            return mask
+    raise ValueError(
+        f'shape={tuple(shape)}: nothing was marked in 100 draws; such an image is too small to hold an anomaly, use one of at least 8 x 8 pixels'
+    )
 
 # %% ../../nbs/methods/synthesis.ipynb #48ead834
 def gamma(image, rng):
     "Raise each channel to a power of its own, 0.5 to 2 (imgaug GammaContrast, per channel)."
-    return (255*(np.arange(256)[:, None]/255)**rng.uniform(.5, 2, 3)).astype('u1')[image, [0, 1, 2]]
+    return (255 * (np.arange(256)[:, None] / 255) ** rng.uniform(0.5, 2, 3)).astype('u1')[
+        image, [0, 1, 2]
+    ]
+
 
 def sharpness(image, rng):
     "Blur (factor 0) or sharpen (factor 2), or anything between (imgaug pillike.EnhanceSharpness, its default range)."
     return np.array(ImageEnhance.Sharpness(Image.fromarray(image)).enhance(rng.uniform(0, 2)))
 
+
 def solarize(image, rng):
     "Invert what is at least as bright as a threshold of 32 to 128, in every second image (imgaug Solarize, p 0.5)."
-    use, threshold = rng.random() < .5, int(rng.uniform(32, 128))
+    use, threshold = rng.random() < 0.5, int(rng.uniform(32, 128))
     return np.where((image >= threshold) & use, 255 - image, image)
+
 
 def posterize(image, rng):
     "Keep 1 to 8 bits of every value (imgaug Posterize, its default range)."
-    return image & (256 - 2**(8 - int(rng.integers(1, 9))))
+    return image & (256 - 2 ** (8 - int(rng.integers(1, 9))))
+
 
 def invert(image, rng):
     "Invert all values (imgaug Invert, its default p 1)."
     return 255 - image
+
 
 def autocontrast(image, rng):
     "Stretch each channel to 0..255 after cutting 0 to 20 % off both ends of its histogram (imgaug pillike.Autocontrast, its default range)."
@@ -87,184 +109,311 @@ def equalize(image, rng):
     "Spread each channel's values evenly (imgaug pillike.Equalize)."
     return np.array(ImageOps.equalize(Image.fromarray(image)))
 
+
 def tilt(image, rng):
     "Turn by up to 45 degrees, black coming in (imgaug Affine, rotate)."
     return rotate(image, rng.uniform(-45, 45))
 
+
 def hue_saturation(image, rng):
     "Add up to 50 of 255 to hue, round the circle, and another number to saturation (imgaug AddToHueAndSaturation, per channel)."
-    h, s, v = np.moveaxis(np.array(Image.fromarray(image).convert('HSV')) + np.append(rng.integers(-50, 51, 2), 0), -1, 0)
+    h, s, v = np.moveaxis(
+        np.array(Image.fromarray(image).convert('HSV')) + np.append(rng.integers(-50, 51, 2), 0),
+        -1,
+        0,
+    )
     hsv = np.stack([h % 255, np.clip(s, 0, 255), v], -1).astype('u1')
     return np.array(Image.frombytes('HSV', image.shape[1::-1], hsv.tobytes()).convert('RGB'))
 
 # %% ../../nbs/methods/synthesis.ipynb #69e7e7ad
-XYZ = np.array([[.412453, .357580, .180423], [.212671, .715160, .072169], [.019334, .119193, .950227]])        # linear sRGB -> X, Y, Z; rows sum to the white point
+XYZ = np.array(
+    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
+)  # linear sRGB -> X, Y, Z; rows sum to the white point
+
 
 def lighten(a, change):
     "Change the lightness L* of sRGB [H,W,3], both scaled to 0..255, and keep a, b (CIE 1976)."
-    root = lambda t: np.where(t > (6/29)**3, np.cbrt(t), t*(29/6)**2/3 + 4/29)
-    power = lambda f: np.where(f > 6/29, f**3, (f - 4/29)*3*(6/29)**2)
-    a, white = a/255, XYZ.sum(1)
-    f = root(np.where(a > .04045, ((a + .055)/1.055)**2.4, a/12.92) @ XYZ.T/white)
-    L = 2.55*(116*f[..., 1:2] - 16)
-    a = np.clip(power(f + (change(L) - L)/(2.55*116))*white @ np.linalg.inv(XYZ).T, 0, 1)
-    return 255*np.where(a > .0031308, 1.055*a**(1/2.4) - .055, 12.92*a)
+    root = lambda t: np.where(t > (6 / 29) ** 3, np.cbrt(t), t * (29 / 6) ** 2 / 3 + 4 / 29)
+    power = lambda f: np.where(f > 6 / 29, f**3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
+    a, white = a / 255, XYZ.sum(1)
+    f = root(np.where(a > 0.04045, ((a + 0.055) / 1.055) ** 2.4, a / 12.92) @ XYZ.T / white)
+    L = 2.55 * (116 * f[..., 1:2] - 16)
+    a = np.clip(power(f + (change(L) - L) / (2.55 * 116)) * white @ np.linalg.inv(XYZ).T, 0, 1)
+    return 255 * np.where(a > 0.0031308, 1.055 * a ** (1 / 2.4) - 0.055, 12.92 * a)
 
-def brighten(image, change, space:str):
+# %% ../../nbs/methods/synthesis.ipynb #750055af
+def brighten(image, change, space: str):
     "Apply `change` to the brightness channel, 0..255, of the colour space YUV, HSV, HLS or Lab."
-    a = image.astype('f8'); high, low = a.max(-1, keepdims=True), a.min(-1, keepdims=True)
-    if space == 'YUV': y = a @ [[.299], [.587], [.114]]; a = a + change(y) - y
-    elif space == 'HSV': a = np.where(high > 0, a/np.maximum(high, 1), 1)*change(high)
+    a = image.astype('f8')
+    high, low = a.max(-1, keepdims=True), a.min(-1, keepdims=True)
+    if space == 'YUV':
+        y = a @ [[0.299], [0.587], [0.114]]
+        a = a + change(y) - y
+    elif space == 'HSV':
+        a = np.where(high > 0, a / np.maximum(high, 1), 1) * change(high)
     elif space == 'HLS':
-        l, room = (high + low)/2, lambda t: np.minimum(t, 255 - t)
-        a = change(l) + (a - l)*room(change(l))/np.maximum(room(l), .5)
-    elif space == 'Lab': a = lighten(a, change)
-    else: raise ValueError(f'space={space!r}: choose from YUV, HSV, HLS, Lab')
+        l, room = (high + low) / 2, lambda t: np.minimum(t, 255 - t)
+        a = change(l) + (a - l) * room(change(l)) / np.maximum(room(l), 0.5)
+    elif space == 'Lab':
+        a = lighten(a, change)
+    else:
+        raise ValueError(f'space={space!r}: choose from YUV, HSV, HLS, Lab')
     return np.clip(np.rint(a), 0, 255).astype('u1')
 
 # %% ../../nbs/methods/synthesis.ipynb #31b3d63f
 def brightness(image, rng):
     "Multiply brightness by 0.8 to 1.2 and add -30 to 30, in either order, in a drawn colour space (imgaug MultiplyAndAddToBrightness)."
-    space, mul, add, first = pick(rng, ('YUV', 'YUV', 'HSV', 'HLS', 'Lab', 'Lab')), rng.uniform(.8, 1.2), int(rng.integers(-30, 31)), rng.random() < .5
-    def change(t): return np.clip(np.clip(t*mul, 0, 255) + add if first else np.clip(t + add, 0, 255)*mul, 0, 255)
+    space, mul, add, first = (
+        pick(rng, ('YUV', 'YUV', 'HSV', 'HLS', 'Lab', 'Lab')),
+        rng.uniform(0.8, 1.2),
+        int(rng.integers(-30, 31)),
+        rng.random() < 0.5,
+    )
+
+    def change(t):
+        return np.clip(
+            np.clip(t * mul, 0, 255) + add if first else np.clip(t + add, 0, 255) * mul, 0, 255
+        )
+
     return brighten(image, change, space)
 
-AUGMENTERS = gamma, brightness, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize, tilt
 
-def augment(texture,            # [H,W,3] uint8
-            rng,                # numpy Generator
-            n:int=3             # how many; 0: none
-           )->np.ndarray:       # [H,W,3] uint8
+AUGMENTERS = (
+    gamma,
+    brightness,
+    sharpness,
+    hue_saturation,
+    solarize,
+    posterize,
+    invert,
+    autocontrast,
+    equalize,
+    tilt,
+)
+
+# %% ../../nbs/methods/synthesis.ipynb #56e4b129
+def augment(
+    texture,  # [H,W,3] uint8
+    rng,  # numpy Generator
+    n: int = 3,  # how many; 0: none
+) -> np.ndarray:  # [H,W,3] uint8
     "Apply n different augmenters in drawn order (DRAEM, randAugmenter)."
-    if not 0 <= n <= len(AUGMENTERS): raise ValueError(f'n={n!r}: choose from 0, the texture as it is, to {len(AUGMENTERS)}; DRAEM uses 3')
-    for i in rng.permutation(len(AUGMENTERS))[:n]: texture = AUGMENTERS[i](texture, rng)
+    if not 0 <= n <= len(AUGMENTERS):
+        raise ValueError(
+            f'n={n!r}: choose from 0, the texture as it is, to {len(AUGMENTERS)}; DRAEM uses 3'
+        )
+    for i in rng.permutation(len(AUGMENTERS))[:n]:
+        texture = AUGMENTERS[i](texture, rng)
     return texture
 
 # %% ../../nbs/methods/synthesis.ipynb #075f3a59
-def all_images(folder:Path)->list:
+def all_images(folder: Path) -> list:
     "List the image files of a folder and of the folders in it, in name order."
     return [*image_files(folder), *(f for d in folders(folder) for f in all_images(d))]
 
-def fingerprint(file)->tuple:         # (hash of the pixels, None) or (None, what is wrong)
-    "Read an image file to the end."
-    try: return digest(load_image(file)), None
-    except (OSError, ValueError) as e: return None, str(e)
 
-def textures(folder,                  # DTD as unpacked, or any folder of pictures
-             workers:int=None         # processes; None: one per core
-            )->tuple:                 # {file: hash of its pixels} in name order, ((file, reason), ...) of what was left out
+def fingerprint(file) -> tuple:  # (hash of the pixels, None) or (None, what is wrong)
+    "Read an image file to the end."
+    try:
+        return digest(load_image(file)), None
+    except (OSError, ValueError) as e:
+        return None, str(e)
+
+
+def textures(
+    folder,  # DTD as unpacked, or any folder of pictures
+    workers: int = None,  # processes; None: one per core
+) -> tuple:  # {file: hash of its pixels} in name order, ((file, reason), ...) of what was left out
     "Read a user's folder of texture images (DRAEM: dtd/images/*/*.jpg)."
     files = all_images(Path(folder).expanduser())
     seen = list(zip(files, parallel_map(fingerprint, files, workers, 16)))
     good, bad = {f: h for f, (h, _) in seen if h}, tuple((f, why) for f, (h, why) in seen if not h)
-    if good: return good, bad
-    raise ValueError(f'{folder}: none of {len(files)} image files can be read; name a folder of pictures such as DTD (https://www.robots.ox.ac.uk/~vgg/data/dtd/), or none: then textures are drawn' + ''.join(f'; {why}' for _, why in bad[:3]))
+    if good:
+        return good, bad
+    raise ValueError(
+        f'{folder}: none of {len(files)} image files can be read; name a folder of pictures such as DTD (https://www.robots.ox.ac.uk/~vgg/data/dtd/), or none: then textures are drawn'
+        + ''.join(f'; {why}' for _, why in bad[:3])
+    )
 
 # %% ../../nbs/methods/synthesis.ipynb #3b232dd3
 def near(U, V, rng):
     "Scatter one point per unit cell: distances to the nearest and second nearest, and a shade in 0..1 that belongs to the nearest."
-    table, i, j = rng.random((3, 64, 64), dtype='f4'), np.floor(V).astype(int), np.floor(U).astype(int)
+    table, i, j = (
+        rng.random((3, 64, 64), dtype='f4'),
+        np.floor(V).astype(int),
+        np.floor(U).astype(int),
+    )
     a, b, shade = np.full(U.shape, 9, 'f4'), np.full(U.shape, 9, 'f4'), np.zeros(U.shape, 'f4')
-    for k, l in np.ndindex(3, 3):                                       # the cell itself and the eight around it
+    for k, l in np.ndindex(3, 3):  # the cell itself and the eight around it
         y, x, s = table[:, (i + k - 1) % 64, (j + l - 1) % 64]
         d = disc(U, V, 0, j + l - 1 + x, i + k - 1 + y)
         a, b, shade = np.minimum(a, d), np.minimum(b, np.maximum(a, d)), np.where(d < a, s, shade)
     return a, b, shade
 
 # %% ../../nbs/methods/synthesis.ipynb #2e994546
-FIELDS = 'clouds', 'marble', 'speckle', 'stripes', 'checks', 'rings', 'weave', 'bricks', 'dots', 'cells', 'cracks', 'bubbles'
+FIELDS = (
+    'clouds',
+    'marble',
+    'speckle',
+    'stripes',
+    'checks',
+    'rings',
+    'weave',
+    'bricks',
+    'dots',
+    'cells',
+    'cracks',
+    'bubbles',
+)
 
-def draw_field(kind:str,             # one of FIELDS
-               X, Y,                 # [S,S] coordinates, about -1 to 1
-               rng                   # numpy Generator
-              )->np.ndarray:         # [S,S] in 0..1
+# %% ../../nbs/methods/synthesis.ipynb #56a6384e
+def draw_field(
+    kind: str,  # one of FIELDS
+    X,
+    Y,  # [S,S] coordinates, about -1 to 1
+    rng,  # numpy Generator
+) -> np.ndarray:  # [S,S] in 0..1
     "Draw one of twelve kinds of pattern, its scale and its contrast."
-    S, f, e = len(X), 2**uni(rng, 1, 4), 2**uni(rng, -1, 2.5)
-    edge = lambda t: np.clip(.5 + e*t, 0, 1)
-    if kind == 'clouds': return edge(noise(rng, S, int(f), 4) - .5)
-    if kind == 'marble': return .5 + .5*wave(f*X/4 + uni(rng, .5, 2)*noise(rng, S, 4, 4))
-    if kind == 'speckle': return np.clip(8*noise(rng, S, int(5*f), 2) - uni(rng, 3.5, 5), 0, 1)
-    if kind == 'stripes': return edge(wave(f*X))
-    if kind == 'checks': return edge(wave(f*X/2)*wave(f*Y/2))
-    if kind == 'rings': return edge(wave(f*disc(X, Y, 0, uni(rng, -1), uni(rng, -1))))
-    if kind == 'weave': return .5 + .4*np.where(wave(f*X/2)*wave(f*Y/2) > 0, wave(f*X), wave(f*Y))
-    if kind == 'dots': return cover(disc(f*X % 1 - .5, f*Y % 1 - .5, uni(rng, .15, .45)), f)
+    S, f, e = len(X), 2 ** uni(rng, 1, 4), 2 ** uni(rng, -1, 2.5)
+    edge = lambda t: np.clip(0.5 + e * t, 0, 1)
+    if kind == 'clouds':
+        return edge(noise(rng, S, int(f), 4) - 0.5)
+    if kind == 'marble':
+        return 0.5 + 0.5 * wave(f * X / 4 + uni(rng, 0.5, 2) * noise(rng, S, 4, 4))
+    if kind == 'speckle':
+        return np.clip(8 * noise(rng, S, int(5 * f), 2) - uni(rng, 3.5, 5), 0, 1)
+    if kind == 'stripes':
+        return edge(wave(f * X))
+    if kind == 'checks':
+        return edge(wave(f * X / 2) * wave(f * Y / 2))
+    if kind == 'rings':
+        return edge(wave(f * disc(X, Y, 0, uni(rng, -1), uni(rng, -1))))
+    if kind == 'weave':
+        return 0.5 + 0.4 * np.where(wave(f * X / 2) * wave(f * Y / 2) > 0, wave(f * X), wave(f * Y))
+    if kind == 'dots':
+        return cover(disc(f * X % 1 - 0.5, f * Y % 1 - 0.5, uni(rng, 0.15, 0.45)), f)
     if kind == 'bricks':
-        row = np.floor(f*Y); col = f*X/2 + row/2
-        return np.where((col % 1 < .06) | (f*Y % 1 < .12), 0, .6 + .4*wave(np.floor(col)*.382 + row*.618))
-    if kind in ('cells', 'cracks', 'bubbles'): a, b, shade = near(f*X, f*Y, rng); return dict(cells=shade, cracks=np.minimum(2*e*(b - a), 1), bubbles=np.minimum(a, 1))[kind]
+        row = np.floor(f * Y)
+        col = f * X / 2 + row / 2
+        return np.where(
+            (col % 1 < 0.06) | (f * Y % 1 < 0.12),
+            0,
+            0.6 + 0.4 * wave(np.floor(col) * 0.382 + row * 0.618),
+        )
+    if kind in ('cells', 'cracks', 'bubbles'):
+        a, b, shade = near(f * X, f * Y, rng)
+        return dict(cells=shade, cracks=np.minimum(2 * e * (b - a), 1), bubbles=np.minimum(a, 1))[
+            kind
+        ]
     raise ValueError(f'kind={kind!r}: choose from {FIELDS}')
 
 # %% ../../nbs/methods/synthesis.ipynb #5de6172b
-def draw_texture(size,               # side of a square or (H, W), pixels
-                 rng,                # numpy Generator
-                 kinds=FIELDS        # which patterns to draw from
-                )->np.ndarray:       # [H,W,3] uint8 RGB
+def draw_texture(
+    size,  # side of a square or (H, W), pixels
+    rng,  # numpy Generator
+    kinds=FIELDS,  # which patterns to draw from
+) -> np.ndarray:  # [H,W,3] uint8 RGB
     "Draw a texture of a random kind, direction, warp and colours."
     h, w = (size, size) if isinstance(size, int) else size
-    S, bend = max(h, w), uni(rng, 0, .3)
-    X, Y = (c + bend*noise(rng, S, 4, 2) for c in turn(*grid(S), uni(rng)))
+    S, bend = max(h, w), uni(rng, 0, 0.3)
+    X, Y = (c + bend * noise(rng, S, 4, 2) for c in turn(*grid(S), uni(rng)))
     t = draw_field(pick(rng, kinds), X, Y, rng)
-    ramp = np.stack([rgb(uni(rng), uni(rng, .1, .9), uni(rng, .1, 1)) for _ in range(3)], -1)
-    image = np.stack([np.interp(t, (0, .5, 1), c) for c in ramp], -1)*(.8 + .4*noise(rng, S, 60, 2))[..., None]
-    return np.clip(np.rint(255*image), 0, 255).astype('u1')[:h, :w]
+    ramp = np.stack([rgb(uni(rng), uni(rng, 0.1, 0.9), uni(rng, 0.1, 1)) for _ in range(3)], -1)
+    image = (
+        np.stack([np.interp(t, (0, 0.5, 1), c) for c in ramp], -1)
+        * (0.8 + 0.4 * noise(rng, S, 60, 2))[..., None]
+    )
+    return np.clip(np.rint(255 * image), 0, 255).astype('u1')[:h, :w]
 
-def draw_source(size,                # side of a square or (H, W), pixels
-                rng,                 # numpy Generator
-                files=None           # from `textures`; None: draw one
-               )->np.ndarray:        # [H,W,3] uint8 RGB; a file's at its own size
+# %% ../../nbs/methods/synthesis.ipynb #5b2d45d8
+def draw_source(
+    size,  # side of a square or (H, W), pixels
+    rng,  # numpy Generator
+    files=None,  # from `textures`; None: draw one
+) -> np.ndarray:  # [H,W,3] uint8 RGB; a file's at its own size
     "Give a texture: one of the user's files, or a drawn one."
-    if files is None: return draw_texture(size, rng)
-    if not files: raise ValueError(f'files={files!r}: no texture to choose from; take them from textures(folder), or None: then textures are drawn')
+    if files is None:
+        return draw_texture(size, rng)
+    if not files:
+        raise ValueError(
+            f'files={files!r}: no texture to choose from; take them from textures(folder), or None: then textures are drawn'
+        )
     return load_image(pick(rng, list(files)))
 
 # %% ../../nbs/methods/synthesis.ipynb #90e9fe2c
-def blend(image:np.ndarray,          # [H,W,3] uint8
-          texture:np.ndarray,        # [H,W,3] uint8
-          mask:np.ndarray,           # [H,W] bool
-          beta:float                 # share of the image that stays: 0 none, 1 all
-         )->np.ndarray:              # [H,W,3] uint8
+def blend(
+    image: np.ndarray,  # [H,W,3] uint8
+    texture: np.ndarray,  # [H,W,3] uint8
+    mask: np.ndarray,  # [H,W] bool
+    beta: float,  # share of the image that stays: 0 none, 1 all
+) -> np.ndarray:  # [H,W,3] uint8
     "Mix a texture into an image where the mask says (DRAEM, augment_image)."
-    if not 0 <= beta <= 1: raise ValueError(f'beta={beta!r}: a share from 0, the texture alone, to 1, the image as it was')
-    return np.where(mask[..., None], np.rint((1 - beta)*texture + beta*image), image).astype('u1')
+    if not 0 <= beta <= 1:
+        raise ValueError(
+            f'beta={beta!r}: a share from 0, the texture alone, to 1, the image as it was'
+        )
+    return np.where(mask[..., None], np.rint((1 - beta) * texture + beta * image), image).astype(
+        'u1'
+    )
 
-def synthesize(image:np.ndarray,     # [H,W,3] uint8 RGB, any size
-               texture:np.ndarray,   # [h,w,3] uint8 RGB, any size
-               rng,                  # numpy Generator, for example keyed(seed, 'synth', image id)
-               beta:float=None,      # share of the image that stays; None: drawn from 0 to 0.8
-               force:bool=True,      # never an empty mask; False: one in twenty, as in DRAEM
-               n:int=3               # augmenters applied to the texture
-              )->tuple:              # image [H,W,3] uint8, mask [H,W] bool
+# %% ../../nbs/methods/synthesis.ipynb #24c5ea60
+def synthesize(
+    image: np.ndarray,  # [H,W,3] uint8 RGB, any size
+    texture: np.ndarray,  # [h,w,3] uint8 RGB, any size
+    rng,  # numpy Generator, for example keyed(seed, 'synth', image id)
+    beta: float = None,  # share of the image that stays; None: drawn from 0 to 0.8
+    force: bool = True,  # never an empty mask; False: one in twenty, as in DRAEM
+    n: int = 3,  # augmenters applied to the texture
+) -> tuple:  # image [H,W,3] uint8, mask [H,W] bool
     "Put an anomaly of random shape and texture into an image (Dual-Image CLIP 3.3; DRAEM, augment_image)."
     for name, a in (('image', image), ('texture', texture)):
-        if np.ndim(a) != 3 or a.shape[2] != 3 or a.dtype != np.uint8: raise ValueError(f'{name}: need uint8 RGB [H,W,3], got {np.asarray(a).dtype} {list(np.shape(a))}; read it with zsad.datasets.layouts.load_image')
+        if np.ndim(a) != 3 or a.shape[2] != 3 or a.dtype != np.uint8:
+            raise ValueError(
+                f'{name}: need uint8 RGB [H,W,3], got {np.asarray(a).dtype} {list(np.shape(a))}; read it with zsad.datasets.layouts.load_image'
+            )
     h, w = image.shape[:2]
-    texture = Image.fromarray(texture).transform((w, h), Image.Transform.EXTENT, (0, 0, *texture.shape[1::-1]), Image.Resampling.BILINEAR)
+    texture = Image.fromarray(texture).transform(
+        (w, h), Image.Transform.EXTENT, (0, 0, *texture.shape[1::-1]), Image.Resampling.BILINEAR
+    )
     texture, mask = augment(np.array(texture), rng, n), draw_mask((h, w), rng, force)
-    return blend(image, texture, mask, rng.uniform(0, .8) if beta is None else beta), mask
+    return blend(image, texture, mask, rng.uniform(0, 0.8) if beta is None else beta), mask
 
 # %% ../../nbs/methods/synthesis.ipynb #80457b05
-def draem_sample(image:np.ndarray,   # [H,W,3] uint8 RGB, normal
-                 texture:np.ndarray, # [h,w,3] uint8 RGB
-                 rng                 # numpy Generator
-                )->tuple:            # clean and maybe anomalous image, both [H,W,3] uint8, and mask [H,W] bool, empty for normal
+def draem_sample(
+    image: np.ndarray,  # [H,W,3] uint8 RGB, normal
+    texture: np.ndarray,  # [h,w,3] uint8 RGB
+    rng,  # numpy Generator
+) -> (
+    tuple
+):  # clean and maybe anomalous image, both [H,W,3] uint8, and mask [H,W] bool, empty for normal
     "Draw a training sample, anomalous in slightly fewer than half of the cases (DRAEM, MVTecDRAEMTrainDataset)."
-    if rng.random() > .7: image = rotate(image, rng.uniform(-90, 90))
+    if rng.random() > 0.7:
+        image = rotate(image, rng.uniform(-90, 90))
     out, mask = synthesize(image, texture, rng, force=False)
-    return (image, out, mask) if rng.random() < .5 else (image, image, np.zeros_like(mask))
+    return (image, out, mask) if rng.random() < 0.5 else (image, image, np.zeros_like(mask))
 
 # %% ../../nbs/methods/synthesis.ipynb #6b260e0f
-def patch_mask(mask,                 # [H,W] or [B,H,W] bool, array or tensor
-               grid,                 # (rows, columns) of patches, or the side of a square
-               area:float=.5         # a patch is anomalous when more than this share of it is; 0: any pixel will do
-              )->Tensor:             # [N] or [B,N] bool; a mask that marks anything marks a patch
+def patch_mask(
+    mask,  # [H,W] or [B,H,W] bool, array or tensor
+    grid,  # (rows, columns) of patches, or the side of a square
+    area: float = 0.5,  # a patch is anomalous when more than this share of it is; 0: any pixel will do
+) -> Tensor:  # [N] or [B,N] bool; a mask that marks anything marks a patch
     "Tell which patches a mask covers, the set Omega of Dual-Image CLIP Eq. (10)."
-    if not 0 <= area < 1: raise ValueError(f'area={area!r}: a share from 0, any pixel, to below 1; 0.5 is more than half of a patch')
+    if not 0 <= area < 1:
+        raise ValueError(
+            f'area={area!r}: a share from 0, any pixel, to below 1; 0.5 is more than half of a patch'
+        )
     m, sides = torch.as_tensor(mask).double(), (grid, grid) if isinstance(grid, int) else grid
-    def overlap(n, g):                # [g,n] pixels in patches, in g-th parts of a pixel
+
+    def overlap(n, g):  # [g,n] pixels in patches, in g-th parts of a pixel
         i, j = torch.arange(g)[:, None], torch.arange(n)
-        return (torch.minimum((i + 1)*n, (j + 1)*g) - torch.maximum(i*n, j*g)).clamp(min=0).double()
+        return (
+            (torch.minimum((i + 1) * n, (j + 1) * g) - torch.maximum(i * n, j * g))
+            .clamp(min=0)
+            .double()
+        )
+
     rows, cols = (overlap(n, g).to(m.device) for n, g in zip(m.shape[-2:], sides))
-    share = (rows @ m @ cols.T).flatten(-2)/(m.shape[-2]*m.shape[-1])
+    share = (rows @ m @ cols.T).flatten(-2) / (m.shape[-2] * m.shape[-1])
     most = share.amax(-1, keepdim=True)
     return torch.where(most > area, share > area, (share == most) & (most > 0))

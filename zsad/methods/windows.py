@@ -10,148 +10,189 @@ __all__ = ['check_window', 'window_places', 'forward_windows', 'window_tokens', 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..encoder.clip import anomaly_score
+
 from ..core.files import seeded_rng
-from ..encoder.attention import add_mlp, attend, to_stage, project, qkv
+from ..encoder.attention import add_mlp, attend, project, qkv, to_stage
+from ..encoder.clip import anomaly_score
 
 # %% ../../nbs/methods/windows.ipynb #44e36201
-def check_window(grid, k:int)->tuple:      # rows, columns
+def check_window(grid, k: int) -> tuple:  # rows, columns
     "Refuse a window that does not fit on the grid, a pair or the side of a square."
     h, w = (grid, grid) if isinstance(grid, int) else grid
     if not isinstance(k, int) or not 1 <= k <= min(h, w):
-        raise ValueError(f'k={k!r}: on a grid of {h} x {w} patches the side of a window is a whole number from 1 to {min(h, w)}; choose such a k, or an encoder with a larger image size')
+        raise ValueError(
+            f'k={k!r}: on a grid of {h} x {w} patches the side of a window is a whole number from 1 to {min(h, w)}; choose such a k, or an encoder with a larger image size'
+        )
     return h, w
 
 # %% ../../nbs/methods/windows.ipynb #041a41a0
-def window_places(grid,        # (rows, columns) of patches, or the side of a square
-                  k:int        # side of a window in patches
-                 )->Tensor:    # [M,k*k] patch numbers, windows and patches row by row
+def window_places(
+    grid,  # (rows, columns) of patches, or the side of a square
+    k: int,  # side of a window in patches
+) -> Tensor:  # [M,k*k] patch numbers, windows and patches row by row
     "List the patches of all k x k windows at stride 1, the masks w of WinCLIP Eq. (1)."
     h, w = check_window(grid, k)
-    return torch.arange(h*w).view(h, w).unfold(0, k, 1).unfold(1, k, 1).reshape(-1, k*k)
+    return torch.arange(h * w).view(h, w).unfold(0, k, 1).unfold(1, k, 1).reshape(-1, k * k)
 
 # %% ../../nbs/methods/windows.ipynb #d2209aaf
-def forward_windows(visual,             # open_clip VisionTransformer
-                 z:Tensor,           # [B,1+N,D] embedded tokens, after ln_pre
-                 first:tuple,        # their queries, keys, values in the first block, each [B,1+N,D]
-                 places:Tensor       # [M,k*k] from `window_places`
-                )->Tensor:           # [B,M,C] unit length
+def forward_windows(
+    visual,  # open_clip VisionTransformer
+    z: Tensor,  # [B,1+N,D] embedded tokens, after ln_pre
+    first: tuple,  # their queries, keys, values in the first block, each [B,1+N,D]
+    places: Tensor,  # [M,k*k] from `window_places`
+) -> Tensor:  # [B,M,C] unit length
     "Run the tokens of each window alone through all blocks and project the class token (WinCLIP, window embeddings)."
-    at = F.pad(places.to(z.device) + 1, (1, 0))                    # token 0, the class token, leads every window
+    at = F.pad(places.to(z.device) + 1, (1, 0))  # token 0, the class token, leads every window
     deal = lambda t: t[:, at].flatten(0, 1)
     y, (q, k, v), blocks = deal(z), map(deal, first), visual.transformer.resblocks
     for l, b in enumerate(blocks):
-        if l: q, k, v = qkv(b, y)
-        if l == len(blocks) - 1: y, q = y[:, :1], q[:, :1]         # nothing else is read behind the last block
+        if l:
+            q, k, v = qkv(b, y)
+        if l == len(blocks) - 1:
+            y, q = y[:, :1], q[:, :1]  # nothing else is read behind the last block
         y = add_mlp(b, y + project(b, attend(q, k, v, b.attn.num_heads)))
     return to_stage(visual, y[:, 0]).unflatten(0, (len(z), -1))
 
 # %% ../../nbs/methods/windows.ipynb #18f35b5e
 @torch.inference_mode()
-def window_tokens(visual,              # open_clip VisionTransformer
-                  x:Tensor,            # [B,3,S,S] preprocessed images, or [B,1+N,D] from `visual._embeds`
-                  k:int,               # side of a window in patches
-                  chunk:int=None       # windows per pass; None: 256 on a CPU, 8192 elsewhere
-                 )->Tensor:            # [B,M,C] unit length
+def window_tokens(
+    visual,  # open_clip VisionTransformer
+    x: Tensor,  # [B,3,S,S] preprocessed images, or [B,1+N,D] from `visual._embeds`
+    k: int,  # side of a window in patches
+    chunk: int = None,  # windows per pass; None: 256 on a CPU, 8192 elsewhere
+) -> Tensor:  # [B,M,C] unit length
     "Embed all k x k windows of images (WinCLIP, window embeddings)."
     z = visual._embeds(x.to(visual.conv1.weight.dtype)) if x.ndim == 4 else x
     places, N = window_places(visual.grid_size, k), visual.positional_embedding.shape[0]
-    if z.ndim != 3 or z.shape[1] != N: raise ValueError(f'x: {list(x.shape)} is neither images [B,3,S,S] nor embedded tokens [B,{N},D] of this encoder; make it with encoder.preprocess(images)')
+    if z.ndim != 3 or z.shape[1] != N:
+        raise ValueError(
+            f'x: {list(x.shape)} is neither images [B,3,S,S] nor embedded tokens [B,{N},D] of this encoder; make it with encoder.preprocess(images)'
+        )
     chunk = chunk or (256 if z.device.type == 'cpu' else 8192)
-    parts = ((t, qkv(visual.transformer.resblocks[0], t)) for t in z.split(max(1, chunk//len(places))))
-    return torch.cat([torch.cat([forward_windows(visual, t, first, p) for p in places.split(chunk)], 1) for t, first in parts])
+    parts = (
+        (t, qkv(visual.transformer.resblocks[0], t)) for t in z.split(max(1, chunk // len(places)))
+    )
+    return torch.cat(
+        [
+            torch.cat([forward_windows(visual, t, first, p) for p in places.split(chunk)], 1)
+            for t, first in parts
+        ]
+    )
 
+# %% ../../nbs/methods/windows.ipynb #03d36c0b
 @torch.inference_mode()
-def encode_windows(visual, x:Tensor, scales=(2, 3), chunk:int=None)->dict:      # {k: [B,M,C]}
+def encode_windows(visual, x: Tensor, scales=(2, 3), chunk: int = None) -> dict:  # {k: [B,M,C]}
     "Embed the windows of all `scales`; patches are embedded once (WinCLIP: 2 and 3 patches)."
-    for k in scales: check_window(visual.grid_size, k)
+    for k in scales:
+        check_window(visual.grid_size, k)
     z = visual._embeds(x.to(visual.conv1.weight.dtype))
     return {k: window_tokens(visual, z, k, chunk) for k in scales}
 
 # %% ../../nbs/methods/windows.ipynb #4265695c
-def harmonic(scores:Tensor,      # [B,M] scores of windows, 0 or more
-             grid,               # (rows, columns) of patches, or the side of a square
-             k:int               # side of a window in patches
-            )->Tensor:           # [B,h,w]
+def harmonic(
+    scores: Tensor,  # [B,M] scores of windows, 0 or more
+    grid,  # (rows, columns) of patches, or the side of a square
+    k: int,  # side of a window in patches
+) -> Tensor:  # [B,h,w]
     "Give every patch the harmonic mean of the windows that contain it, WinCLIP Eq. (1)."
     h, w = check_window(grid, k)
-    M = (h - k + 1)*(w - k + 1)
+    M = (h - k + 1) * (w - k + 1)
     if scores.ndim != 2 or scores.shape[1] != M:
-        raise ValueError(f'scores: {list(scores.shape)} does not fit; windows of side {k} on a grid of {h} x {w} patches need [B,{M}], one score per window of window_tokens')
-    to_patches = lambda t: F.fold(t[:, None].expand(-1, k*k, -1), (h, w), k)[:, 0]
-    return to_patches(torch.ones_like(scores))/to_patches(1/scores)
+        raise ValueError(
+            f'scores: {list(scores.shape)} does not fit; windows of side {k} on a grid of {h} x {w} patches need [B,{M}], one score per window of window_tokens'
+        )
+    to_patches = lambda t: F.fold(t[:, None].expand(-1, k * k, -1), (h, w), k)[:, 0]
+    return to_patches(torch.ones_like(scores)) / to_patches(1 / scores)
 
 # %% ../../nbs/methods/windows.ipynb #66ac34a9
-def harmonic_scales(maps,             # maps [B,h,w], one per scale
-                    score:Tensor      # [B] score of the class token
-                   )->Tensor:         # [B,h,w]
+def harmonic_scales(
+    maps,  # maps [B,h,w], one per scale
+    score: Tensor,  # [B] score of the class token
+) -> Tensor:  # [B,h,w]
     """Join the maps of all scales and the image score in one harmonic mean (WinCLIP, multi-scale aggregation).
 
     A score of 0 gives 0, and NaN stays NaN; the public code turns both into 0.
     """
-    inverse = sum(1/m for m in maps) + 1/score[:, None, None]
-    return (len(maps) + 1)/inverse
+    inverse = sum(1 / m for m in maps) + 1 / score[:, None, None]
+    return (len(maps) + 1) / inverse
 
-def zero_shot_map(windows:dict,       # {k: [B,M,C]} from `encode_windows`
-                  score:Tensor,       # [B] score of the class token at the same temperature
-                  text:Tensor,        # [2,C] or [B,2,C] unit rows: normal, anomalous
-                  grid,               # (rows, columns) of patches
-                  tau:float=0.07      # softmax temperature
-                 )->Tensor:           # [B,h,w]
+
+def zero_shot_map(
+    windows: dict,  # {k: [B,M,C]} from `encode_windows`
+    score: Tensor,  # [B] score of the class token at the same temperature
+    text: Tensor,  # [2,C] or [B,2,C] unit rows: normal, anomalous
+    grid,  # (rows, columns) of patches
+    tau: float = 0.07,  # softmax temperature
+) -> Tensor:  # [B,h,w]
     "Score windows against the sentences and join all scales (WinCLIP, zero-shot)."
-    return harmonic_scales([harmonic(anomaly_score(f, text, tau), grid, k) for k, f in windows.items()], score)
+    return harmonic_scales(
+        [harmonic(anomaly_score(f, text, tau), grid, k) for k, f in windows.items()], score
+    )
 
 # %% ../../nbs/methods/windows.ipynb #2c913ab3
-def association(x:Tensor,            # [B,M,D] features of any length
-                memory:Tensor,       # [R,D] features of normal images
-                chunk:int=2**24      # products held at a time
-               )->Tensor:            # [B,M] from 0 (in the memory) to 1
+def association(
+    x: Tensor,  # [B,M,D] features of any length
+    memory: Tensor,  # [R,D] features of normal images
+    chunk: int = 2**24,  # products held at a time
+) -> Tensor:  # [B,M] from 0 (in the memory) to 1
     "Measure how far features are from the nearest one in memory, WinCLIP Eq. (2)."
     if memory.ndim != 2 or not len(memory) or memory.shape[1] != x.shape[-1]:
-        raise ValueError(f'memory: {list(memory.shape)} does not fit; features {list(x.shape)} need [R,{x.shape[-1]}] with R at least 1: tokens of one or more reference images, same encoder and stage')
+        raise ValueError(
+            f'memory: {list(memory.shape)} does not fit; features {list(x.shape)} need [R,{x.shape[-1]}] with R at least 1: tokens of one or more reference images, same encoder and stage'
+        )
     x, memory = F.normalize(x.float(), dim=-1), F.normalize(memory.float(), dim=-1)
-    rows = max(1, chunk//max(1, x[..., 0].numel()))
+    rows = max(1, chunk // max(1, x[..., 0].numel()))
     nearest = torch.stack([(x @ m.T).amax(-1) for m in memory.split(rows)]).amax(0)
-    return ((1 - nearest)/2).clamp(min=0)
+    return ((1 - nearest) / 2).clamp(min=0)
 
 # %% ../../nbs/methods/windows.ipynb #6436f594
-def build_memory_bank(windows:dict,        # {k: [K,M,C]} windows of K reference images
-             patches:Tensor       # [K,N,D] their patch tokens
-            )->dict:              # {k: [K*M,C], 'patch': [K*N,D]}
+def build_memory_bank(
+    windows: dict,  # {k: [K,M,C]} windows of K reference images
+    patches: Tensor,  # [K,N,D] their patch tokens
+) -> dict:  # {k: [K*M,C], 'patch': [K*N,D]}
     "Collect the features of reference images in one memory per scale and one of patches (WinCLIP+, reference memories)."
     return {**{k: f.flatten(0, 1) for k, f in windows.items()}, 'patch': patches.flatten(0, 1)}
 
-def few_shot_map(windows:dict,       # {k: [B,M,C]}
-                 patches:Tensor,     # [B,N,D] patch tokens of the stage the memory was made of
-                 memory:dict,        # from `build_memory_bank`
-                 grid,               # (rows, columns) of patches
-                 chunk:int=2**24     # products held at a time
-                )->Tensor:           # [B,h,w]
+
+def few_shot_map(
+    windows: dict,  # {k: [B,M,C]}
+    patches: Tensor,  # [B,N,D] patch tokens of the stage the memory was made of
+    memory: dict,  # from `build_memory_bank`
+    grid,  # (rows, columns) of patches
+    chunk: int = 2**24,  # products held at a time
+) -> Tensor:  # [B,h,w]
     "Average the association maps of all memories, WinCLIP Eq. (3); NaN stays NaN."
-    if set(memory) != {*windows, 'patch'}: raise ValueError(f"memory: has {list(memory)}, these images need {[*windows, 'patch']}; make it with remember(windows, patches) of the same scales")
+    if set(memory) != {*windows, 'patch'}:
+        raise ValueError(
+            f"memory: has {list(memory)}, these images need {[*windows, 'patch']}; make it with remember(windows, patches) of the same scales"
+        )
     maps = [harmonic(association(f, memory[k], chunk), grid, k) for k, f in windows.items()]
     maps.append(association(patches, memory['patch'], chunk).unflatten(1, check_window(grid, 1)))
     return torch.stack(maps).mean(0)
 
 # %% ../../nbs/methods/windows.ipynb #2457e21b
-def with_references(score:Tensor,      # [B] score of the class token
-                    a:Tensor,          # [B,h,w] zero-shot map
-                    m:Tensor           # [B,h,w] from `few_shot_map`
-                   )->tuple:           # scores [B], maps [B,h,w]
+def with_references(
+    score: Tensor,  # [B] score of the class token
+    a: Tensor,  # [B,h,w] zero-shot map
+    m: Tensor,  # [B,h,w] from `few_shot_map`
+) -> tuple:  # scores [B], maps [B,h,w]
     "Join what the sentences and what the references say, WinCLIP Eq. (4)."
-    return (score + m.flatten(1).amax(1))/2, a + m
+    return (score + m.flatten(1).amax(1)) / 2, a + m
 
 # %% ../../nbs/methods/windows.ipynb #1e5baffa
-def choose_references(names,                 # what the references are chosen from: ids or paths
-                      k:int,                 # how many
-                      seed:int=0,            # seed of the run
-                      category:str='',       # key of the draw beside the seed
-                      replace:bool=False     # True: an image may be drawn twice, as in the public code
-                     )->list:
+def choose_references(
+    names,  # what the references are chosen from: ids or paths
+    k: int,  # how many
+    seed: int = 0,  # seed of the run
+    category: str = '',  # key of the draw beside the seed
+    replace: bool = False,  # True: an image may be drawn twice, as in the public code
+) -> list:
     "Draw k reference images, those of fewer shots first (WinCLIP+, k-shot)."
     names = sorted(names)
     if not isinstance(k, int) or k < 1 or not names or (k > len(names) and not replace):
-        raise ValueError(f'k={k!r}: of {len(names)} images of {category!r} draw a whole number from 1 to {len(names)}; give more images, or fewer shots')
+        raise ValueError(
+            f'k={k!r}: of {len(names)} images of {category!r} draw a whole number from 1 to {len(names)}; give more images, or fewer shots'
+        )
     rng = seeded_rng(seed, 'references', category)
     drawn = rng.integers(0, len(names), k) if replace else rng.permutation(len(names))[:k]
     return [names[i] for i in drawn]

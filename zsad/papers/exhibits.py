@@ -18,301 +18,1185 @@ import csv
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
-from ..pipeline.detector import METHODS, SCORES, TERMS, Method, find_method, learned, one_path, without_reference
+
 from ..methods.prompts import PROMPTS
+from zsad.pipeline.detector import (
+    METHODS,
+    SCORES,
+    TERMS,
+    Method,
+    find_method,
+    learned,
+    one_path,
+    without_reference,
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #d545ace9
 STATES = ('not here yet', 'reported only')
-ENCODER_VARIANTS = ('random weights', 'plain training')        # encoders beside the one that runs: never trained, trained without a term on patches
+ENCODER_VARIANTS = (
+    'random weights',
+    'plain training',
+)  # encoders beside the one that runs: never trained, trained without a term on patches
 
+# %% ../../nbs/papers/exhibits.ipynb #ced8e4c3
 @dataclass(frozen=True)
 class Row:
     "One line of an exhibit."
+
     label: str
-    method: Method = None        # None for the foreground control and for rows with a state
-    control: str = ''            # '', one of TWINS, or 'foreground mask'
+    method: Method = None  # None for the foreground control and for rows with a state
+    control: str = ''  # '', one of TWINS, or 'foreground mask'
     note: str = ''
-    state: str = ''              # '' = run here, else why not: one of STATES
-    seeds: int = 0               # how many, where it learns or draws something; 0: as many as the exhibit has
+    state: str = ''  # '' = run here, else why not: one of STATES
+    seeds: int = 0  # how many, where it learns or draws something; 0: as many as the exhibit has
 
     def __post_init__(self):
-        if self.state not in ('', *STATES): raise ValueError(f"row {self.label!r}: state={self.state!r}: choose '' or one of {STATES}")
-        if self.control not in ('', *ENCODER_VARIANTS, 'foreground mask'): raise ValueError(f"row {self.label!r}: control={self.control!r}: choose '', 'foreground mask' or one of {ENCODER_VARIANTS}")
-        if self.state and (self.method or self.control): raise ValueError(f'row {self.label!r}: a row with state {self.state!r} is not run; leave method and control out')
+        if self.state not in ('', *STATES):
+            raise ValueError(
+                f"row {self.label!r}: state={self.state!r}: choose '' or one of {STATES}"
+            )
+        if self.control not in ('', *ENCODER_VARIANTS, 'foreground mask'):
+            raise ValueError(
+                f"row {self.label!r}: control={self.control!r}: choose '', 'foreground mask' or one of {ENCODER_VARIANTS}"
+            )
+        if self.state and (self.method or self.control):
+            raise ValueError(
+                f'row {self.label!r}: a row with state {self.state!r} is not run; leave method and control out'
+            )
         if not self.state and (self.method is None) != (self.control == 'foreground mask'):
-            raise ValueError(f'row {self.label!r}: method={self.method and self.method.name!r} with control={self.control!r}: give a method, or state=one of {STATES}; only the foreground mask has none')
+            raise ValueError(
+                f'row {self.label!r}: method={self.method and self.method.name!r} with control={self.control!r}: give a method, or state=one of {STATES}; only the foreground mask has none'
+            )
 
     @property
-    def own(self)->bool:
+    def own(self) -> bool:
         "Tell whether this is a row of the exhibit's own, not a control."
         return self.control in ('', 'plain training')
 
     @property
-    def runs_as(self)->tuple:
+    def runs_as(self) -> tuple:
         "Name the run of this row in results files: (method, control); ('', '') if it has none."
-        return (self.method.name if self.method else '' if self.state else 'foreground'), self.control
+        return (
+            self.method.name if self.method else '' if self.state else 'foreground'
+        ), self.control
 
 # %% ../../nbs/papers/exhibits.ipynb #967579f9
-COLUMNS = dict(      # of the results files in an exhibit's folder
-    runs=('dataset', 'row', 'seed', 'run', 'row_key', 'method', 'control', 'method_key', 'revs',
-          'pipeline_rev', 'data', 'references', 'complete', 'left_out', 'encoder', 'weights',
-          'source', 'size', 'dtype', 'device_kind', 'artifact', 'protocol', 'zsad', 'torch',
-          'open_clip', 'device', 'seconds_encoding', 'seconds_scoring'),
-    metrics=('dataset', 'row', 'category', 'metric', 'value', 'low', 'high', 'spread', 'seeds',
-             'n', 'why', 'seed_values'),
-    contrasts=('dataset', 'better', 'worse', 'metric', 'over', 'difference', 'low', 'high',
-               'better_seeds', 'worse_seeds'),
-    defects=('dataset', 'row', 'defect', 'metric', 'value', 'categories', 'n'))
+COLUMNS = dict(  # of the results files in an exhibit's folder
+    runs=(
+        'dataset',
+        'row',
+        'seed',
+        'run',
+        'row_key',
+        'method',
+        'control',
+        'method_key',
+        'revs',
+        'pipeline_rev',
+        'data',
+        'references',
+        'complete',
+        'left_out',
+        'encoder',
+        'weights',
+        'source',
+        'size',
+        'dtype',
+        'device_kind',
+        'artifact',
+        'protocol',
+        'zsad',
+        'torch',
+        'open_clip',
+        'device',
+        'seconds_encoding',
+        'seconds_scoring',
+    ),
+    metrics=(
+        'dataset',
+        'row',
+        'category',
+        'metric',
+        'value',
+        'low',
+        'high',
+        'spread',
+        'seeds',
+        'n',
+        'why',
+        'seed_values',
+    ),
+    contrasts=(
+        'dataset',
+        'better',
+        'worse',
+        'metric',
+        'over',
+        'difference',
+        'low',
+        'high',
+        'better_seeds',
+        'worse_seeds',
+    ),
+    defects=('dataset', 'row', 'defect', 'metric', 'value', 'categories', 'n'),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #a9be23bf
-ROLES = dict(mvtec='MVTec-AD', visa='VisA', novel='kinds never seen',       # role -> the name people know it by
-             mpdd='MPDD', btad='BTAD', sdd='SDD', dagm='DAGM', brainmri='BrainMRI', liverct='LiverCT', resc='RESC', br35h='Br35H', covid='COVID-19', headct='HeadCT', bmad_brain='BMAD brain')
-STAND_INS = dict(mvtec='procad', visa='procad-b', novel='procad-novel', brainmri='procad-med')     # role -> data set that plays it at mini scale
+ROLES = dict(
+    mvtec='MVTec-AD',
+    visa='VisA',
+    novel='kinds never seen',  # role -> the name people know it by
+    mpdd='MPDD',
+    btad='BTAD',
+    sdd='SDD',
+    dagm='DAGM',
+    brainmri='BrainMRI',
+    liverct='LiverCT',
+    resc='RESC',
+    br35h='Br35H',
+    covid='COVID-19',
+    headct='HeadCT',
+    bmad_brain='BMAD brain',
+)
+STAND_INS = dict(
+    mvtec='procad', visa='procad-b', novel='procad-novel', brainmri='procad-med'
+)  # role -> data set that plays it at mini scale
 
-def datasets_of(role:str)->tuple:
+
+def datasets_of(role: str) -> tuple:
     "Name the data sets whose runs count for a role: itself, then its stand-in if it has one."
-    if role not in ROLES: raise ValueError(f'role={role!r}: choose from {list(ROLES)}')
+    if role not in ROLES:
+        raise ValueError(f'role={role!r}: choose from {list(ROLES)}')
     return (role, STAND_INS[role]) if role in STAND_INS else (role,)
 
 # %% ../../nbs/papers/exhibits.ipynb #903d3f7a
-CONTROLS = (Row('random weights', METHODS['anoclip'], 'random weights', 'same method, encoder never trained'),
-            Row('foreground mask', None, 'foreground mask', "the object's outline as the map"))
+CONTROLS = (
+    Row(
+        'random weights', METHODS['anoclip'], 'random weights', 'same method, encoder never trained'
+    ),
+    Row('foreground mask', None, 'foreground mask', "the object's outline as the map"),
+)
 
-def with_controls(rows, metrics)->tuple:
+
+def with_controls(rows, metrics) -> tuple:
     "Append the controls that are not among `rows` yet and have one of `metrics`."
-    return (*rows, *(c for c in CONTROLS if c not in rows and (c.method or any(m.startswith(('pixel', 'pro')) for m in metrics))))
+    return (
+        *rows,
+        *(
+            c
+            for c in CONTROLS
+            if c not in rows and (c.method or any(m.startswith(('pixel', 'pro')) for m in metrics))
+        ),
+    )
 
 # %% ../../nbs/papers/exhibits.ipynb #f6c0069d
 @dataclass(frozen=True)
 class Exhibit:
     "One table or figure."
-    name: str                    # paper, then t or f and its number
+
+    name: str  # paper, then t or f and its number
     title: str
-    paper: str                   # key of the paper in reported.csv, '' for our own
-    rows: tuple                  # its own; the controls join them
-    roles: tuple                 # data sets the paper used: 'mvtec', 'visa', ...
-    metrics: tuple               # what it prints
-    form: str = 'table'          # 'table' or 'curve' (metrics over the rows, whose labels are numbers)
-    claim: str = ''              # the contrast the paper draws from it
-    contrasts: tuple = ()        # (better row, worse row, metric) of that claim
-    print_state: str = 'printed' # 'printed', 'lost', 'drawing' or 'own'
-    axis: str = ''               # of a curve: what the rows count
-    asked: bool = False          # long: run only when it is named
-    seeds: int = 1               # of its rows that learn or draw something
+    paper: str  # key of the paper in reported.csv, '' for our own
+    rows: tuple  # its own; the controls join them
+    roles: tuple  # data sets the paper used: 'mvtec', 'visa', ...
+    metrics: tuple  # what it prints
+    form: str = 'table'  # 'table' or 'curve' (metrics over the rows, whose labels are numbers)
+    claim: str = ''  # the contrast the paper draws from it
+    contrasts: tuple = ()  # (better row, worse row, metric) of that claim
+    print_state: str = 'printed'  # 'printed', 'lost', 'drawing' or 'own'
+    axis: str = ''  # of a curve: what the rows count
+    asked: bool = False  # long: run only when it is named
+    seeds: int = 1  # of its rows that learn or draw something
 
     def __post_init__(self):
         object.__setattr__(self, 'rows', with_controls(self.rows, self.metrics))
-        states, runs = ('printed', 'lost', 'drawing', 'own'), {r.label for r in self.rows if not r.state}
-        if self.print_state not in states: raise ValueError(f'{self.name}: print_state={self.print_state!r}: choose from {states}')
-        if (self.paper == '') != (self.print_state == 'own'): raise ValueError(f"{self.name}: paper={self.paper!r} with print_state={self.print_state!r}: our own exhibits have paper='' and print_state='own'")
-        for role in self.roles: datasets_of(role)
-        if len({r.label for r in self.rows}) < len(self.rows): raise ValueError(f'{self.name}: two rows have one label; labels are {[r.label for r in self.rows]}')
+        states, runs = (
+            ('printed', 'lost', 'drawing', 'own'),
+            {r.label for r in self.rows if not r.state},
+        )
+        if self.print_state not in states:
+            raise ValueError(f'{self.name}: print_state={self.print_state!r}: choose from {states}')
+        if (self.paper == '') != (self.print_state == 'own'):
+            raise ValueError(
+                f"{self.name}: paper={self.paper!r} with print_state={self.print_state!r}: our own exhibits have paper='' and print_state='own'"
+            )
+        for role in self.roles:
+            datasets_of(role)
+        if len({r.label for r in self.rows}) < len(self.rows):
+            raise ValueError(
+                f'{self.name}: two rows have one label; labels are {[r.label for r in self.rows]}'
+            )
         for better, worse, metric in self.contrasts:
-            if not {better, worse} <= runs or metric not in self.metrics: raise ValueError(f'{self.name}: contrast {(better, worse, metric)}: choose rows that are run, {sorted(runs)}, and a metric of {self.metrics}')
+            if not {better, worse} <= runs or metric not in self.metrics:
+                raise ValueError(
+                    f'{self.name}: contrast {(better, worse, metric)}: choose rows that are run, {sorted(runs)}, and a metric of {self.metrics}'
+                )
 
 # %% ../../nbs/papers/exhibits.ipynb #9ac4d7de
 ano = METHODS['anoclip']
-ATTENTION = (Row('with QKV attention', replace(ano, name='anoclip/qkv', encode=one_path('qkv'))),
-             Row('with V (last layer)', replace(ano, name='anoclip/v', encode=one_path('v', 1)), note='residual kept, MLP left out; the paper does not say'),
-             Row('with V-V attention (last layer)', replace(ano, name='anoclip/vv1', encode=one_path('vv', 1))),
-             Row('with V-V attention (multi-layer)', ano, note="all blocks, as in the authors' code"))
+ATTENTION = (
+    Row('with QKV attention', replace(ano, name='anoclip/qkv', encode=one_path('qkv'))),
+    Row(
+        'with V (last layer)',
+        replace(ano, name='anoclip/v', encode=one_path('v', 1)),
+        note='residual kept, MLP left out; the paper does not say',
+    ),
+    Row(
+        'with V-V attention (last layer)',
+        replace(ano, name='anoclip/vv1', encode=one_path('vv', 1)),
+    ),
+    Row('with V-V attention (multi-layer)', ano, note="all blocks, as in the authors' code"),
+)
 PLAIN = tuple(replace(r, control='plain training') for r in ATTENTION)
 
 # %% ../../nbs/papers/exhibits.ipynb #aa29a0c1
-LOCALISING = (Row('TransMM', METHODS['transmm']), Row('MaskCLIP', METHODS['maskclip']), Row('WinCLIP', METHODS['winclip']),
-              Row('CLIP', ATTENTION[0].method, note="AnoCLIP's sentences on CLIP's own path"), Row('AnoCLIP', ano), Row('AnoCLIP+', METHODS['anoclip+']))
-FULL = (*(Row(n, state='reported only') for n in ('US', 'PSVDD', 'PaDiM', 'CutPaste', 'FCDD', 'MKD', 'DRAEM', 'UniAD')), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP+', METHODS['anoclip+']))
-PROBE = replace(METHODS['anoclip+'], name='anoclip+/probe', terms=(('adapted', dict(adapter='linear')),))
+LOCALISING = (
+    Row('TransMM', METHODS['transmm']),
+    Row('MaskCLIP', METHODS['maskclip']),
+    Row('WinCLIP', METHODS['winclip']),
+    Row('CLIP', ATTENTION[0].method, note="AnoCLIP's sentences on CLIP's own path"),
+    Row('AnoCLIP', ano),
+    Row('AnoCLIP+', METHODS['anoclip+']),
+)
+FULL = (
+    *(
+        Row(n, state='reported only')
+        for n in ('US', 'PSVDD', 'PaDiM', 'CutPaste', 'FCDD', 'MKD', 'DRAEM', 'UniAD')
+    ),
+    Row('WinCLIP', METHODS['winclip']),
+    Row('AnoCLIP+', METHODS['anoclip+']),
+)
+PROBE = replace(
+    METHODS['anoclip+'], name='anoclip+/probe', terms=(('adapted', dict(adapter='linear')),)
+)
 TIMED = tuple(r for r in LOCALISING if r.label in ('WinCLIP', 'CLIP', 'AnoCLIP', 'AnoCLIP+'))
-STEPS = tuple(Row(str(s), {0: ano, 5: METHODS['anoclip+']}.get(s) or replace(METHODS['anoclip+'], name=f'anoclip+/{s}', terms=(('adapted', dict(steps=s)),)), note='' if s else 'AnoCLIP itself') for s in range(11))
-ADAPTING = (Row('Linear Probe', PROBE, note="a linear layer with a random start, half and half with the token, as in the authors' code for VisA"), Row('Ours', METHODS['anoclip+']))
-DETECTING = (Row('CLIP', METHODS['clip-ac'], note='normal and anomalous in every template (CLIP-AC)'), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', ano))
+
+# %% ../../nbs/papers/exhibits.ipynb #07fa55cc
+STEPS = tuple(
+    Row(
+        str(s),
+        {0: ano, 5: METHODS['anoclip+']}.get(s)
+        or replace(METHODS['anoclip+'], name=f'anoclip+/{s}', terms=(('adapted', dict(steps=s)),)),
+        note='' if s else 'AnoCLIP itself',
+    )
+    for s in range(11)
+)
+ADAPTING = (
+    Row(
+        'Linear Probe',
+        PROBE,
+        note="a linear layer with a random start, half and half with the token, as in the authors' code for VisA",
+    ),
+    Row('Ours', METHODS['anoclip+']),
+)
+DETECTING = (
+    Row('CLIP', METHODS['clip-ac'], note='normal and anomalous in every template (CLIP-AC)'),
+    Row('WinCLIP', METHODS['winclip']),
+    Row('AnoCLIP', ano),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #38076285
-PROMPTING = (Row('Base', replace(ano, name='anoclip/base', prompts='base')), Row('+CS Prompt', replace(ano, name='anoclip/cs', prompts='cs')), Row('+DA Prompt', ano))
+PROMPTING = (
+    Row('Base', replace(ano, name='anoclip/base', prompts='base')),
+    Row('+CS Prompt', replace(ano, name='anoclip/cs', prompts='cs')),
+    Row('+DA Prompt', ano),
+)
 DRAWN = tuple(Row(n, METHODS[n]) for n in ('winclip+', 'anoclip+', 'musc-2', 'dual', 'dual+'))
-DEPTHS = tuple(Row(str(d), replace(ano, name=f'anoclip/depth{d}', encode=one_path('vv', d))) for d in range(25))
-BASELINES = tuple(Row(n, METHODS[n]) for n in ('clip', 'clip-ac', 'transmm', 'maskclip', 'winclip', 'winclip+', 'anoclip', 'anoclip+', 'musc-2', 'dual', 'dual+'))
-UNTRAINED = tuple(Row(f'{n}, random weights', METHODS[n], 'random weights') for n in ('winclip+', 'musc', 'dual'))
+DEPTHS = tuple(
+    Row(str(d), replace(ano, name=f'anoclip/depth{d}', encode=one_path('vv', d))) for d in range(25)
+)
+BASELINES = tuple(
+    Row(n, METHODS[n])
+    for n in (
+        'clip',
+        'clip-ac',
+        'transmm',
+        'maskclip',
+        'winclip',
+        'winclip+',
+        'anoclip',
+        'anoclip+',
+        'musc-2',
+        'dual',
+        'dual+',
+    )
+)
+
+# %% ../../nbs/papers/exhibits.ipynb #a400efd3
+UNTRAINED = tuple(
+    Row(f'{n}, random weights', METHODS[n], 'random weights') for n in ('winclip+', 'musc', 'dual')
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #2abd3082
-def shots(k:int)->Method:
+def shots(k: int) -> Method:
     "Give WinCLIP+ with `k` normal images, WinCLIP with none."
-    return replace(METHODS['winclip+'], name=f'winclip+/{k}', reference=('shots', dict(k=k))) if k else METHODS['winclip']
+    return (
+        replace(METHODS['winclip+'], name=f'winclip+/{k}', reference=('shots', dict(k=k)))
+        if k
+        else METHODS['winclip']
+    )
 
-STATES_OF_BOARDS = (Row('without', METHODS['winclip']), Row('with bad soldering', replace(METHODS['winclip'], name='winclip/task', prompts='winclip/task'), note='the word joins the sentences of boards alone'))
-SHOTS = (Row('Paper k=0', state='reported only'), Row('Reprod k=0', shots(0)), Row('Paper k=1', state='reported only'), Row('Reprod k=1', shots(1)),
-         Row('Reprod k=2', shots(2), note='not printed'), Row('Paper k=4', state='reported only'), Row('Reprod k=4', shots(4)))
+
+STATES_OF_BOARDS = (
+    Row('without', METHODS['winclip']),
+    Row(
+        'with bad soldering',
+        replace(METHODS['winclip'], name='winclip/task', prompts='winclip/task'),
+        note='the word joins the sentences of boards alone',
+    ),
+)
+SHOTS = (
+    Row('Paper k=0', state='reported only'),
+    Row('Reprod k=0', shots(0)),
+    Row('Paper k=1', state='reported only'),
+    Row('Reprod k=1', shots(1)),
+    Row('Reprod k=2', shots(2), note='not printed'),
+    Row('Paper k=4', state='reported only'),
+    Row('Reprod k=4', shots(4)),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #aa450d29
 dual = METHODS['dual']
-SEEN = (('text only', replace(without_reference(dual), name='dual/text')), ('reference only', replace(dual, name='dual/pair', terms=dual.terms[1:], term_weights=(1.,), score=('joint', dict(beta=0.)))), ('joint', dual))
-PAIRS = (Row('CLIP', ATTENTION[0].method, note="AnoCLIP's sentences on CLIP's own path; the paper's detection column is CLIP-AC"), Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', METHODS['anoclip+'], note='localises as AnoCLIP+ in the paper, and so here'),
-         Row('MuSc-2', METHODS['musc-2']), Row('Ours', dual, note='a reconstruction: the constants are lost'), Row('Ours+', METHODS['dual+']), *UNTRAINED[2:])
-SETTINGS = (Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP+', METHODS['anoclip+']), Row('MuSc-2', METHODS['musc-2']), Row('Ours', dual), Row('Ours+', METHODS['dual+']),
-            Row('MuSc', METHODS['musc'], note='reads the whole unlabelled set, and scores one set at a time'), Row('UniAD', state='reported only'))
+SEEN = (
+    ('text only', replace(without_reference(dual), name='dual/text')),
+    (
+        'reference only',
+        replace(
+            dual,
+            name='dual/pair',
+            terms=dual.terms[1:],
+            term_weights=(1.0,),
+            score=('joint', dict(beta=0.0)),
+        ),
+    ),
+    ('joint', dual),
+)
+
+# %% ../../nbs/papers/exhibits.ipynb #d4aa29b0
+PAIRS = (
+    Row(
+        'CLIP',
+        ATTENTION[0].method,
+        note="AnoCLIP's sentences on CLIP's own path; the paper's detection column is CLIP-AC",
+    ),
+    Row('WinCLIP', METHODS['winclip']),
+    Row('AnoCLIP', METHODS['anoclip+'], note='localises as AnoCLIP+ in the paper, and so here'),
+    Row('MuSc-2', METHODS['musc-2']),
+    Row('Ours', dual, note='a reconstruction: the constants are lost'),
+    Row('Ours+', METHODS['dual+']),
+    *UNTRAINED[2:],
+)
+SETTINGS = (
+    Row('WinCLIP', METHODS['winclip']),
+    Row('AnoCLIP+', METHODS['anoclip+']),
+    Row('MuSc-2', METHODS['musc-2']),
+    Row('Ours', dual),
+    Row('Ours+', METHODS['dual+']),
+    Row(
+        'MuSc', METHODS['musc'], note='reads the whole unlabelled set, and scores one set at a time'
+    ),
+    Row('UniAD', state='reported only'),
+)
 TOGETHER = tuple(Row(label, m) for label, m in SEEN) + UNTRAINED[2:]
-MODULES = (Row('base', SEEN[0][1], note='not printed'), Row('TTA', replace(without_reference(METHODS['dual+']), name='dual+/alone', term_weights=(1.,)), note='not printed'), Row('reference', dual, note='not printed'), Row('reference + TTA', METHODS['dual+']))
-COUNTS = (Row('0', SEEN[0][1]), Row('1', dual), *(Row(str(k), replace(dual, name=f'dual/{k}', reference=('pair', dict(count=k)))) for k in (2, 4, 8, 16)))
-steps = lambda s: replace(METHODS['dual+'], name=f'dual+/{s}', terms=(*dual.terms[1:], ('synthetic_adapted', dict(steps=s))))
-DUAL_STEPS = tuple(Row(str(s), {0: dual, 2: METHODS['dual+']}.get(s) or steps(s), note='' if s else 'Ours, without adaptation') for s in range(7))
+
+# %% ../../nbs/papers/exhibits.ipynb #79321b78
+MODULES = (
+    Row('base', SEEN[0][1], note='not printed'),
+    Row(
+        'TTA',
+        replace(without_reference(METHODS['dual+']), name='dual+/alone', term_weights=(1.0,)),
+        note='not printed',
+    ),
+    Row('reference', dual, note='not printed'),
+    Row('reference + TTA', METHODS['dual+']),
+)
+COUNTS = (
+    Row('0', SEEN[0][1]),
+    Row('1', dual),
+    *(
+        Row(str(k), replace(dual, name=f'dual/{k}', reference=('pair', dict(count=k))))
+        for k in (2, 4, 8, 16)
+    ),
+)
+steps = lambda s: replace(
+    METHODS['dual+'],
+    name=f'dual+/{s}',
+    terms=(*dual.terms[1:], ('synthetic_adapted', dict(steps=s))),
+)
+
+# %% ../../nbs/papers/exhibits.ipynb #71b8d32d
+DUAL_STEPS = tuple(
+    Row(
+        str(s),
+        {0: dual, 2: METHODS['dual+']}.get(s) or steps(s),
+        note='' if s else 'Ours, without adaptation',
+    )
+    for s in range(7)
+)
 policy = lambda m, p: replace(m, name=f'{m.name}/{p}', reference=('pair', dict(policy=p)))
-POLICIES = tuple(Row(f'{label}, {p}', policy(m, p)) for label, m in SEEN[1:] for p in ('normal', 'random', 'anomalous'))
+POLICIES = tuple(
+    Row(f'{label}, {p}', policy(m, p))
+    for label, m in SEEN[1:]
+    for p in ('normal', 'random', 'anomalous')
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #c83e387b
-def switch(base, name:str, metrics:tuple, **changes)->tuple:      # base, the other row, metrics it can change
+def switch(
+    base, name: str, metrics: tuple, **changes
+) -> tuple:  # base, the other row, metrics it can change
     "Copy a row, or the one of a name, under another name with changed fields, and changed parameters of those of its terms and of its score that have them."
-    base, known = find_method(base), lambda parts, part, had: {**had, **{k: v for k, v in changes.items() if k in parts[part].parameters}}
-    m = replace(base, terms=tuple((part, known(TERMS, part, had)) for part, had in base.terms), score=(base.score[0], known(SCORES, *base.score)))
-    return base, replace(m, name=f'{base.name}/{name}', **{k: v for k, v in changes.items() if k in Method.__dataclass_fields__}), metrics
+    base, known = (
+        find_method(base),
+        lambda parts, part, had: {
+            **had,
+            **{k: v for k, v in changes.items() if k in parts[part].parameters},
+        },
+    )
+    m = replace(
+        base,
+        terms=tuple((part, known(TERMS, part, had)) for part, had in base.terms),
+        score=(base.score[0], known(SCORES, *base.score)),
+    )
+    return (
+        base,
+        replace(
+            m,
+            name=f'{base.name}/{name}',
+            **{k: v for k, v in changes.items() if k in Method.__dataclass_fields__},
+        ),
+        metrics,
+    )
 
 # %% ../../nbs/papers/exhibits.ipynb #8f5a7107
 MAP, BOTH = ('pixel_auroc', 'pro'), ('image_auroc', 'pixel_auroc', 'pro')
 WORDS, CODED = PROMPTS['anoclip'], PROMPTS['anoclip@code']
 SILENT_TEXT = (
     switch('maskclip', 'no-mlp', MAP, encode=one_path('v', 1)),
-    (METHODS['transmm'], METHODS['transmm@code'], MAP), switch('transmm', 'difference', MAP, target='difference'),
-    *(switch('anoclip', f'tau{tau}', BOTH, tau=tau) for tau in (.07, .01)),
-    switch('anoclip', 'corners', MAP, align_corners=True), switch('anoclip', 'mean3', MAP, smoothing='mean3'),
+    (METHODS['transmm'], METHODS['transmm@code'], MAP),
+    switch('transmm', 'difference', MAP, target='difference'),
+    *(switch('anoclip', f'tau{tau}', BOTH, tau=tau) for tau in (0.07, 0.01)),
+    switch('anoclip', 'corners', MAP, align_corners=True),
+    switch('anoclip', 'mean3', MAP, smoothing='mean3'),
     switch('anoclip', 'views', BOTH[:1], encode=one_path('vv', views='anovl'), score=('views', {})),
-    switch('anoclip', 'unit', BOTH, prompts=replace(WORDS, average='unit')), switch('anoclip', 'three-domains', BOTH, prompts=replace(WORDS, domains=CODED.domains, texture_domains=CODED.texture_domains)),
-    (ano, METHODS['anoclip@code'], BOTH))
+    switch('anoclip', 'unit', BOTH, prompts=replace(WORDS, average='unit')),
+    switch(
+        'anoclip',
+        'three-domains',
+        BOTH,
+        prompts=replace(WORDS, domains=CODED.domains, texture_domains=CODED.texture_domains),
+    ),
+    (ano, METHODS['anoclip@code'], BOTH),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #85986841
 SILENT_WINDOWS = (
-    *(switch('winclip', f'tau{tau}', BOTH, tau=tau) for tau in (1., .01)), switch('winclip', 'max', BOTH[:1], score=('max', {})),
-    switch('winclip', '21', BOTH, prompts=replace(PROMPTS['winclip'], templates=PROMPTS['winclip@code'].templates)),
-    *(switch('winclip+', stage, BOTH, encode=one_path('qkv', stage=stage, windows=(2, 3))) for stage in ('ln_post', 'proj')),
-    switch('winclip+', 'class', BOTH[:1], score=('class', dict(tau=.07))), switch('winclip+', 'seed1', BOTH, seed=1), switch(shots(4), 'replace', BOTH, reference=('shots', dict(k=4, replace=True))))
+    *(switch('winclip', f'tau{tau}', BOTH, tau=tau) for tau in (1.0, 0.01)),
+    switch('winclip', 'max', BOTH[:1], score=('max', {})),
+    switch(
+        'winclip',
+        '21',
+        BOTH,
+        prompts=replace(PROMPTS['winclip'], templates=PROMPTS['winclip@code'].templates),
+    ),
+    *(
+        switch('winclip+', stage, BOTH, encode=one_path('qkv', stage=stage, windows=(2, 3)))
+        for stage in ('ln_post', 'proj')
+    ),
+    switch('winclip+', 'class', BOTH[:1], score=('class', dict(tau=0.07))),
+    switch('winclip+', 'seed1', BOTH, seed=1),
+    switch(shots(4), 'replace', BOTH, reference=('shots', dict(k=4, replace=True))),
+)
 HALF = switch('anoclip+', 'half', MAP, adapter='code')
+
+# %% ../../nbs/papers/exhibits.ipynb #1f0d9129
 SILENT_ADAPTING = (
-    switch('anoclip+', 'softmax', MAP, adapter='softmax'), HALF, switch(HALF[1], 'length', MAP, encode=one_path('vv', stage='ln_post')),
-    *(switch('anoclip+', pseudo, MAP, pseudo=pseudo) for pseudo in ('entropy', 'frozen')), *(switch('anoclip+', f'sigma{sigma}', MAP, sigma=sigma) for sigma in (.055, .005)),
-    switch('anoclip+', 'once', MAP, redraw_noise=False), switch('anoclip+', 'in-order', MAP, sequential=True), switch('anoclip+', 'steps20', MAP, steps=20), switch('anoclip+', 'seed1', MAP, seed=1),
-    (METHODS['anoclip+'], METHODS['anoclip+@code'], BOTH))
+    switch('anoclip+', 'softmax', MAP, adapter='softmax'),
+    HALF,
+    switch(HALF[1], 'length', MAP, encode=one_path('vv', stage='ln_post')),
+    *(switch('anoclip+', pseudo, MAP, pseudo=pseudo) for pseudo in ('entropy', 'frozen')),
+    *(switch('anoclip+', f'sigma{sigma}', MAP, sigma=sigma) for sigma in (0.055, 0.005)),
+    switch('anoclip+', 'once', MAP, redraw_noise=False),
+    switch('anoclip+', 'in-order', MAP, sequential=True),
+    switch('anoclip+', 'steps20', MAP, steps=20),
+    switch('anoclip+', 'seed1', MAP, seed=1),
+    (METHODS['anoclip+'], METHODS['anoclip+@code'], BOTH),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #1d41f0d6
 SILENT_SETS = (
-    switch('musc', 'share1', BOTH, fraction=1), switch('musc', 'parts3', BOTH, subsets=3), switch('musc', 'no-rscin', BOTH[:1], set_steps=()), switch('musc', 'rscin-189', BOTH[:1], set_steps=(('rscin', dict(neighbours=(1, 8, 9))),)),
-    switch('musc-2', 'last', BOTH, encode=one_path('qkv', stage='raw')), switch('musc-2', '1x1', BOTH, scales=(1,)))
+    switch('musc', 'share1', BOTH, fraction=1),
+    switch('musc', 'parts3', BOTH, subsets=3),
+    switch('musc', 'no-rscin', BOTH[:1], set_steps=()),
+    switch('musc', 'rscin-189', BOTH[:1], set_steps=(('rscin', dict(neighbours=(1, 8, 9))),)),
+    switch('musc-2', 'last', BOTH, encode=one_path('qkv', stage='raw')),
+    switch('musc-2', '1x1', BOTH, scales=(1,)),
+)
 SILENT_PAIRS = (
-    *(switch('dual', f'alpha{a}', BOTH, term_weights=(a, b)) for a, b in ((.3, .7), (.7, .3))), *(switch('dual', f'beta{beta:.0f}', BOTH[:1], beta=beta) for beta in (0., 1.)),
-    *(switch('dual', f'tau{tau}', BOTH, tau=tau) for tau in (1., .01)), switch('dual', 'seed1', BOTH, seed=1),
-    switch(SEEN[1][1], 'raw', BOTH, encode=one_path('vv', stage='raw')), *(switch(r.method, 'mean', BOTH, join='mean') for r in COUNTS if r.label == '4'),
-    switch('dual+', 'cosine', BOTH, similarity='cosine'), switch('dual+', 'lam0', BOTH, lam=0.), switch('dual+', 'steps6', BOTH, steps=6), switch('dual+', 'area0', BOTH, coverage=0.))
+    *(switch('dual', f'alpha{a}', BOTH, term_weights=(a, b)) for a, b in ((0.3, 0.7), (0.7, 0.3))),
+    *(switch('dual', f'beta{beta:.0f}', BOTH[:1], beta=beta) for beta in (0.0, 1.0)),
+    *(switch('dual', f'tau{tau}', BOTH, tau=tau) for tau in (1.0, 0.01)),
+    switch('dual', 'seed1', BOTH, seed=1),
+    switch(SEEN[1][1], 'raw', BOTH, encode=one_path('vv', stage='raw')),
+    *(switch(r.method, 'mean', BOTH, join='mean') for r in COUNTS if r.label == '4'),
+    switch('dual+', 'cosine', BOTH, similarity='cosine'),
+    switch('dual+', 'lam0', BOTH, lam=0.0),
+    switch('dual+', 'steps6', BOTH, steps=6),
+    switch('dual+', 'area0', BOTH, coverage=0.0),
+)
 SILENT = (*SILENT_TEXT, *SILENT_WINDOWS, *SILENT_ADAPTING, *SILENT_SETS, *SILENT_PAIRS)
 
-def silent(name:str, title:str, switches)->Exhibit:
+# %% ../../nbs/papers/exhibits.ipynb #fa599b25
+def silent(name: str, title: str, switches) -> Exhibit:
     "Make an exhibit of switches: every row beside its base."
     rows = {m.name: m for base, other, _ in switches for m in (base, other)}
-    return Exhibit(name, title, '', tuple(Row(n, m) for n, m in rows.items()), ('mvtec',), BOTH, contrasts=tuple((m.name, base.name, metric) for base, m, metrics in switches for metric in metrics), print_state='own', asked=True)
+    return Exhibit(
+        name,
+        title,
+        '',
+        tuple(Row(n, m) for n, m in rows.items()),
+        ('mvtec',),
+        BOTH,
+        contrasts=tuple(
+            (m.name, base.name, metric) for base, m, metrics in switches for metric in metrics
+        ),
+        print_state='own',
+        asked=True,
+    )
 
 # %% ../../nbs/papers/exhibits.ipynb #95267bc9
 AL, AD = ('pixel_auroc', 'pixel_f1max', 'pro'), ('image_auroc', 'image_f1max', 'image_ap')
+
+# %% ../../nbs/papers/exhibits.ipynb #0c11a31f
 ANOCLIP = (
-    Exhibit('anoclip-t1', 'Zero-shot localisation (AnoCLIP, Table 1)', 'anoclip', LOCALISING, ('mvtec', 'visa'), AL, claim='Without training, patch tokens of V-V attention localise better than those of CLIP and of MaskCLIP.',
-            contrasts=(('AnoCLIP', 'CLIP', 'pixel_auroc'), ('AnoCLIP', 'CLIP', 'pro'), ('AnoCLIP', 'MaskCLIP', 'pro'))),
-    Exhibit('anoclip-t2', 'Zero-shot detection (AnoCLIP, Table 2)', 'anoclip', DETECTING, ('mvtec', 'visa'), AD, claim='Sentences about states and domains detect better than the words normal and anomalous alone.',
-            contrasts=(('AnoCLIP', 'CLIP', 'image_auroc'),)),
-    Exhibit('anoclip-t3', 'Attention modes of CLIP (AnoCLIP, Table 3)', 'anoclip', ATTENTION, ('mvtec',), AL, claim='Patch tokens of V-V attention localise; those of CLIP\'s own path do not.',
-            contrasts=((ATTENTION[3].label, ATTENTION[0].label, 'pixel_auroc'), (ATTENTION[3].label, ATTENTION[0].label, 'pro'), (ATTENTION[3].label, ATTENTION[2].label, 'pro'))),
-    Exhibit('anoclip-t4', 'Prompt sets (AnoCLIP, Table 4)', 'anoclip', PROMPTING, ('mvtec',), AD + AL, claim='Contrastive states, then domain phrases, improve detection and localisation.',
-            contrasts=(('+DA Prompt', '+CS Prompt', 'image_auroc'), ('+DA Prompt', '+CS Prompt', 'pixel_auroc'), ('+CS Prompt', 'Base', 'image_auroc'), ('+CS Prompt', 'Base', 'pixel_auroc'))),
-    Exhibit('anoclip-t5', 'Beside methods trained on all normal images (AnoCLIP, Table 5)', 'anoclip', FULL, ('mvtec',), ('image_auroc', 'pixel_auroc'), claim='Without any image of the category, detection and localisation come near those of methods trained on all of them.',
-            contrasts=(('AnoCLIP+', 'WinCLIP', 'pixel_auroc'), ('AnoCLIP+', 'WinCLIP', 'image_auroc'))),
-    Exhibit('anoclip-t6', 'What adapts at test time (AnoCLIP, Table 6)', 'anoclip', ADAPTING, ('mvtec',), AL, claim='An adapter that starts from the sentences beats a linear probe that starts at random.', contrasts=(('Ours', 'Linear Probe', 'pixel_auroc'), ('Ours', 'Linear Probe', 'pro')), asked=True),
-    Exhibit('anoclip-t7', 'Quality and time per image (AnoCLIP, Table 7)', 'anoclip', TIMED, ('mvtec',), AL + ('time_ms',), claim='AnoCLIP takes hardly longer than CLIP and localises better than WinCLIP; AnoCLIP+ takes three times as long, less than WinCLIP, and localises best.',
-            contrasts=(('AnoCLIP', 'WinCLIP', 'pixel_auroc'), ('AnoCLIP+', 'AnoCLIP', 'pixel_auroc'), ('AnoCLIP+', 'WinCLIP', 'pro'))),
-    Exhibit('anoclip-f5', 'Steps of adaptation (AnoCLIP, Fig. 5)', 'anoclip', STEPS, ('mvtec', 'visa'), AL, 'curve', 'Five steps improve on none; more converge, with a slight decrease.',
-            (('5', '0', 'pixel_auroc'), ('5', '0', 'pixel_f1max'), ('5', '0', 'pro'), ('5', '10', 'pixel_auroc'), ('5', '10', 'pro')), 'drawing', 'steps of adaptation', True),)
+    Exhibit(
+        'anoclip-t1',
+        'Zero-shot localisation (AnoCLIP, Table 1)',
+        'anoclip',
+        LOCALISING,
+        ('mvtec', 'visa'),
+        AL,
+        claim='Without training, patch tokens of V-V attention localise better than those of CLIP and of MaskCLIP.',
+        contrasts=(
+            ('AnoCLIP', 'CLIP', 'pixel_auroc'),
+            ('AnoCLIP', 'CLIP', 'pro'),
+            ('AnoCLIP', 'MaskCLIP', 'pro'),
+        ),
+    ),
+    Exhibit(
+        'anoclip-t2',
+        'Zero-shot detection (AnoCLIP, Table 2)',
+        'anoclip',
+        DETECTING,
+        ('mvtec', 'visa'),
+        AD,
+        claim='Sentences about states and domains detect better than the words normal and anomalous alone.',
+        contrasts=(('AnoCLIP', 'CLIP', 'image_auroc'),),
+    ),
+    Exhibit(
+        'anoclip-t3',
+        'Attention modes of CLIP (AnoCLIP, Table 3)',
+        'anoclip',
+        ATTENTION,
+        ('mvtec',),
+        AL,
+        claim='Patch tokens of V-V attention localise; those of CLIP\'s own path do not.',
+        contrasts=(
+            (ATTENTION[3].label, ATTENTION[0].label, 'pixel_auroc'),
+            (ATTENTION[3].label, ATTENTION[0].label, 'pro'),
+            (ATTENTION[3].label, ATTENTION[2].label, 'pro'),
+        ),
+    ),
+    Exhibit(
+        'anoclip-t4',
+        'Prompt sets (AnoCLIP, Table 4)',
+        'anoclip',
+        PROMPTING,
+        ('mvtec',),
+        AD + AL,
+        claim='Contrastive states, then domain phrases, improve detection and localisation.',
+        contrasts=(
+            ('+DA Prompt', '+CS Prompt', 'image_auroc'),
+            ('+DA Prompt', '+CS Prompt', 'pixel_auroc'),
+            ('+CS Prompt', 'Base', 'image_auroc'),
+            ('+CS Prompt', 'Base', 'pixel_auroc'),
+        ),
+    ),
+    Exhibit(
+        'anoclip-t5',
+        'Beside methods trained on all normal images (AnoCLIP, Table 5)',
+        'anoclip',
+        FULL,
+        ('mvtec',),
+        ('image_auroc', 'pixel_auroc'),
+        claim='Without any image of the category, detection and localisation come near those of methods trained on all of them.',
+        contrasts=(('AnoCLIP+', 'WinCLIP', 'pixel_auroc'), ('AnoCLIP+', 'WinCLIP', 'image_auroc')),
+    ),
+    Exhibit(
+        'anoclip-t6',
+        'What adapts at test time (AnoCLIP, Table 6)',
+        'anoclip',
+        ADAPTING,
+        ('mvtec',),
+        AL,
+        claim='An adapter that starts from the sentences beats a linear probe that starts at random.',
+        contrasts=(('Ours', 'Linear Probe', 'pixel_auroc'), ('Ours', 'Linear Probe', 'pro')),
+        asked=True,
+    ),
+    Exhibit(
+        'anoclip-t7',
+        'Quality and time per image (AnoCLIP, Table 7)',
+        'anoclip',
+        TIMED,
+        ('mvtec',),
+        AL + ('time_ms',),
+        claim='AnoCLIP takes hardly longer than CLIP and localises better than WinCLIP; AnoCLIP+ takes three times as long, less than WinCLIP, and localises best.',
+        contrasts=(
+            ('AnoCLIP', 'WinCLIP', 'pixel_auroc'),
+            ('AnoCLIP+', 'AnoCLIP', 'pixel_auroc'),
+            ('AnoCLIP+', 'WinCLIP', 'pro'),
+        ),
+    ),
+    Exhibit(
+        'anoclip-f5',
+        'Steps of adaptation (AnoCLIP, Fig. 5)',
+        'anoclip',
+        STEPS,
+        ('mvtec', 'visa'),
+        AL,
+        'curve',
+        'Five steps improve on none; more converge, with a slight decrease.',
+        (
+            ('5', '0', 'pixel_auroc'),
+            ('5', '0', 'pixel_f1max'),
+            ('5', '0', 'pro'),
+            ('5', '10', 'pixel_auroc'),
+            ('5', '10', 'pro'),
+        ),
+        'drawing',
+        'steps of adaptation',
+        True,
+    ),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #68ac2bb6
 DUAL = (
-    Exhibit('dual-t1', 'Two images instead of one (Dual-Image Enhanced CLIP, Table 1)', 'dual', PAIRS, ('mvtec', 'visa'), AL + AD, claim='A random unlabelled reference image beside the sentences improves localisation and detection, and beats a reference image alone.',
-            contrasts=(('Ours', 'AnoCLIP', 'pixel_auroc'), ('Ours', 'AnoCLIP', 'pro'), ('Ours', 'AnoCLIP', 'image_auroc'), ('Ours', 'MuSc-2', 'pixel_auroc'), ('Ours', 'MuSc-2', 'image_auroc'), ('Ours', 'dual, random weights', 'pixel_auroc'))),
-    Exhibit('dual-t2', 'One image, two, the whole set (Dual-Image Enhanced CLIP, Table 2)', 'dual', SETTINGS, ('mvtec',), ('image_auroc', 'pixel_auroc'), claim='Two images are ahead of one and behind the whole unlabelled set.',
-            contrasts=(('Ours+', 'WinCLIP', 'image_auroc'), ('Ours+', 'WinCLIP', 'pixel_auroc'), ('MuSc', 'Ours+', 'image_auroc'), ('MuSc', 'Ours+', 'pixel_auroc'), ('MuSc', 'MuSc-2', 'image_auroc'), ('MuSc', 'MuSc-2', 'pixel_auroc')), print_state='lost'),
-    Exhibit('dual-f3', 'Sentences, a reference, both (Dual-Image Enhanced CLIP, Fig. 3)', 'dual', TOGETHER, ('mvtec',), AL + AD[:1], claim='Neither sentences nor a reference alone see what both see together.',
-            contrasts=(('joint', 'text only', 'pixel_auroc'), ('joint', 'reference only', 'pixel_auroc'), ('joint', 'text only', 'image_auroc'), ('joint', 'reference only', 'image_auroc')), print_state='drawing'),
-    Exhibit('dual-t3', 'Reference and adaptation (Dual-Image Enhanced CLIP, Table 3)', 'dual', MODULES, ('mvtec',), AL + AD, claim='Reference and adaptation each improve on sentences alone, and together most.',
-            contrasts=(('TTA', 'base', 'pixel_auroc'), ('TTA', 'base', 'pro'), ('reference', 'base', 'pixel_auroc'), ('reference + TTA', 'reference', 'pixel_auroc'), ('reference + TTA', 'reference', 'pro'), ('reference + TTA', 'base', 'image_auroc')), asked=True),
-    Exhibit('dual-f5a', 'Number of reference images (Dual-Image Enhanced CLIP, Fig. 5a)', 'dual', COUNTS, ('mvtec',), ('pixel_auroc', 'image_auroc'), 'curve', 'More references improve both, the first one most.',
-            (('1', '0', 'pixel_auroc'), ('16', '1', 'pixel_auroc'), ('1', '0', 'image_auroc'), ('16', '1', 'image_auroc')), 'lost', 'reference images', True),
-    Exhibit('dual-f5b', 'Which image is the reference (Dual-Image Enhanced CLIP, Fig. 5b)', 'dual', POLICIES, ('mvtec',), AL + AD[:1], claim='A damaged reference misleads; the sentences make up for it.',
-            contrasts=(('reference only, normal', 'reference only, anomalous', 'pixel_auroc'), ('joint, normal', 'joint, anomalous', 'pixel_auroc'), ('joint, anomalous', 'reference only, anomalous', 'pixel_auroc')), print_state='drawing', asked=True),
-    Exhibit('dual-f6c', 'Steps of adaptation (Dual-Image Enhanced CLIP, Fig. 6c)', 'dual', DUAL_STEPS, ('mvtec',), ('pixel_auroc', 'image_auroc', 'pro'), 'curve', 'Of one to six steps two are best, for pixels, images and regions.',
-            (('2', '0', 'pixel_auroc'), *(('2', k, 'pixel_auroc') for k in '13456'), *(('2', k, m) for m in ('image_auroc', 'pro') for k in '16')), 'lost', 'steps of adaptation', True),)
+    Exhibit(
+        'dual-t1',
+        'Two images instead of one (Dual-Image Enhanced CLIP, Table 1)',
+        'dual',
+        PAIRS,
+        ('mvtec', 'visa'),
+        AL + AD,
+        claim='A random unlabelled reference image beside the sentences improves localisation and detection, and beats a reference image alone.',
+        contrasts=(
+            ('Ours', 'AnoCLIP', 'pixel_auroc'),
+            ('Ours', 'AnoCLIP', 'pro'),
+            ('Ours', 'AnoCLIP', 'image_auroc'),
+            ('Ours', 'MuSc-2', 'pixel_auroc'),
+            ('Ours', 'MuSc-2', 'image_auroc'),
+            ('Ours', 'dual, random weights', 'pixel_auroc'),
+        ),
+    ),
+    Exhibit(
+        'dual-t2',
+        'One image, two, the whole set (Dual-Image Enhanced CLIP, Table 2)',
+        'dual',
+        SETTINGS,
+        ('mvtec',),
+        ('image_auroc', 'pixel_auroc'),
+        claim='Two images are ahead of one and behind the whole unlabelled set.',
+        contrasts=(
+            ('Ours+', 'WinCLIP', 'image_auroc'),
+            ('Ours+', 'WinCLIP', 'pixel_auroc'),
+            ('MuSc', 'Ours+', 'image_auroc'),
+            ('MuSc', 'Ours+', 'pixel_auroc'),
+            ('MuSc', 'MuSc-2', 'image_auroc'),
+            ('MuSc', 'MuSc-2', 'pixel_auroc'),
+        ),
+        print_state='lost',
+    ),
+    Exhibit(
+        'dual-f3',
+        'Sentences, a reference, both (Dual-Image Enhanced CLIP, Fig. 3)',
+        'dual',
+        TOGETHER,
+        ('mvtec',),
+        AL + AD[:1],
+        claim='Neither sentences nor a reference alone see what both see together.',
+        contrasts=(
+            ('joint', 'text only', 'pixel_auroc'),
+            ('joint', 'reference only', 'pixel_auroc'),
+            ('joint', 'text only', 'image_auroc'),
+            ('joint', 'reference only', 'image_auroc'),
+        ),
+        print_state='drawing',
+    ),
+    Exhibit(
+        'dual-t3',
+        'Reference and adaptation (Dual-Image Enhanced CLIP, Table 3)',
+        'dual',
+        MODULES,
+        ('mvtec',),
+        AL + AD,
+        claim='Reference and adaptation each improve on sentences alone, and together most.',
+        contrasts=(
+            ('TTA', 'base', 'pixel_auroc'),
+            ('TTA', 'base', 'pro'),
+            ('reference', 'base', 'pixel_auroc'),
+            ('reference + TTA', 'reference', 'pixel_auroc'),
+            ('reference + TTA', 'reference', 'pro'),
+            ('reference + TTA', 'base', 'image_auroc'),
+        ),
+        asked=True,
+    ),
+    Exhibit(
+        'dual-f5a',
+        'Number of reference images (Dual-Image Enhanced CLIP, Fig. 5a)',
+        'dual',
+        COUNTS,
+        ('mvtec',),
+        ('pixel_auroc', 'image_auroc'),
+        'curve',
+        'More references improve both, the first one most.',
+        (
+            ('1', '0', 'pixel_auroc'),
+            ('16', '1', 'pixel_auroc'),
+            ('1', '0', 'image_auroc'),
+            ('16', '1', 'image_auroc'),
+        ),
+        'lost',
+        'reference images',
+        True,
+    ),
+    Exhibit(
+        'dual-f5b',
+        'Which image is the reference (Dual-Image Enhanced CLIP, Fig. 5b)',
+        'dual',
+        POLICIES,
+        ('mvtec',),
+        AL + AD[:1],
+        claim='A damaged reference misleads; the sentences make up for it.',
+        contrasts=(
+            ('reference only, normal', 'reference only, anomalous', 'pixel_auroc'),
+            ('joint, normal', 'joint, anomalous', 'pixel_auroc'),
+            ('joint, anomalous', 'reference only, anomalous', 'pixel_auroc'),
+        ),
+        print_state='drawing',
+        asked=True,
+    ),
+    Exhibit(
+        'dual-f6c',
+        'Steps of adaptation (Dual-Image Enhanced CLIP, Fig. 6c)',
+        'dual',
+        DUAL_STEPS,
+        ('mvtec',),
+        ('pixel_auroc', 'image_auroc', 'pro'),
+        'curve',
+        'Of one to six steps two are best, for pixels, images and regions.',
+        (
+            ('2', '0', 'pixel_auroc'),
+            *(('2', k, 'pixel_auroc') for k in '13456'),
+            *(('2', k, m) for m in ('image_auroc', 'pro') for k in '16'),
+        ),
+        'lost',
+        'steps of adaptation',
+        True,
+    ),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #0d3297ff
 OTHERS = (
-    Exhibit('attention-plain', 'Attention modes on an encoder whose patches were never trained', '', PLAIN, ('mvtec',), AL, claim='The contrast of the attention modes does not come from training patches.',
-            contrasts=((ATTENTION[3].label, ATTENTION[0].label, 'pixel_auroc'), (ATTENTION[3].label, ATTENTION[0].label, 'pro'), (ATTENTION[3].label, ATTENTION[2].label, 'pro')), print_state='own'),
-    Exhibit('winclip-t2', 'WinCLIP with k normal images (WinCLIP reproduction, Table 2)', 'winclip', SHOTS, ('mvtec',), ('image_auroc', 'pixel_auroc', 'pro'), claim='A few normal images improve on none.',
-            contrasts=(('Reprod k=1', 'Reprod k=0', 'image_auroc'), ('Reprod k=4', 'Reprod k=1', 'image_auroc'), ('Reprod k=4', 'Reprod k=0', 'image_auroc'), ('Reprod k=4', 'Reprod k=0', 'pixel_auroc'))),
-    Exhibit('winclip-states', 'A word for the defects of boards', '', STATES_OF_BOARDS, ('visa',), ('image_auroc', 'pixel_auroc', 'pro'), claim='Knowledge of the task, as a further state, helps where it fits (WinCLIP, its example of bad soldering).',
-            contrasts=(('with bad soldering', 'without', 'image_auroc'), ('with bad soldering', 'without', 'pixel_auroc')), print_state='own'),
-    Exhibit('baselines', 'All methods without training, side by side', '', BASELINES, ('mvtec',), AD[:1] + AL, claim='What the papers of these methods say of one another.',
-            contrasts=(('winclip', 'clip-ac', 'pixel_auroc'), ('anoclip', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'image_auroc'), ('dual', 'anoclip', 'pixel_auroc'), ('dual', 'anoclip', 'image_auroc'), ('anoclip+', 'anoclip', 'pixel_auroc'), ('anoclip+', 'anoclip', 'pro'), ('dual+', 'dual', 'pixel_auroc'), ('dual+', 'dual', 'pro'),
-                       ('dual', 'musc-2', 'image_auroc')), print_state='own'),
-    Exhibit('novel', 'Kinds, words and defects that the mini encoder never saw', '', tuple(r for r in BASELINES if r.label in ('clip-ac', 'winclip', 'winclip+', 'anoclip', 'dual')), ('novel',), AD[:1] + AL, claim='What the papers of these methods say of one another.',
-            contrasts=(('winclip', 'clip-ac', 'pixel_auroc'), ('anoclip', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'pixel_auroc'), ('winclip+', 'winclip', 'image_auroc'), ('dual', 'anoclip', 'pixel_auroc'), ('dual', 'anoclip', 'image_auroc')), print_state='own'),
-    Exhibit('untrained', 'What reference images tell a network that was never trained', '', (*(Row(n, METHODS[n]) for n in ('winclip+', 'musc', 'dual')), *UNTRAINED), ('mvtec',), AD[:1] + AL, claim='Methods that compare images owe what they find to training, not to comparing.',
-            contrasts=tuple((r.method.name, r.label, m) for r in UNTRAINED for m in ('pixel_auroc', 'image_auroc')), print_state='own', asked=True),
-    Exhibit('spread', 'Spread over five draws of references, noise and painted anomalies', '', DRAWN, ('mvtec',), AD[:1] + AL, print_state='own', asked=True, seeds=5),
-    Exhibit('vv-depth', 'How many of the last blocks walk the V-V path', '', DEPTHS, ('mvtec',), ('pixel_auroc', 'pro'), 'curve', print_state='own', axis='blocks on the V-V path'),
-    silent('fidelity', 'Where papers are silent', [s for s in SILENT if s[1].encode.views == 'one']),
-    silent('fidelity-views', 'Where papers are silent: 22 views of every image', [s for s in SILENT if s[1].encode.views != 'one']),)
+    Exhibit(
+        'attention-plain',
+        'Attention modes on an encoder whose patches were never trained',
+        '',
+        PLAIN,
+        ('mvtec',),
+        AL,
+        claim='The contrast of the attention modes does not come from training patches.',
+        contrasts=(
+            (ATTENTION[3].label, ATTENTION[0].label, 'pixel_auroc'),
+            (ATTENTION[3].label, ATTENTION[0].label, 'pro'),
+            (ATTENTION[3].label, ATTENTION[2].label, 'pro'),
+        ),
+        print_state='own',
+    ),
+    Exhibit(
+        'winclip-t2',
+        'WinCLIP with k normal images (WinCLIP reproduction, Table 2)',
+        'winclip',
+        SHOTS,
+        ('mvtec',),
+        ('image_auroc', 'pixel_auroc', 'pro'),
+        claim='A few normal images improve on none.',
+        contrasts=(
+            ('Reprod k=1', 'Reprod k=0', 'image_auroc'),
+            ('Reprod k=4', 'Reprod k=1', 'image_auroc'),
+            ('Reprod k=4', 'Reprod k=0', 'image_auroc'),
+            ('Reprod k=4', 'Reprod k=0', 'pixel_auroc'),
+        ),
+    ),
+    Exhibit(
+        'winclip-states',
+        'A word for the defects of boards',
+        '',
+        STATES_OF_BOARDS,
+        ('visa',),
+        ('image_auroc', 'pixel_auroc', 'pro'),
+        claim='Knowledge of the task, as a further state, helps where it fits (WinCLIP, its example of bad soldering).',
+        contrasts=(
+            ('with bad soldering', 'without', 'image_auroc'),
+            ('with bad soldering', 'without', 'pixel_auroc'),
+        ),
+        print_state='own',
+    ),
+    Exhibit(
+        'baselines',
+        'All methods without training, side by side',
+        '',
+        BASELINES,
+        ('mvtec',),
+        AD[:1] + AL,
+        claim='What the papers of these methods say of one another.',
+        contrasts=(
+            ('winclip', 'clip-ac', 'pixel_auroc'),
+            ('anoclip', 'winclip', 'pixel_auroc'),
+            ('winclip+', 'winclip', 'pixel_auroc'),
+            ('winclip+', 'winclip', 'image_auroc'),
+            ('dual', 'anoclip', 'pixel_auroc'),
+            ('dual', 'anoclip', 'image_auroc'),
+            ('anoclip+', 'anoclip', 'pixel_auroc'),
+            ('anoclip+', 'anoclip', 'pro'),
+            ('dual+', 'dual', 'pixel_auroc'),
+            ('dual+', 'dual', 'pro'),
+            ('dual', 'musc-2', 'image_auroc'),
+        ),
+        print_state='own',
+    ),
+    Exhibit(
+        'novel',
+        'Kinds, words and defects that the mini encoder never saw',
+        '',
+        tuple(
+            r for r in BASELINES if r.label in ('clip-ac', 'winclip', 'winclip+', 'anoclip', 'dual')
+        ),
+        ('novel',),
+        AD[:1] + AL,
+        claim='What the papers of these methods say of one another.',
+        contrasts=(
+            ('winclip', 'clip-ac', 'pixel_auroc'),
+            ('anoclip', 'winclip', 'pixel_auroc'),
+            ('winclip+', 'winclip', 'pixel_auroc'),
+            ('winclip+', 'winclip', 'image_auroc'),
+            ('dual', 'anoclip', 'pixel_auroc'),
+            ('dual', 'anoclip', 'image_auroc'),
+        ),
+        print_state='own',
+    ),
+    Exhibit(
+        'untrained',
+        'What reference images tell a network that was never trained',
+        '',
+        (*(Row(n, METHODS[n]) for n in ('winclip+', 'musc', 'dual')), *UNTRAINED),
+        ('mvtec',),
+        AD[:1] + AL,
+        claim='Methods that compare images owe what they find to training, not to comparing.',
+        contrasts=tuple(
+            (r.method.name, r.label, m) for r in UNTRAINED for m in ('pixel_auroc', 'image_auroc')
+        ),
+        print_state='own',
+        asked=True,
+    ),
+    Exhibit(
+        'spread',
+        'Spread over five draws of references, noise and painted anomalies',
+        '',
+        DRAWN,
+        ('mvtec',),
+        AD[:1] + AL,
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'vv-depth',
+        'How many of the last blocks walk the V-V path',
+        '',
+        DEPTHS,
+        ('mvtec',),
+        ('pixel_auroc', 'pro'),
+        'curve',
+        print_state='own',
+        axis='blocks on the V-V path',
+    ),
+    silent(
+        'fidelity', 'Where papers are silent', [s for s in SILENT if s[1].encode.views == 'one']
+    ),
+    silent(
+        'fidelity-views',
+        'Where papers are silent: 22 views of every image',
+        [s for s in SILENT if s[1].encode.views != 'one'],
+    ),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #6fbeb86a
-def configured(name:str, label:str, note:str='')->Row:
+def configured(name: str, label: str, note: str = '') -> Row:
     "Make the row of a trained course."
     return Row(label, METHODS.get(name) or learned(name), note=note)
 
-TRAINED = (configured('april-gan', 'April-GAN'), configured('anomalyclip', 'AnomalyCLIP'), configured('mvfa', 'MVFA-AD'), configured('kanoclip', 'KAnoCLIP'))
+
+TRAINED = (
+    configured('april-gan', 'April-GAN'),
+    configured('anomalyclip', 'AnomalyCLIP'),
+    configured('mvfa', 'MVFA-AD'),
+    configured('kanoclip', 'KAnoCLIP'),
+)
 WRITTEN = (Row('WinCLIP', METHODS['winclip']), Row('AnoCLIP', METHODS['anoclip']), *TRAINED)
 PLAINLY = tuple(replace(r, control='plain training') for r in WRITTEN)
-BY_HAND = (Row('CLIP', METHODS['clip']), Row('CLIP-AC', METHODS['clip-ac']), Row('WinCLIP', METHODS['winclip']))
+BY_HAND = (
+    Row('CLIP', METHODS['clip']),
+    Row('CLIP-AC', METHODS['clip-ac']),
+    Row('WinCLIP', METHODS['winclip']),
+)
 FOUR_PAPERS = (*BY_HAND, *TRAINED)
-ADDED = (Row('no module', METHODS['clip'], note='tick marks lost; the same as CLIP of Table 1 here'), configured('kanoclip-knpl', '+KnPL'), configured('kanoclip-vv', '+CLIP-VV'), configured('kanoclip-cross', '+Bi-CMCI'), configured('kanoclip', '+Conv-Adapter'))
-LEFT_OUT = (configured('kanoclip', 'KAnoCLIP'), configured('kanoclip-by-hand', 'without KnPL', 'hand-written prompts instead'), configured('kanoclip-qkv', 'without CLIP-VV'), configured('kanoclip-alone', 'without Bi-CMCI'), configured('kanoclip-cross', 'without Conv-Adapter'))
+ADDED = (
+    Row('no module', METHODS['clip'], note='tick marks lost; the same as CLIP of Table 1 here'),
+    configured('kanoclip-knpl', '+KnPL'),
+    configured('kanoclip-vv', '+CLIP-VV'),
+    configured('kanoclip-cross', '+Bi-CMCI'),
+    configured('kanoclip', '+Conv-Adapter'),
+)
+
+# %% ../../nbs/papers/exhibits.ipynb #521276d6
+LEFT_OUT = (
+    configured('kanoclip', 'KAnoCLIP'),
+    configured('kanoclip-by-hand', 'without KnPL', 'hand-written prompts instead'),
+    configured('kanoclip-qkv', 'without CLIP-VV'),
+    configured('kanoclip-alone', 'without Bi-CMCI'),
+    configured('kanoclip-cross', 'without Conv-Adapter'),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #08d53855
-AWARE = (configured('anomalyclip', 'AnomalyCLIP, object'), configured('anomalyclip-aware', 'AnomalyCLIP, its name'), configured('kanoclip-vv-object', 'KnPL, object'), configured('kanoclip-vv', 'KnPL, its name'))
-KNOWN = (configured('knpl-none', 'no knowledge'), configured('knpl-clip', 'fixed CLIP prompts', 'as in KgCoOp'), configured('knpl-llm', 'of categories'), configured('knpl-vqa', 'of images'), configured('kanoclip-vv', 'both', 'n = 5, m = 1: the default'),
-         *(configured(f'knpl-n{n}', f'both, n = {n}') for n in (1, 3, 10)), configured('knpl-one', 'both, one adjective'), configured('knpl-margin', 'both, margin 0.3', 'the printed margin is 0'))
+AWARE = (
+    configured('anomalyclip', 'AnomalyCLIP, object'),
+    configured('anomalyclip-aware', 'AnomalyCLIP, its name'),
+    configured('kanoclip-vv-object', 'KnPL, object'),
+    configured('kanoclip-vv', 'KnPL, its name'),
+)
+KNOWN = (
+    configured('knpl-none', 'no knowledge'),
+    configured('knpl-clip', 'fixed CLIP prompts', 'as in KgCoOp'),
+    configured('knpl-llm', 'of categories'),
+    configured('knpl-vqa', 'of images'),
+    configured('kanoclip-vv', 'both', 'n = 5, m = 1: the default'),
+    *(configured(f'knpl-n{n}', f'both, n = {n}') for n in (1, 3, 10)),
+    configured('knpl-one', 'both, one adjective'),
+    configured('knpl-margin', 'both, margin 0.3', 'the printed margin is 0'),
+)
 RULED = (configured('kanoclip', 'Eq. 12'), configured('kanoclip-max', 'max(M) alone'))
-READ_AS = (replace(configured('kanoclip', 'KAnoCLIP'), seeds=5), configured('kanoclip-eq11', 'Eq. 11 as printed', 'no convolution, no residual'), configured('kanoclip-norm', 'Norm of Eq. 9 by image'), configured('kanoclip-grid', "grid of DAT's code"), configured('kanoclip-drawn', 'last layers start at random'), configured('kanoclip-apart', 'vectors of their own per adjective'))
-TRIED = (Row('AnoCLIP', METHODS['anoclip']), configured('kanoclip', 'KAnoCLIP'), configured('kanoclip-last', 'last block alone'), configured('kanoclip-last-by-hand', 'last block, sentences by hand', 'fusion and adapter learned, no prompts'), configured('kanoclip-drawn', 'four blocks, random start', 'last layers of fusion and adapter'))
-LEARNED_FROM = tuple(Row(f'from {on}', replace(METHODS['kanoclip'], name=f'kanoclip from {on}', artifact='kanoclip-{backbone}-' + on + '-s{seed}')) for on in ('procad', 'procad-b', 'procad-novel', 'procad-med', 'procad-aux'))
+READ_AS = (
+    replace(configured('kanoclip', 'KAnoCLIP'), seeds=5),
+    configured('kanoclip-eq11', 'Eq. 11 as printed', 'no convolution, no residual'),
+    configured('kanoclip-norm', 'Norm of Eq. 9 by image'),
+    configured('kanoclip-grid', "grid of DAT's code"),
+    configured('kanoclip-drawn', 'last layers start at random'),
+    configured('kanoclip-apart', 'vectors of their own per adjective'),
+)
+
+# %% ../../nbs/papers/exhibits.ipynb #bdeb01e3
+TRIED = (
+    Row('AnoCLIP', METHODS['anoclip']),
+    configured('kanoclip', 'KAnoCLIP'),
+    configured('kanoclip-last', 'last block alone'),
+    configured(
+        'kanoclip-last-by-hand',
+        'last block, sentences by hand',
+        'fusion and adapter learned, no prompts',
+    ),
+    configured('kanoclip-drawn', 'four blocks, random start', 'last layers of fusion and adapter'),
+)
+LEARNED_FROM = tuple(
+    Row(
+        f'from {on}',
+        replace(
+            METHODS['kanoclip'],
+            name=f'kanoclip from {on}',
+            artifact='kanoclip-{backbone}-' + on + '-s{seed}',
+        ),
+    )
+    for on in ('procad', 'procad-b', 'procad-novel', 'procad-med', 'procad-aux')
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #1cc517c0
 IP = ('image_auroc', 'pixel_auroc')
 WORTH = tuple((r.label, other, m) for r in TRAINED for other in ('AnoCLIP', 'WinCLIP') for m in IP)
+
+# %% ../../nbs/papers/exhibits.ipynb #441c0cd0
 KANOCLIP = (
-    Exhibit('kanoclip-t1', 'Zero-shot with an auxiliary set, industrial sets (KAnoCLIP, Table 1)', 'kanoclip', FOUR_PAPERS, ('mvtec', 'visa', 'mpdd', 'btad', 'sdd', 'dagm'), IP, claim='Prompts learned with knowledge and fused with patches are ahead of all others.',
-            contrasts=tuple(('KAnoCLIP', r.label, m) for r in FOUR_PAPERS[2:-1] for m in IP), asked=True, seeds=5),
-    Exhibit('kanoclip-t2', 'Zero-shot with an auxiliary set, medical sets (KAnoCLIP, Table 2)', 'kanoclip', FOUR_PAPERS, ('brainmri', 'liverct', 'resc', 'br35h', 'covid', 'headct'), IP, claim='What was learned on industrial images helps on medical ones.',
-            contrasts=tuple(('KAnoCLIP', r.label, m) for r in FOUR_PAPERS[2:-1] for m in IP), asked=True, seeds=5),
-    Exhibit('kanoclip-t3', 'Modules, one after the other (KAnoCLIP, Table 3)', 'kanoclip', ADDED, ('mvtec', 'visa'), IP, claim='Each module improves on those before it, learned prompts most.', contrasts=tuple((b.label, a.label, m) for a, b in zip(ADDED, ADDED[1:]) for m in IP), asked=True, seeds=5),)
+    Exhibit(
+        'kanoclip-t1',
+        'Zero-shot with an auxiliary set, industrial sets (KAnoCLIP, Table 1)',
+        'kanoclip',
+        FOUR_PAPERS,
+        ('mvtec', 'visa', 'mpdd', 'btad', 'sdd', 'dagm'),
+        IP,
+        claim='Prompts learned with knowledge and fused with patches are ahead of all others.',
+        contrasts=tuple(('KAnoCLIP', r.label, m) for r in FOUR_PAPERS[2:-1] for m in IP),
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'kanoclip-t2',
+        'Zero-shot with an auxiliary set, medical sets (KAnoCLIP, Table 2)',
+        'kanoclip',
+        FOUR_PAPERS,
+        ('brainmri', 'liverct', 'resc', 'br35h', 'covid', 'headct'),
+        IP,
+        claim='What was learned on industrial images helps on medical ones.',
+        contrasts=tuple(('KAnoCLIP', r.label, m) for r in FOUR_PAPERS[2:-1] for m in IP),
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'kanoclip-t3',
+        'Modules, one after the other (KAnoCLIP, Table 3)',
+        'kanoclip',
+        ADDED,
+        ('mvtec', 'visa'),
+        IP,
+        claim='Each module improves on those before it, learned prompts most.',
+        contrasts=tuple((b.label, a.label, m) for a, b in zip(ADDED, ADDED[1:]) for m in IP),
+        asked=True,
+        seeds=5,
+    ),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #c596539c
 LEARNING = (
-    Exhibit('learned', 'Learned against written by hand', '', WRITTEN, ('mvtec', 'novel', 'visa', 'brainmri'), (*IP, 'pro'), claim='What was learned from the masks of other things localises better than sentences written by hand.', contrasts=WORTH, print_state='own', asked=True, seeds=5),
-    Exhibit('learned-plain', 'Learned against written by hand, on an encoder whose patches were never trained', '', PLAINLY, ('mvtec', 'novel', 'visa', 'brainmri'), (*IP, 'pro'), claim='Where sentences do not find the patches, learning does.', contrasts=WORTH, print_state='own', asked=True, seeds=5),
-    Exhibit('attempts', 'Attempts at more: the last block alone, sentences by hand, a random start', '', TRIED, ('mvtec', 'novel', 'visa', 'brainmri'), (*IP, 'pro'), claim='What it reads, what it begins with, or how it starts keeps learning from localising better than sentences.', contrasts=tuple((r.label, o.label, m) for r in TRIED[2:] for o in TRIED[:2] for m in (*IP, 'pro')), print_state='own', asked=True, seeds=5),
-    Exhibit('modules', 'Each module of KAnoCLIP against its absence', '', LEFT_OUT, ('mvtec', 'novel', 'visa', 'brainmri'), IP, claim='KAnoCLIP needs each of its four modules.', contrasts=tuple(('KAnoCLIP', r.label, m) for r in LEFT_OUT[1:] for m in IP), print_state='own', asked=True, seeds=5),
-    Exhibit('object-agnostic', 'Prompts that know the name of the object, and prompts that do not', '', AWARE, ('mvtec', 'novel'), IP, claim='Prompts without the name of the object carry over better (AnomalyCLIP).', contrasts=tuple((AWARE[i].label, AWARE[i + 1].label, m) for i in (0, 2) for m in IP), print_state='own', asked=True, seeds=5),
-    Exhibit('knowledge', 'Where the knowledge comes from', '', KNOWN, ('mvtec', 'novel'), IP, claim='Knowledge of what can be wrong makes learned prompts better (KAnoCLIP).', contrasts=tuple(('both', r.label, m) for r in KNOWN if r.label != 'both' for m in IP), print_state='own', asked=True, seeds=5),
-    Exhibit('image-score', 'The class token beside the worst place of the map', '', RULED, ('mvtec', 'novel', 'visa', 'brainmri'), ('image_auroc',), claim='The class token adds to the worst place of the map (KAnoCLIP, Eq. 12 against Sec. 2.1).', contrasts=(('Eq. 12', 'max(M) alone', 'image_auroc'),), print_state='own', asked=True, seeds=5),
-    Exhibit('kanoclip-readings', 'Where KAnoCLIP leaves a choice', '', READ_AS, ('mvtec', 'novel'), IP, contrasts=tuple((r.label, 'KAnoCLIP', m) for r in READ_AS[1:] for m in IP), print_state='own', asked=True),
-    Exhibit('transfer', 'Learned from one set, asked about the others', '', LEARNED_FROM, ('mvtec', 'visa', 'novel', 'brainmri'), IP, print_state='own', asked=True),)
+    Exhibit(
+        'learned',
+        'Learned against written by hand',
+        '',
+        WRITTEN,
+        ('mvtec', 'novel', 'visa', 'brainmri'),
+        (*IP, 'pro'),
+        claim='What was learned from the masks of other things localises better than sentences written by hand.',
+        contrasts=WORTH,
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'learned-plain',
+        'Learned against written by hand, on an encoder whose patches were never trained',
+        '',
+        PLAINLY,
+        ('mvtec', 'novel', 'visa', 'brainmri'),
+        (*IP, 'pro'),
+        claim='Where sentences do not find the patches, learning does.',
+        contrasts=WORTH,
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'attempts',
+        'Attempts at more: the last block alone, sentences by hand, a random start',
+        '',
+        TRIED,
+        ('mvtec', 'novel', 'visa', 'brainmri'),
+        (*IP, 'pro'),
+        claim='What it reads, what it begins with, or how it starts keeps learning from localising better than sentences.',
+        contrasts=tuple(
+            (r.label, o.label, m) for r in TRIED[2:] for o in TRIED[:2] for m in (*IP, 'pro')
+        ),
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'modules',
+        'Each module of KAnoCLIP against its absence',
+        '',
+        LEFT_OUT,
+        ('mvtec', 'novel', 'visa', 'brainmri'),
+        IP,
+        claim='KAnoCLIP needs each of its four modules.',
+        contrasts=tuple(('KAnoCLIP', r.label, m) for r in LEFT_OUT[1:] for m in IP),
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'object-agnostic',
+        'Prompts that know the name of the object, and prompts that do not',
+        '',
+        AWARE,
+        ('mvtec', 'novel'),
+        IP,
+        claim='Prompts without the name of the object carry over better (AnomalyCLIP).',
+        contrasts=tuple((AWARE[i].label, AWARE[i + 1].label, m) for i in (0, 2) for m in IP),
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'knowledge',
+        'Where the knowledge comes from',
+        '',
+        KNOWN,
+        ('mvtec', 'novel'),
+        IP,
+        claim='Knowledge of what can be wrong makes learned prompts better (KAnoCLIP).',
+        contrasts=tuple(('both', r.label, m) for r in KNOWN if r.label != 'both' for m in IP),
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'image-score',
+        'The class token beside the worst place of the map',
+        '',
+        RULED,
+        ('mvtec', 'novel', 'visa', 'brainmri'),
+        ('image_auroc',),
+        claim='The class token adds to the worst place of the map (KAnoCLIP, Eq. 12 against Sec. 2.1).',
+        contrasts=(('Eq. 12', 'max(M) alone', 'image_auroc'),),
+        print_state='own',
+        asked=True,
+        seeds=5,
+    ),
+    Exhibit(
+        'kanoclip-readings',
+        'Where KAnoCLIP leaves a choice',
+        '',
+        READ_AS,
+        ('mvtec', 'novel'),
+        IP,
+        contrasts=tuple((r.label, 'KAnoCLIP', m) for r in READ_AS[1:] for m in IP),
+        print_state='own',
+        asked=True,
+    ),
+    Exhibit(
+        'transfer',
+        'Learned from one set, asked about the others',
+        '',
+        LEARNED_FROM,
+        ('mvtec', 'visa', 'novel', 'brainmri'),
+        IP,
+        print_state='own',
+        asked=True,
+    ),
+)
 
 # %% ../../nbs/papers/exhibits.ipynb #9e7b3e77
-def seeds_of(e, row:Row, at_least:int=1)->tuple:
+def seeds_of(e, row: Row, at_least: int = 1) -> tuple:
     "List the seeds of an exhibit's row, from the row's own upwards; one where nothing is learned or drawn."
-    if row.method is None: return (0,)
+    if row.method is None:
+        return (0,)
     count = max(row.seeds or getattr(e, 'seeds', 1), at_least) if row.method.stochastic else 1
     return tuple(range(row.method.seed, row.method.seed + count))
+
 
 EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS, *KANOCLIP, *LEARNING)}
 
@@ -320,41 +1204,134 @@ EXHIBITS = {e.name: e for e in (*ANOCLIP, *DUAL, *OTHERS, *KANOCLIP, *LEARNING)}
 @dataclass(frozen=True)
 class Picture:
     "One figure of a paper that shows images, maps or tokens."
-    name: str                    # of the exhibit beside it, if the figure has numbers too
+
+    name: str  # of the exhibit beside it, if the figure has numbers too
     title: str
-    paper: str                   # key of the paper
-    rows: tuple                  # what is drawn, each with a method
-    roles: tuple                 # data sets
-    categories: tuple = ()       # looked for by name, the rest of the set after them; (): all in the order of their names
-    count: int = 1               # categories drawn from each data set
-    claim: str = ''              # what the paper shows with it
+    paper: str  # key of the paper
+    rows: tuple  # what is drawn, each with a method
+    roles: tuple  # data sets
+    categories: tuple = ()  # looked for by name, the rest of the set after them; (): all in the order of their names
+    count: int = 1  # categories drawn from each data set
+    claim: str = ''  # what the paper shows with it
     form = 'pictures'
 
     def __post_init__(self):
-        for role in self.roles: datasets_of(role)
-        if not self.rows or any(r.method is None or r.control for r in self.rows): raise ValueError(f'{self.name}: rows {[r.label for r in self.rows]}: a picture draws methods; give rows with one, without control')
-        if len({r.label for r in self.rows}) < len(self.rows): raise ValueError(f'{self.name}: two rows have one label; labels are {[r.label for r in self.rows]}')
-        if self.count < 1: raise ValueError(f'{self.name}: count={self.count!r}: draw 1 category or more')
+        for role in self.roles:
+            datasets_of(role)
+        if not self.rows or any(r.method is None or r.control for r in self.rows):
+            raise ValueError(
+                f'{self.name}: rows {[r.label for r in self.rows]}: a picture draws methods; give rows with one, without control'
+            )
+        if len({r.label for r in self.rows}) < len(self.rows):
+            raise ValueError(
+                f'{self.name}: two rows have one label; labels are {[r.label for r in self.rows]}'
+            )
+        if self.count < 1:
+            raise ValueError(f'{self.name}: count={self.count!r}: draw 1 category or more')
 
 # %% ../../nbs/papers/exhibits.ipynb #10439371
 PLUS, CABLE = (Row('AnoCLIP', ano), Row('AnoCLIP+', METHODS['anoclip+'])), ('cable',)
 BOARDS = ('bottle', 'cable', 'transistor', 'wood', 'pcb1', 'pcb4', 'memory_board', 'radio_board')
-PICTURES = {p.name: p for p in (
-    Picture('anoclip-f4', 'Zero-shot localisation (AnoCLIP, Fig. 4)', 'anoclip', PLUS[1:], ('mvtec', 'visa'), count=8, claim='Defects of many kinds on many things are localised.'),
-    Picture('anoclip-f6', 'Patch tokens before and after adaptation (AnoCLIP, Fig. 6)', 'anoclip', PLUS, ('mvtec',), CABLE, claim='Adaptation moves anomalous tokens that were missed to the anomalous side.'),
-    Picture('dual-f3', 'Sentences, a reference, both, in pictures (Dual-Image Enhanced CLIP, Fig. 3)', 'dual', tuple(Row(label, m) for label, m in SEEN), ('mvtec', 'visa'), BOARDS, 3, 'Neither sentences nor a reference alone see what both see together.'),
-    Picture('dual-f4', 'Adaptation to a painted anomaly (Dual-Image Enhanced CLIP, Fig. 4)', 'dual', (Row('Ours+', METHODS['dual+']),), ('mvtec',), BOARDS, 3, 'A linear layer learns from an anomaly painted into the image itself.'),
-    Picture('dual-f5b', 'A normal and an anomalous reference (Dual-Image Enhanced CLIP, Fig. 5b)', 'dual', tuple(r for r in POLICIES if not r.label.endswith('random')), ('mvtec',), BOARDS, 2, 'A damaged reference misleads; the sentences make up for it.'),
-    Picture('dual-f6a', 'Scores of patches before and after adaptation (Dual-Image Enhanced CLIP, Fig. 6a)', 'dual', (Row('Ours+', METHODS['dual+']),), ('mvtec',), CABLE, claim='After adaptation the scores of normal and anomalous patches lie further apart.'),
-    Picture('winclip-f6', 'Windows and their harmonic mean (WinCLIP reproduction, Fig. 6)', 'winclip', (Row('WinCLIP', shots(0)),), ('mvtec',), ('metal_nut', 'cable'), claim='Windows of several sizes find defects of several sizes.'),
-    Picture('winclip-f7', 'No, one and four normal images (WinCLIP reproduction, Fig. 7)', 'winclip', tuple(Row(f'k={k}', shots(k)) for k in (0, 1, 4)), ('mvtec', 'visa'), BOARDS, 3, 'A few normal images make the maps much better.'),)}
+
+# %% ../../nbs/papers/exhibits.ipynb #1e0d9fb6
+PICTURES = {
+    p.name: p
+    for p in (
+        Picture(
+            'anoclip-f4',
+            'Zero-shot localisation (AnoCLIP, Fig. 4)',
+            'anoclip',
+            PLUS[1:],
+            ('mvtec', 'visa'),
+            count=8,
+            claim='Defects of many kinds on many things are localised.',
+        ),
+        Picture(
+            'anoclip-f6',
+            'Patch tokens before and after adaptation (AnoCLIP, Fig. 6)',
+            'anoclip',
+            PLUS,
+            ('mvtec',),
+            CABLE,
+            claim='Adaptation moves anomalous tokens that were missed to the anomalous side.',
+        ),
+        Picture(
+            'dual-f3',
+            'Sentences, a reference, both, in pictures (Dual-Image Enhanced CLIP, Fig. 3)',
+            'dual',
+            tuple(Row(label, m) for label, m in SEEN),
+            ('mvtec', 'visa'),
+            BOARDS,
+            3,
+            'Neither sentences nor a reference alone see what both see together.',
+        ),
+        Picture(
+            'dual-f4',
+            'Adaptation to a painted anomaly (Dual-Image Enhanced CLIP, Fig. 4)',
+            'dual',
+            (Row('Ours+', METHODS['dual+']),),
+            ('mvtec',),
+            BOARDS,
+            3,
+            'A linear layer learns from an anomaly painted into the image itself.',
+        ),
+        Picture(
+            'dual-f5b',
+            'A normal and an anomalous reference (Dual-Image Enhanced CLIP, Fig. 5b)',
+            'dual',
+            tuple(r for r in POLICIES if not r.label.endswith('random')),
+            ('mvtec',),
+            BOARDS,
+            2,
+            'A damaged reference misleads; the sentences make up for it.',
+        ),
+        Picture(
+            'dual-f6a',
+            'Scores of patches before and after adaptation (Dual-Image Enhanced CLIP, Fig. 6a)',
+            'dual',
+            (Row('Ours+', METHODS['dual+']),),
+            ('mvtec',),
+            CABLE,
+            claim='After adaptation the scores of normal and anomalous patches lie further apart.',
+        ),
+        Picture(
+            'winclip-f6',
+            'Windows and their harmonic mean (WinCLIP reproduction, Fig. 6)',
+            'winclip',
+            (Row('WinCLIP', shots(0)),),
+            ('mvtec',),
+            ('metal_nut', 'cable'),
+            claim='Windows of several sizes find defects of several sizes.',
+        ),
+        Picture(
+            'winclip-f7',
+            'No, one and four normal images (WinCLIP reproduction, Fig. 7)',
+            'winclip',
+            tuple(Row(f'k={k}', shots(k)) for k in (0, 1, 4)),
+            ('mvtec', 'visa'),
+            BOARDS,
+            3,
+            'A few normal images make the maps much better.',
+        ),
+    )
+}
 
 # %% ../../nbs/papers/exhibits.ipynb #cef8f68f
 @lru_cache
-def reported()->tuple:
+def reported() -> tuple:
     "Read every printed number: dicts with paper, exhibit, row, dataset, category, metric, value, spread, note."
-    with (files('zsad')/'assets'/'reported.csv').open(newline='') as f: return tuple(csv.DictReader(f))
+    with (files('zsad') / 'assets' / 'reported.csv').open(newline='') as f:
+        return tuple(csv.DictReader(f))
 
-def printed(exhibit:Exhibit, row:str, role:str, metric:str)->str:
+
+def printed(exhibit: Exhibit, row: str, role: str, metric: str) -> str:
     "Look up the printed value of a cell ('' where the paper prints none)."
-    return next((r['value'] for r in reported() if (r['exhibit'], r['row'], r['dataset'], r['category'], r['metric']) == (exhibit.name, row, role, 'mean', metric)), '')
+    return next(
+        (
+            r['value']
+            for r in reported()
+            if (r['exhibit'], r['row'], r['dataset'], r['category'], r['metric'])
+            == (exhibit.name, row, role, 'mean', metric)
+        ),
+        '',
+    )

@@ -15,69 +15,85 @@ __all__ = ['TERMS', 'term', 'TAU', 'SMOOTHING', 'SCORES', 'score', 'GIVEN', 'REF
            'Detector', 'places_of', 'run_terms', 'fuse_terms', 'find_method', 'fit', 'build', 'encode_categories']
 
 # %% ../../nbs/pipeline/detector.ipynb #50008a4b
-import difflib, warnings
+import difflib
+import warnings
 from dataclasses import dataclass, field, replace
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score, map_tokens
+
 from ..core.files import seeded_rng
-from ..methods.dual import draw_references, dual_score, joint_map, pair_map
 from ..core.identity import ENCODING_REV, PIPELINE_REV, Registry, importable
+from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, Tokens, anomaly_score, map_tokens
+from ..learned.artifacts import HEAD_REVS, Artifact, artifact_name, auxiliary_of, load_trained
+from ..methods.adaptation import adapt, adapt_in_order, draw_noise, draw_start, dual_adapt
+from ..methods.dual import draw_references, dual_score, joint_map, pair_map
 from ..methods.musc import musc_map, rscin, split_subsets
 from ..methods.prompts import PROMPTS, encode_text, prompt_set
 from ..methods.relevance import relevance
 from ..methods.synthesis import draw_source, patch_mask, synthesize
-from ..learned.artifacts import HEAD_REVS, Artifact, artifact_name, auxiliary_of, load_trained
-from ..methods.adaptation import adapt, adapt_in_order, draw_noise, draw_start, dual_adapt
-from ..methods.windows import check_window, choose_references, few_shot_map, build_memory_bank, zero_shot_map
+from zsad.methods.windows import (
+    build_memory_bank,
+    check_window,
+    choose_references,
+    few_shot_map,
+    zero_shot_map,
+)
 
 # %% ../../nbs/pipeline/detector.ipynb #5758ba03
 @dataclass(frozen=True)
 class Reference:
     "Tokens of R reference images, and which of them each image is compared with."
+
     tokens: Tokens
-    rows: Tensor         # [B,K] numbers of references
+    rows: Tensor  # [B,K] numbers of references
+
 
 @dataclass(frozen=True)
 class ScoringInputs:
     "Everything a term may read of B images of one category; maps are added as they are computed."
+
     tokens: Tokens
-    class_embeddings: Tensor           # [2,C] normal, anomalous; None for methods without text
-    prompt_embeddings: Tensor = None   # [2K,C] one per prompt, the normal ones first
+    class_embeddings: Tensor  # [2,C] normal, anomalous; None for methods without text
+    prompt_embeddings: Tensor = None  # [2K,C] one per prompt, the normal ones first
     reference: Reference = None
-    ids: tuple = ()                    # [B] names of the images; random draws are keyed by them
+    ids: tuple = ()  # [B] names of the images; random draws are keyed by them
     seed: int = 0
     encoder: Encoder = None
-    x: Tensor = None                   # [B,3,S,S] preprocessed images, where a term needs them
-    encode: EncodeSpec = None          # resolved; which blocks and stage the tokens come from
-    maps: dict = field(default_factory=dict)   # term -> its map [B,N]; terms see earlier ones
-    grid: Tensor = None                # [B,h,w] the fused and smoothed map
-    map: Tensor = None                 # [B,H,W] at the encoder's input size
+    x: Tensor = None  # [B,3,S,S] preprocessed images, where a term needs them
+    encode: EncodeSpec = None  # resolved; which blocks and stage the tokens come from
+    maps: dict = field(default_factory=dict)  # term -> its map [B,N]; terms see earlier ones
+    grid: Tensor = None  # [B,h,w] the fused and smoothed map
+    map: Tensor = None  # [B,H,W] at the encoder's input size
 
-def patches_of(t:Tokens, path:int, layer:int)->Tensor:      # [B,N,C or D]
+
+def patches_of(t: Tokens, path: int, layer: int) -> Tensor:  # [B,N,C or D]
     "Select the patch tokens of a path by its number among the row's paths."
     return list(t.patches.values())[path][layer]
+
 
 TERMS = Registry('term', given=('s',))
 term = TERMS.register
 
 # %% ../../nbs/pipeline/detector.ipynb #7afa97b7
-TAU = (1e-6, 1e6)       # valid softmax temperatures
+TAU = (1e-6, 1e6)  # valid softmax temperatures
 
 # %% ../../nbs/pipeline/detector.ipynb #91a842e3
 @term('text', rev=1, needs=('text', 'stage proj'), ranges=dict(tau=TAU))
-def text_term(s:ScoringInputs,
-              path:int=0,      # which of the row's attention paths
-              layer:int=-1,    # which of its layers
-              tau:float=1.     # softmax temperature
-             )->Tensor:        # [B,N]
+def text_term(
+    s: ScoringInputs,
+    path: int = 0,  # which of the row's attention paths
+    layer: int = -1,  # which of its layers
+    tau: float = 1.0,  # softmax temperature
+) -> Tensor:  # [B,N]
     "Score patches against the two class embeddings, AnoCLIP Eq. (2)."
     return anomaly_score(patches_of(s.tokens, path, layer), s.class_embeddings, tau)
 
+
 @term('windows', rev=1, needs=('text', 'windows'), ranges=dict(tau=TAU))
-def windows_term(s:ScoringInputs, tau:float=0.07)->Tensor:        # [B,N]
+def windows_term(s: ScoringInputs, tau: float = 0.07) -> Tensor:  # [B,N]
     "Score windows by text and average them with the class token's score, WinCLIP, zero-shot."
     score = class_score(s, tau)
     grid = s.tokens.grid
@@ -85,61 +101,87 @@ def windows_term(s:ScoringInputs, tau:float=0.07)->Tensor:        # [B,N]
 
 # %% ../../nbs/pipeline/detector.ipynb #82bae2b8
 @term('pair', rev=1, needs=('reference',), choices=dict(join=('union', 'mean')))
-def pair_term(s:ScoringInputs, path:int=0, layer:int=-1, join:str='union')->Tensor:     # [B,N]
+def pair_term(
+    s: ScoringInputs, path: int = 0, layer: int = -1, join: str = 'union'
+) -> Tensor:  # [B,N]
     "Compare patches with those of each image's own references, Dual-Image Eq. (5)."
     p = patches_of(s.tokens, path, layer)
     q, rows = patches_of(s.reference.tokens, path, layer), s.reference.rows
     chunks = [slice(i, i + 8) for i in range(0, len(p), 8)]
     return torch.cat([pair_map(p[at], q[rows[at]], join) for at in chunks])
 
+
 @term('memory', rev=1, needs=('windows', 'reference'))
-def memory_term(s:ScoringInputs, path:int=0, layer:int=-1)->Tensor:        # [B,N]
+def memory_term(s: ScoringInputs, path: int = 0, layer: int = -1) -> Tensor:  # [B,N]
     "Compare windows and patches with memory banks of the reference images, WinCLIP Eq. (3)."
     p, r = patches_of(s.tokens, path, layer), s.reference.tokens
     sets, which = s.reference.rows.unique(dim=0, return_inverse=True)
     out = p.new_empty(p.shape[:2])
     for n, rows in enumerate(sets):
         at = which == n
-        bank = build_memory_bank({k: f[rows] for k, f in r.windows.items()}, patches_of(r, path, layer)[rows])
+        bank = build_memory_bank(
+            {k: f[rows] for k, f in r.windows.items()}, patches_of(r, path, layer)[rows]
+        )
         windows = {k: f[at] for k, f in s.tokens.windows.items()}
         out[at] = few_shot_map(windows, p[at], bank, s.tokens.grid).flatten(1)
     return out
 
 # %% ../../nbs/pipeline/detector.ipynb #4300e768
-@term('mutual', rev=1, ranges=dict(fraction=(1e-9, 1), subsets=(1, None)),
-      stochastic=lambda p: p['subsets'] > 1, transductive=True)
-def mutual_term(s:ScoringInputs,
-                path:int=0,
-                scales=(1, 3, 5),      # sides of the neighbourhoods that are averaged, in patches
-                fraction:float=0.3,    # lowest part of the distances to the other images that counts
-                subsets:int=1          # the set is dealt out into so many; images meet their own
-               )->Tensor:              # [B,N]
+@term(
+    'mutual',
+    rev=1,
+    ranges=dict(fraction=(1e-9, 1), subsets=(1, None)),
+    stochastic=lambda p: p['subsets'] > 1,
+    transductive=True,
+)
+def mutual_term(
+    s: ScoringInputs,
+    path: int = 0,
+    scales=(1, 3, 5),  # sides of the neighbourhoods that are averaged, in patches
+    fraction: float = 0.3,  # lowest part of the distances to the other images that counts
+    subsets: int = 1,  # the set is dealt out into so many; images meet their own
+) -> Tensor:  # [B,N]
     "Compare patches with all other images of the set, or with given references (MuSc, MuSc-2)."
     layers, grid = list(s.tokens.patches.values())[path], s.tokens.grid
     if s.reference is not None:
         shown = list(s.reference.tokens.patches.values())[path]
         others = (l[s.reference.rows] for l in shown)
         return musc_map(layers, grid, scales, fraction, others)
-    if subsets == 1: return musc_map(layers, grid, scales, fraction)
+    if subsets == 1:
+        return musc_map(layers, grid, scales, fraction)
     parts = split_subsets(s.ids, subsets, s.seed)
     maps = torch.cat([musc_map(layers[:, rows], grid, scales, fraction) for rows in parts])
     return maps[torch.tensor(sum(parts, [])).argsort()]
 
 # %% ../../nbs/pipeline/detector.ipynb #32ad6f92
-@term('relevance', rev=1, needs=('text', 'images'), choices=dict(target=('anomalous', 'difference')))
-def relevance_term(s:ScoringInputs, first_block:int=0, target:str='anomalous')->Tensor:   # [B,N]
+@term(
+    'relevance', rev=1, needs=('text', 'images'), choices=dict(target=('anomalous', 'difference'))
+)
+def relevance_term(
+    s: ScoringInputs, first_block: int = 0, target: str = 'anomalous'
+) -> Tensor:  # [B,N]
     "Read the relevance of patches for the anomalous class off attention gradients (TransMM)."
     visual, x = s.encoder.model.visual, s.x.to(s.encoder.device)
     scale = float(s.encoder.model.logit_scale.exp())
     return relevance(visual, x, s.class_embeddings, scale, first_block, target)
 
 # %% ../../nbs/pipeline/detector.ipynb #704bc2bc
-def adapted_tokens(s:ScoringInputs, path:int=0, layer:int=-1, adapter:str='text',
-                   pseudo:str='printed', sigma:float=0.05, steps:int=5, lr:float=1e-3,
-                   redraw_noise:bool=True, sequential:bool=False, tau:float=1.)->Tensor:   # [B,N,C]
+def adapted_tokens(
+    s: ScoringInputs,
+    path: int = 0,
+    layer: int = -1,
+    adapter: str = 'text',
+    pseudo: str = 'printed',
+    sigma: float = 0.05,
+    steps: int = 5,
+    lr: float = 1e-3,
+    redraw_noise: bool = True,
+    sequential: bool = False,
+    tau: float = 1.0,
+) -> Tensor:  # [B,N,C]
     "Adapt patch tokens to their own image with noise (AnoCLIP+, Eq. 9-11); unit length."
     p = patches_of(s.tokens, path, layer)
-    if s.tokens.stage == 'ln_post':       # projected here, without bringing them to unit length
+    if s.tokens.stage == 'ln_post':  # projected here, without bringing them to unit length
         p = p @ s.encoder.model.visual.proj.float().to(p.device)
     drawn = max(1, steps) if redraw_noise else 1
     noise = draw_noise(s.ids, (drawn, *p.shape[1:]), s.seed, sigma)
@@ -148,32 +190,46 @@ def adapted_tokens(s:ScoringInputs, path:int=0, layer:int=-1, adapter:str='text'
         given = draw_start(s.ids, adapter, s.prompt_embeddings, s.seed)
     how = dict(adapter=adapter, pseudo=pseudo, steps=steps, lr=lr, tau=tau, start=given)
     embeddings = s.class_embeddings, s.prompt_embeddings
-    if sequential: return adapt_in_order(p, *embeddings, noise, **how)[0]
+    if sequential:
+        return adapt_in_order(p, *embeddings, noise, **how)[0]
     return adapt(p, *embeddings, noise, **how)
 
 # %% ../../nbs/pipeline/detector.ipynb #f6d1eeb0
-@term('adapted', rev=1, needs=('text', 'stage proj or ln_post'), stochastic=True,
-      transductive=lambda p: p['sequential'],
-      choices=dict(adapter=('text', 'softmax', 'code', 'linear'), redraw_noise=(True, False),
-                   pseudo=('printed', 'entropy', 'frozen'), sequential=(True, False)),
-      ranges=dict(sigma=(0, None), steps=(0, None), lr=(0, None), tau=TAU))
-def adapted_term(s:ScoringInputs, path:int=0, layer:int=-1,
-                 adapter:str='text',         # what is trained
-                 pseudo:str='printed',       # loss on the image's own pseudo labels
-                 sigma:float=0.05,           # standard deviation of the noise
-                 steps:int=5,                # of AdamW
-                 lr:float=1e-3,              # its learning rate
-                 redraw_noise:bool=True,     # draw noise at every step; False: once per image
-                 sequential:bool=False,      # carry the optimiser's state from image to image
-                 tau:float=1.                # softmax temperature
-                )->Tensor:                   # [B,N]
+@term(
+    'adapted',
+    rev=1,
+    needs=('text', 'stage proj or ln_post'),
+    stochastic=True,
+    transductive=lambda p: p['sequential'],
+    choices=dict(
+        adapter=('text', 'softmax', 'code', 'linear'),
+        redraw_noise=(True, False),
+        pseudo=('printed', 'entropy', 'frozen'),
+        sequential=(True, False),
+    ),
+    ranges=dict(sigma=(0, None), steps=(0, None), lr=(0, None), tau=TAU),
+)
+def adapted_term(
+    s: ScoringInputs,
+    path: int = 0,
+    layer: int = -1,
+    adapter: str = 'text',  # what is trained
+    pseudo: str = 'printed',  # loss on the image's own pseudo labels
+    sigma: float = 0.05,  # standard deviation of the noise
+    steps: int = 5,  # of AdamW
+    lr: float = 1e-3,  # its learning rate
+    redraw_noise: bool = True,  # draw noise at every step; False: once per image
+    sequential: bool = False,  # carry the optimiser's state from image to image
+    tau: float = 1.0,  # softmax temperature
+) -> Tensor:  # [B,N]
     "Score tokens that were adapted to their own image (AnoCLIP+, Eq. 9-11)."
-    p = adapted_tokens(s, path, layer, adapter, pseudo, sigma, steps, lr, redraw_noise,
-                       sequential, tau)
+    p = adapted_tokens(
+        s, path, layer, adapter, pseudo, sigma, steps, lr, redraw_noise, sequential, tau
+    )
     return anomaly_score(p, s.class_embeddings, tau)
 
 # %% ../../nbs/pipeline/detector.ipynb #9f770855
-def synthetic_images(s:ScoringInputs)->list:     # [(image [S,S,3] uint8, mask [S,S] bool)] * B
+def synthetic_images(s: ScoringInputs) -> list:  # [(image [S,S,3] uint8, mask [S,S] bool)] * B
     "Blend a synthetic anomaly into each image, keyed by its id (Dual-Image Sec. 3.3)."
     prep = s.encoder.preprocess
     out = []
@@ -182,11 +238,13 @@ def synthetic_images(s:ScoringInputs)->list:     # [(image [S,S,3] uint8, mask [
         out.append(synthesize(image, draw_source(prep.size, rng), rng))
     return out
 
-def synthetic_tokens(s:ScoringInputs,
-                     path:int,              # which of the row's attention paths
-                     layer:int,             # which of its layers: the same block and stage
-                     coverage:float=0.5     # share of a patch that must be changed to count
-                    )->tuple:               # patch tokens [B,N,C], changed patches [B,N] bool
+
+def synthetic_tokens(
+    s: ScoringInputs,
+    path: int,  # which of the row's attention paths
+    layer: int,  # which of its layers: the same block and stage
+    coverage: float = 0.5,  # share of a patch that must be changed to count
+) -> tuple:  # patch tokens [B,N,C], changed patches [B,N] bool
     "Encode the synthetic images like the images themselves and mark the changed patches."
     made = synthetic_images(s)
     block = s.encode.layers[layer]
@@ -196,41 +254,55 @@ def synthetic_tokens(s:ScoringInputs,
     return patches_of(t, 0, -1), masks.to(t.cls.device)
 
 # %% ../../nbs/pipeline/detector.ipynb #6bbfe88f
-@term('synthetic_adapted', rev=1, needs=('text', 'images', 'stage proj'), stochastic=True,
-      choices=dict(similarity=('square', 'cosine')),
-      ranges=dict(steps=(0, None), lr=(0, None), lam=(0, None), tau=TAU, alpha=(0, 1),
-                  coverage=(0, 1)))
-def synthetic_adapted_term(s:ScoringInputs, path:int=0, layer:int=-1,
-                           steps:int=2,                # of AdamW
-                           lr:float=1e-3,              # its learning rate
-                           lam:float=1.,               # weight of the similarity loss, Eq. (11)
-                           tau:float=0.07,             # softmax temperature
-                           alpha:float=0.5,            # share of text in the joint map, Eq. (6)
-                           similarity:str='square',    # form of the similarity loss
-                           coverage:float=0.5          # share of a changed patch
-                          )->Tensor:                   # [B,N]
+@term(
+    'synthetic_adapted',
+    rev=1,
+    needs=('text', 'images', 'stage proj'),
+    stochastic=True,
+    choices=dict(similarity=('square', 'cosine')),
+    ranges=dict(
+        steps=(0, None), lr=(0, None), lam=(0, None), tau=TAU, alpha=(0, 1), coverage=(0, 1)
+    ),
+)
+def synthetic_adapted_term(
+    s: ScoringInputs,
+    path: int = 0,
+    layer: int = -1,
+    steps: int = 2,  # of AdamW
+    lr: float = 1e-3,  # its learning rate
+    lam: float = 1.0,  # weight of the similarity loss, Eq. (11)
+    tau: float = 0.07,  # softmax temperature
+    alpha: float = 0.5,  # share of text in the joint map, Eq. (6)
+    similarity: str = 'square',  # form of the similarity loss
+    coverage: float = 0.5,  # share of a changed patch
+) -> Tensor:  # [B,N]
     """Score tokens after training a linear layer on a synthetic anomaly in the same image.
 
     Dual-Image+, Eq. (7)-(11), a reconstruction. The adapted scores are tied to the joint map of
     text and `pair`, or to the text map where the row has no term `pair` before this one.
     """
     p, joint = patches_of(s.tokens, path, layer), text_term(s, path, layer, tau)
-    if 'pair' in s.maps: joint = joint_map(joint, s.maps['pair'], alpha)
+    if 'pair' in s.maps:
+        joint = joint_map(joint, s.maps['pair'], alpha)
     changed = synthetic_tokens(s, path, layer, coverage)
     return dual_adapt(p, *changed, joint, s.class_embeddings, steps, lr, lam, tau, similarity)
 
 # %% ../../nbs/pipeline/detector.ipynb #dca05845
 SMOOTHING = ('none', 'mean3')
 
-def smooth_map(a:Tensor,           # [B,h,w]
-               smoothing:str       # 'none' or 'mean3': 3x3 mean with the border repeated
-              )->Tensor:           # [B,h,w]
+
+def smooth_map(
+    a: Tensor,  # [B,h,w]
+    smoothing: str,  # 'none' or 'mean3': 3x3 mean with the border repeated
+) -> Tensor:  # [B,h,w]
     "Smooth patch scores on their grid."
-    if smoothing == 'none': return a
+    if smoothing == 'none':
+        return a
     padded = F.pad(a[:, None], (1, 1, 1, 1), mode='replicate')
     return F.avg_pool2d(padded, 3, stride=1)[:, 0]
 
-def upsample(a:Tensor, size:int, align_corners:bool)->Tensor:   # [B,h,w] -> [B,size,size]
+
+def upsample(a: Tensor, size: int, align_corners: bool) -> Tensor:  # [B,h,w] -> [B,size,size]
     "Interpolate patch scores bilinearly to `size` pixels."
     size = (size, size)
     return F.interpolate(a[:, None], size=size, mode='bilinear', align_corners=align_corners)[:, 0]
@@ -239,49 +311,60 @@ def upsample(a:Tensor, size:int, align_corners:bool)->Tensor:   # [B,h,w] -> [B,
 SCORES = Registry('score', given=('s',))
 score = SCORES.register
 
+
 @score('class', rev=1, needs=('text',), ranges=dict(tau=TAU))
-def class_score(s:ScoringInputs, tau:float=1.)->Tensor:      # [B]
+def class_score(s: ScoringInputs, tau: float = 1.0) -> Tensor:  # [B]
     "Score the class token, AnoCLIP Eq. (1)."
     return anomaly_score(s.tokens.cls[:, None], s.class_embeddings, tau)[:, 0]
 
+
 @score('views', rev=1, needs=('text', 'views'), ranges=dict(tau=TAU))
-def views_score(s:ScoringInputs, tau:float=1.)->Tensor:      # [B]
+def views_score(s: ScoringInputs, tau: float = 1.0) -> Tensor:  # [B]
     "Average the scores of the class tokens of all views (AnoVL's code)."
     return anomaly_score(s.tokens.views, s.class_embeddings, tau).mean(1)
 
+
 @score('memory', rev=1, needs=('text', 'map of memory'), ranges=dict(tau=TAU))
-def memory_score(s:ScoringInputs, tau:float=0.07)->Tensor:      # [B]
+def memory_score(s: ScoringInputs, tau: float = 0.07) -> Tensor:  # [B]
     "Average the class token's score and the maximum of the memory map, WinCLIP Eq. (4)."
-    return (class_score(s, tau) + s.maps['memory'].amax(1))/2
+    return (class_score(s, tau) + s.maps['memory'].amax(1)) / 2
+
 
 @score('joint', rev=1, needs=('text',), ranges=dict(tau=TAU, beta=(0, 1)))
-def joint_score(s:ScoringInputs, tau:float=0.07, beta:float=0.5)->Tensor:      # [B]
+def joint_score(s: ScoringInputs, tau: float = 0.07, beta: float = 0.5) -> Tensor:  # [B]
     "Combine class token and maximum of the joint map, Dual-Image Eq. (13), a reconstruction."
     return dual_score(class_score(s, tau), s.grid, beta)
 
+
 @score('max', rev=1)
-def max_score(s:ScoringInputs)->Tensor:      # [B]
+def max_score(s: ScoringInputs) -> Tensor:  # [B]
     "Take the maximum of the map (MuSc)."
     return s.map.flatten(1).amax(1)
 
 # %% ../../nbs/pipeline/detector.ipynb #7e382da6
-GIVEN = ('names', 'ids', 'pool', 'labels', 'category', 'seed')      # arguments the pipeline passes
+GIVEN = ('names', 'ids', 'pool', 'labels', 'category', 'seed')  # arguments the pipeline passes
 REFERENCES = Registry('reference', given=GIVEN)
 sampler = REFERENCES.register
 sampler('shots', rev=1, stochastic=True, ranges=dict(k=(1, None)))(choose_references)
-sampler('pair', rev=1, stochastic=True, ranges=dict(count=(1, None)),
-        choices=dict(policy=('random', 'normal', 'anomalous', 'same')))(draw_references)
+sampler(
+    'pair',
+    rev=1,
+    stochastic=True,
+    ranges=dict(count=(1, None)),
+    choices=dict(policy=('random', 'normal', 'anomalous', 'same')),
+)(draw_references)
 
-SET_STEPS = Registry('set_step', given=('scores', 'cls'))     # (scores [M], class tokens [M,C])
+SET_STEPS = Registry('set_step', given=('scores', 'cls'))  # (scores [M], class tokens [M,C])
 SET_STEPS.register('rscin', rev=1, transductive=True)(rscin)
 set_step = SET_STEPS.register
 
 # %% ../../nbs/pipeline/detector.ipynb #7169c3ce
-def operations_of(m)->list:      # [(Operation, parameters as the row gives them)]
+def operations_of(m) -> list:  # [(Operation, parameters as the row gives them)]
     "List the operations of a row: terms, score, reference sampler, set steps."
     used = [(TERMS.find(name), params) for name, params in m.terms]
     used.append((SCORES.find(m.score[0]), m.score[1]))
-    if m.reference: used.append((REFERENCES.find(m.reference[0]), m.reference[1]))
+    if m.reference:
+        used.append((REFERENCES.find(m.reference[0]), m.reference[1]))
     return used + [(SET_STEPS.find(name), params) for name, params in m.set_steps]
 
 # %% ../../nbs/pipeline/detector.ipynb #3e112049
@@ -289,45 +372,65 @@ MISSING = dict(
     text='prompts=None: name a prompt set',
     windows='encode without windows: give EncodeSpec(windows=(2, 3))',
     reference="no reference: say where it comes from, as in ('pair', {})",
-    views="views='one': it needs encode=EncodeSpec(views='anovl')")
+    views="views='one': it needs encode=EncodeSpec(views='anovl')",
+)
 
+# %% ../../nbs/pipeline/detector.ipynb #8d8243e3
 def check_needs(m):
     "Raise ValueError where a term or score needs an input that the row does not have."
     terms = [name for name, _ in m.terms]
-    has = dict(text=m.prompts is not None or m.artifact, windows=m.encode.windows,
-               reference=m.reference, views=m.encode.views != 'one', images=True)
+    has = dict(
+        text=m.prompts is not None or m.artifact,
+        windows=m.encode.windows,
+        reference=m.reference,
+        views=m.encode.views != 'one',
+        images=True,
+    )
     used = [TERMS[name] for name in terms] + ([SCORES[m.score[0]]] if m.terms else [])
     for need in dict.fromkeys(n for op in used for n in op.needs):
         ops = [op for op in used if need in op.needs]
-        if need.startswith('map of '): check_earlier(m, ops[0], need.removeprefix('map of '), terms)
-        elif need.startswith('stage '): check_stage(m, ops[0], need.removeprefix('stage '))
+        if need.startswith('map of '):
+            check_earlier(m, ops[0], need.removeprefix('map of '), terms)
+        elif need.startswith('stage '):
+            check_stage(m, ops[0], need.removeprefix('stage '))
         elif not has[need]:
             names = ', '.join(f'{op.kind} {op.name!r}' for op in ops)
             raise ValueError(f'{m.name}: {names} and {MISSING[need]}')
     for k, (name, params) in enumerate(m.terms):
         check_path(m, name, TERMS[name].resolve(params).get('path', 0))
         if name == 'synthetic_adapted' and 'pair' in terms[k:]:
-            raise ValueError(f"{m.name}: term 'synthetic_adapted' is tied to the joint map: "
-                             "put 'pair' before it")
+            raise ValueError(
+                f"{m.name}: term 'synthetic_adapted' is tied to the joint map: put 'pair' before it"
+            )
 
 # %% ../../nbs/pipeline/detector.ipynb #1d29bbb8
-def check_earlier(m, op, other:str, terms:list):
+def check_earlier(m, op, other: str, terms: list):
     "Raise ValueError where a score reads the map of a term that the row does not have."
-    if other in terms: return
-    raise ValueError(f'{m.name}: {op.kind} {op.name!r} reads the map of the term {other!r}, '
-                     f'and the terms are {terms}')
+    if other in terms:
+        return
+    raise ValueError(
+        f'{m.name}: {op.kind} {op.name!r} reads the map of the term {other!r}, '
+        f'and the terms are {terms}'
+    )
 
-def check_stage(m, op, stages:str):
+
+def check_stage(m, op, stages: str):
     "Raise ValueError where a term cannot read the stage that is encoded; `stages` is 'proj' or 'a or b'."
-    if m.encode.stage in stages.split(' or '): return
-    raise ValueError(f'{m.name}: {op.kind} {op.name!r} reads patch tokens of stage {stages}, '
-                     f'and encode has stage={m.encode.stage!r}')
+    if m.encode.stage in stages.split(' or '):
+        return
+    raise ValueError(
+        f'{m.name}: {op.kind} {op.name!r} reads patch tokens of stage {stages}, '
+        f'and encode has stage={m.encode.stage!r}'
+    )
 
-def check_path(m, name:str, path:int):
+
+def check_path(m, name: str, path: int):
     "Raise ValueError where a term reads an attention path that is not encoded."
-    if 'path' not in TERMS[name].parameters or path < len(m.encode.paths): return
-    raise ValueError(f'{m.name}: term {name!r} reads attention path {path}, '
-                     f'and encode has {len(m.encode.paths)}')
+    if 'path' not in TERMS[name].parameters or path < len(m.encode.paths):
+        return
+    raise ValueError(
+        f'{m.name}: term {name!r} reads attention path {path}, and encode has {len(m.encode.paths)}'
+    )
 
 # %% ../../nbs/pipeline/detector.ipynb #708bea72
 def check_method(m):
@@ -349,147 +452,283 @@ def check_method(m):
 @dataclass(frozen=True)
 class Method:
     "A method as data."
+
     name: str
     encode: EncodeSpec = EncodeSpec()
-    prompts: object = 'anoclip'       # name of a prompt set, PromptSet, (normal, anomalous) or None
-    terms: tuple = (('text', {}),)    # (name, parameters) of each term
-    term_weights: tuple = ()          # of the terms in the fused map; (): their mean
-    reference: tuple = ()             # (sampler, parameters): where reference images come from
-    smoothing: str = 'none'           # on the patch grid: 'none' or 'mean3'
-    align_corners: bool = False       # of the bilinear upsampling
-    score: tuple = ('class', {})      # (name, parameters) of the image score
-    set_steps: tuple = ()             # (name, parameters) of each step over the scores of the set
-    seed: int = 0                     # of everything that is drawn
-    artifact: str = ''                # file, name or pattern of a trained artifact: its prompts
-                                      # replace `prompts`, its head stands where no terms are
-    interpolation: str = 'bicubic'    # filter of the resize
-    source: str = ''                  # paper or repository the row follows
+    prompts: object = 'anoclip'  # name of a prompt set, PromptSet, (normal, anomalous) or None
+    terms: tuple = (('text', {}),)  # (name, parameters) of each term
+    term_weights: tuple = ()  # of the terms in the fused map; (): their mean
+    reference: tuple = ()  # (sampler, parameters): where reference images come from
+    smoothing: str = 'none'  # on the patch grid: 'none' or 'mean3'
+    align_corners: bool = False  # of the bilinear upsampling
+    score: tuple = ('class', {})  # (name, parameters) of the image score
+    set_steps: tuple = ()  # (name, parameters) of each step over the scores of the set
+    seed: int = 0  # of everything that is drawn
+    artifact: str = ''  # file, name or pattern of a trained artifact: its prompts
+    # replace `prompts`, its head stands where no terms are
+    interpolation: str = 'bicubic'  # filter of the resize
+    source: str = ''  # paper or repository the row follows
 
-    def __post_init__(self): check_method(self)
+    def __post_init__(self):
+        check_method(self)
 
 # %% ../../nbs/pipeline/detector.ipynb #1896999d
 @patch(as_prop=True)
-def stochastic(self:Method)->bool:
+def stochastic(self: Method) -> bool:
     "Tell whether another seed gives other values."
     drawn = any(op.holds('stochastic', params) for op, params in operations_of(self))
     return drawn or '{seed}' in self.artifact
 
+
 @patch(as_prop=True)
-def needs_images(self:Method)->bool:
+def needs_images(self: Method) -> bool:
     "Tell whether the row needs the images beside their tokens."
     read = any('images' in op.needs for op, _ in operations_of(self))
     return read or not self.terms and not self.encode.paths
 
+
 @patch(as_prop=True)
-def transductive(self:Method)->bool:
+def transductive(self: Method) -> bool:
     "Tell whether images that are scored together change one another's score."
-    alone = ('mutual',) if self.reference else ()      # compared with given references only
-    return any(op.holds('transductive', params) for op, params in operations_of(self)
-               if op.name not in alone)
+    alone = ('mutual',) if self.reference else ()  # compared with given references only
+    return any(
+        op.holds('transductive', params)
+        for op, params in operations_of(self)
+        if op.name not in alone
+    )
+
 
 @patch
-def has(self:Method, *names)->bool:
+def has(self: Method, *names) -> bool:
     "Tell whether the row has one of these terms."
     return any(name in names for name, _ in self.terms)
 
 # %% ../../nbs/pipeline/detector.ipynb #e9c4d344
-def one_path(attention, depth=None, **spec)->EncodeSpec:
+def one_path(attention, depth=None, **spec) -> EncodeSpec:
     "Make the EncodeSpec of one attention path."
     return EncodeSpec((AttentionPath(attention, depth),), **spec)
 
-def learned(name, encode=EncodeSpec(()), prompts=None, **row)->'Method':
+
+def learned(name, encode=EncodeSpec(()), prompts=None, **row) -> 'Method':
     "Make the row of a head that `zsad train NAME` trains; its artifact says which tokens it reads."
     return Method(name, encode, prompts, (), artifact=name + '-{backbone}-{on}-s{seed}', **row)
 
 # %% ../../nbs/pipeline/detector.ipynb #a652832c
 RAW = dict(layers='quarters', stage='raw')
+
+# %% ../../nbs/pipeline/detector.ipynb #5088b6d5
 PLAIN_ROWS = (
-    Method('clip', one_path('qkv'), 'clip',
-           source='CLIP with two prompts (AnomalyCLIP, KAnoCLIP tables)'),
-    Method('clip-ac', one_path('qkv'), 'clip-ac',
-           source='WinCLIP: normal / anomalous in every template; row CLIP of AnoCLIP Table 2'),
-    Method('transmm', EncodeSpec(()), 'clip-ac', (('relevance', {}),),
-           source='TransMM as printed: gradient-weighted attention of all blocks'),
-    Method('transmm@code', EncodeSpec(()), 'clip-ac', (('relevance', dict(first_block=-1)),),
-           source='its public CLIP notebook: the last block alone'),
-    Method('maskclip', one_path('v-mlp', 1), 'clip-ac',
-           source='MaskCLIP: values of the last block instead of its attention'))
+    Method(
+        'clip',
+        one_path('qkv'),
+        'clip',
+        source='CLIP with two prompts (AnomalyCLIP, KAnoCLIP tables)',
+    ),
+    Method(
+        'clip-ac',
+        one_path('qkv'),
+        'clip-ac',
+        source='WinCLIP: normal / anomalous in every template; row CLIP of AnoCLIP Table 2',
+    ),
+    Method(
+        'transmm',
+        EncodeSpec(()),
+        'clip-ac',
+        (('relevance', {}),),
+        source='TransMM as printed: gradient-weighted attention of all blocks',
+    ),
+    Method(
+        'transmm@code',
+        EncodeSpec(()),
+        'clip-ac',
+        (('relevance', dict(first_block=-1)),),
+        source='its public CLIP notebook: the last block alone',
+    ),
+    Method(
+        'maskclip',
+        one_path('v-mlp', 1),
+        'clip-ac',
+        source='MaskCLIP: values of the last block instead of its attention',
+    ),
+)
 
 # %% ../../nbs/pipeline/detector.ipynb #abcb99cd
 WINDOWS = EncodeSpec((), windows=(2, 3))
 WINDOWS_RAW = one_path('qkv', stage='raw', windows=(2, 3))
 FEW_SHOT = (('windows', {}), ('memory', {}))
+
+# %% ../../nbs/pipeline/detector.ipynb #552c5d1c
 WINCLIP_ROWS = (
-    Method('winclip', WINDOWS, 'winclip', (('windows', {}),), score=('class', dict(tau=0.07)),
-           source='WinCLIP, zero-shot: windows of 2 and 3 patches'),
-    Method('winclip+', WINDOWS_RAW, 'winclip', FEW_SHOT, (1., 1.), ('shots', dict(k=1)),
-           score=('memory', {}),
-           source='WinCLIP+: one normal image; patches as they leave the last block'),
-    Method('winclip@code', WINDOWS, 'winclip@code', (('windows', {}),),
-           score=('class', dict(tau=0.07)),
-           source='Accurate-WinCLIP repository: 21 templates, one of them twice'),
-    Method('winclip+@code', WINDOWS_RAW, 'winclip@code', FEW_SHOT, (1., 1.),
-           ('shots', dict(k=1, replace=True)), score=('memory', {}),
-           source='Accurate-WinCLIP repository: references drawn with replacement'))
+    Method(
+        'winclip',
+        WINDOWS,
+        'winclip',
+        (('windows', {}),),
+        score=('class', dict(tau=0.07)),
+        source='WinCLIP, zero-shot: windows of 2 and 3 patches',
+    ),
+    Method(
+        'winclip+',
+        WINDOWS_RAW,
+        'winclip',
+        FEW_SHOT,
+        (1.0, 1.0),
+        ('shots', dict(k=1)),
+        score=('memory', {}),
+        source='WinCLIP+: one normal image; patches as they leave the last block',
+    ),
+    Method(
+        'winclip@code',
+        WINDOWS,
+        'winclip@code',
+        (('windows', {}),),
+        score=('class', dict(tau=0.07)),
+        source='Accurate-WinCLIP repository: 21 templates, one of them twice',
+    ),
+    Method(
+        'winclip+@code',
+        WINDOWS_RAW,
+        'winclip@code',
+        FEW_SHOT,
+        (1.0, 1.0),
+        ('shots', dict(k=1, replace=True)),
+        score=('memory', {}),
+        source='Accurate-WinCLIP repository: references drawn with replacement',
+    ),
+)
 
 # %% ../../nbs/pipeline/detector.ipynb #1485f010
 BY_CODE = dict(smoothing='mean3', align_corners=True, score=('views', {}), interpolation='bilinear')
 ADAPTED_BY_CODE = dict(adapter='code', pseudo='entropy', sigma=0.055, sequential=True)
+
+# %% ../../nbs/pipeline/detector.ipynb #ae091c79
 ANOCLIP_ROWS = (
-    Method('anoclip', one_path('vv'), 'anoclip',
-           source='AnoCLIP, Sec. 3.1-3.3; open points as in its code, domain prompts reconstructed'),
-    Method('anoclip@code', one_path('vv', views='anovl'), 'anoclip@code', **BY_CODE,
-           source='AnoVL repository, MVTec script without adapter'),
-    Method('anoclip+', one_path('vv'), 'anoclip', (('adapted', {}),),
-           source='AnoCLIP with test-time adaptation, Sec. 3.4; where text and equation differ, '
-                  'the equation'),
-    Method('anoclip+@code', one_path('vv', stage='ln_post', views='anovl'), 'anoclip@code',
-           (('adapted', ADAPTED_BY_CODE),), **BY_CODE,
-           source='AnoVL repository, MVTec script with adapter; depends on the order of images, '
-                  'whose optimiser it keeps'))
+    Method(
+        'anoclip',
+        one_path('vv'),
+        'anoclip',
+        source='AnoCLIP, Sec. 3.1-3.3; open points as in its code, domain prompts reconstructed',
+    ),
+    Method(
+        'anoclip@code',
+        one_path('vv', views='anovl'),
+        'anoclip@code',
+        **BY_CODE,
+        source='AnoVL repository, MVTec script without adapter',
+    ),
+    Method(
+        'anoclip+',
+        one_path('vv'),
+        'anoclip',
+        (('adapted', {}),),
+        source='AnoCLIP with test-time adaptation, Sec. 3.4; where text and equation differ, '
+        'the equation',
+    ),
+    Method(
+        'anoclip+@code',
+        one_path('vv', stage='ln_post', views='anovl'),
+        'anoclip@code',
+        (('adapted', ADAPTED_BY_CODE),),
+        **BY_CODE,
+        source='AnoVL repository, MVTec script with adapter; depends on the order of images, '
+        'whose optimiser it keeps',
+    ),
+)
 
 # %% ../../nbs/pipeline/detector.ipynb #ccbfa5df
 MUSC = dict(align_corners=True, score=('max', {}))
 TEXT_AND_PAIR = (('text', dict(tau=0.07)), ('pair', {}))
+
+# %% ../../nbs/pipeline/detector.ipynb #38918c17
 REFERENCE_ROWS = (
-    Method('musc', one_path('qkv', **RAW), None, (('mutual', {}),), **MUSC,
-           set_steps=(('rscin', {}),), source='MuSc: the unlabelled set scores itself'),
-    Method('musc-2', one_path('qkv', **RAW), None, (('mutual', {}),), reference=('pair', {}),
-           **MUSC, source='MuSc with one random image as the set (Dual-Image, Table 1)'),
-    Method('dual', one_path('vv'), 'anoclip', TEXT_AND_PAIR, (0.5, 0.5), ('pair', {}),
-           score=('joint', {}),
-           source='Dual-Image Enhanced CLIP; its constants are lost, these are reconstructed'),
-    Method('dual+', one_path('vv'), 'anoclip', (('pair', {}), ('synthetic_adapted', {})),
-           (0.5, 0.5), ('pair', {}), score=('joint', {}),
-           source='Dual-Image Enhanced CLIP with test-time adaptation; a reconstruction'))
+    Method(
+        'musc',
+        one_path('qkv', **RAW),
+        None,
+        (('mutual', {}),),
+        **MUSC,
+        set_steps=(('rscin', {}),),
+        source='MuSc: the unlabelled set scores itself',
+    ),
+    Method(
+        'musc-2',
+        one_path('qkv', **RAW),
+        None,
+        (('mutual', {}),),
+        reference=('pair', {}),
+        **MUSC,
+        source='MuSc with one random image as the set (Dual-Image, Table 1)',
+    ),
+    Method(
+        'dual',
+        one_path('vv'),
+        'anoclip',
+        TEXT_AND_PAIR,
+        (0.5, 0.5),
+        ('pair', {}),
+        score=('joint', {}),
+        source='Dual-Image Enhanced CLIP; its constants are lost, these are reconstructed',
+    ),
+    Method(
+        'dual+',
+        one_path('vv'),
+        'anoclip',
+        (('pair', {}), ('synthetic_adapted', {})),
+        (0.5, 0.5),
+        ('pair', {}),
+        score=('joint', {}),
+        source='Dual-Image Enhanced CLIP with test-time adaptation; a reconstruction',
+    ),
+)
 
 # %% ../../nbs/pipeline/detector.ipynb #05fa2ec9
 LEARNED_ROWS = (
-    learned('anomalyclip', one_path('vv', layers='quarters'),
-            source='AnomalyCLIP: prompts learned without the name of the object'),
-    learned('kanoclip', one_path('vv', layers='quarters'),
-            source='KAnoCLIP: prompts learned with knowledge, text and patches fused'),
-    learned('april-gan', one_path('qkv', **RAW), 'april-gan',
-            source='APRIL-GAN, zero-shot: a trained linear layer per stage'),
-    learned('mvfa', EncodeSpec(()), 'april-gan',
-            source='MVFA-AD, zero-shot: trained adapters inside the encoder'))
+    learned(
+        'anomalyclip',
+        one_path('vv', layers='quarters'),
+        source='AnomalyCLIP: prompts learned without the name of the object',
+    ),
+    learned(
+        'kanoclip',
+        one_path('vv', layers='quarters'),
+        source='KAnoCLIP: prompts learned with knowledge, text and patches fused',
+    ),
+    learned(
+        'april-gan',
+        one_path('qkv', **RAW),
+        'april-gan',
+        source='APRIL-GAN, zero-shot: a trained linear layer per stage',
+    ),
+    learned(
+        'mvfa',
+        EncodeSpec(()),
+        'april-gan',
+        source='MVFA-AD, zero-shot: trained adapters inside the encoder',
+    ),
+)
 ROWS = PLAIN_ROWS + WINCLIP_ROWS + ANOCLIP_ROWS + REFERENCE_ROWS + LEARNED_ROWS
+
+# %% ../../nbs/pipeline/detector.ipynb #a9f0cb81
 METHODS = {m.name: m for m in ROWS}
 
 # %% ../../nbs/pipeline/detector.ipynb #fe0dfa99
 def prompts_content(prompts):
     "Give what a row's prompts mean: the templates of a set without its name, or the sentences."
-    if not isinstance(prompts, str) and not hasattr(prompts, 'templates'): return prompts
+    if not isinstance(prompts, str) and not hasattr(prompts, 'templates'):
+        return prompts
     found = prompt_set(prompts)
     return {k: v for k, v in vars(found).items() if k not in ('name', 'source')}
 
-def revs_of(m:Method, head:str='')->dict:      # {'term pair': 1, ...}
+
+def revs_of(m: Method, head: str = '') -> dict:  # {'term pair': 1, ...}
     "List the revisions of every operation that a row uses; `head` is that of its artifact."
     revs = {f'{op.kind} {op.name}': op.rev for op, _ in operations_of(m)}
-    if not m.terms: revs = {f'head {head}': HEAD_REVS[head]}
+    if not m.terms:
+        revs = {f'head {head}': HEAD_REVS[head]}
     return revs | {'encoding': ENCODING_REV, 'pipeline': PIPELINE_REV}
 
-def method_identity(m:Method, head:str='')->dict:
+# %% ../../nbs/pipeline/detector.ipynb #ff47777c
+def method_identity(m: Method, head: str = '') -> dict:
     """Give the part of a result's identity that the row decides, for `canonical`.
 
     Parameters are complete, prompts are given by content; name, source, seed and artifact are left
@@ -497,13 +736,22 @@ def method_identity(m:Method, head:str='')->dict:
     """
     full = lambda pairs, registry: [[n, registry[n].resolve(p)] for n, p in pairs]
     reference = full([m.reference], REFERENCES) if m.reference else []
-    return dict(encode=m.encode, prompts=prompts_content(m.prompts), terms=full(m.terms, TERMS),
-                term_weights=m.term_weights, reference=reference, smoothing=m.smoothing,
-                align_corners=m.align_corners, score=full([m.score], SCORES),
-                set_steps=full(m.set_steps, SET_STEPS), interpolation=m.interpolation,
-                revs=revs_of(m, head))
+    return dict(
+        encode=m.encode,
+        prompts=prompts_content(m.prompts),
+        terms=full(m.terms, TERMS),
+        term_weights=m.term_weights,
+        reference=reference,
+        smoothing=m.smoothing,
+        align_corners=m.align_corners,
+        score=full([m.score], SCORES),
+        set_steps=full(m.set_steps, SET_STEPS),
+        interpolation=m.interpolation,
+        revs=revs_of(m, head),
+    )
 
-def local_operations(m:Method)->list:
+
+def local_operations(m: Method) -> list:
     "Name the operations that other processes cannot import: those defined in a notebook."
     return [f'{op.kind} {op.name!r}' for op, _ in operations_of(m) if not importable(op)]
 
@@ -511,26 +759,32 @@ def local_operations(m:Method)->list:
 @dataclass(frozen=True)
 class Prediction:
     "What a detector returns for a batch; on the CPU wherever it was computed."
-    score: Tensor     # [B] higher = more anomalous
-    map: Tensor       # [B,H,W] float32 at the encoder's input size, unscaled
+
+    score: Tensor  # [B] higher = more anomalous
+    map: Tensor  # [B,H,W] float32 at the encoder's input size, unscaled
 
 # %% ../../nbs/pipeline/detector.ipynb #014b93c4
-def select_paths(t:Tokens, spec:EncodeSpec)->Tokens:
+def select_paths(t: Tokens, spec: EncodeSpec) -> Tokens:
     "Select this method's tokens from those encoded for several methods."
     windows = {k: t.windows[k] for k in spec.windows}
     return replace(t, patches={p: t.patches[p] for p in spec.paths}, windows=windows)
 
-def select_images(t:Tokens, rows)->Tokens:
-    "Select images by their numbers."
-    return map_tokens(lambda tensors, dim: tensors[0][(slice(None),)*dim + (rows,)], t)
 
-def without_reference(m:Method)->Method:
+def select_images(t: Tokens, rows) -> Tokens:
+    "Select images by their numbers."
+    return map_tokens(lambda tensors, dim: tensors[0][(slice(None),) * dim + (rows,)], t)
+
+
+def without_reference(m: Method) -> Method:
     "Give the variant of a row that uses text alone; ValueError where the row reads no text."
-    if not m.reference: return m
+    if not m.reference:
+        return m
     kept = tuple((n, p) for n, p in m.terms if n not in ('pair', 'memory', 'mutual'))
     if not kept:
-        raise ValueError(f'{m.name} compares with reference images and reads no text: '
-                         'give reference=, preprocessed images [R,3,S,S]')
+        raise ValueError(
+            f'{m.name} compares with reference images and reads no text: '
+            'give reference=, preprocessed images [R,3,S,S]'
+        )
     score = 'class', dict(tau=m.score[1].get('tau', 0.07))
     return replace(m, terms=kept, term_weights=(), reference=(), score=score)
 
@@ -538,12 +792,13 @@ def without_reference(m:Method)->Method:
 @dataclass(frozen=True, eq=False)
 class Detector:
     "A method made ready for an encoder and some categories; make it with `build`."
-    method: Method          # resolved: block numbers instead of fractions
-    encoder: Encoder
-    texts: dict             # category -> Text
-    trained: Artifact = None # content of the row's artifact
 
-    def __call__(self, x, categories, reference=None, ids=None)->Prediction:
+    method: Method  # resolved: block numbers instead of fractions
+    encoder: Encoder
+    texts: dict  # category -> Text
+    trained: Artifact = None  # content of the row's artifact
+
+    def __call__(self, x, categories, reference=None, ids=None) -> Prediction:
         """Score a preprocessed batch `x` [B,3,S,S] whose images belong to `categories` [B].
 
         `reference` holds preprocessed reference images [R,3,S,S], for all categories or by category;
@@ -565,20 +820,25 @@ class Detector:
 # %% ../../nbs/pipeline/detector.ipynb #c60aa6f9
 @patch
 @torch.inference_mode()
-def predict(self:Detector, tokens:Tokens, categories,
-            references=None,     # {category: Reference}
-            x=None,              # [B,3,S,S] the images, where `method.needs_images`
-            ids=None             # [B] names of the images
-           )->Prediction:
+def predict(
+    self: Detector,
+    tokens: Tokens,
+    categories,
+    references=None,  # {category: Reference}
+    x=None,  # [B,3,S,S] the images, where `method.needs_images`
+    ids=None,  # [B] names of the images
+) -> Prediction:
     "Score tokens encoded for this method, or for several at once, category by category."
     categories, given = list(categories), {c: r for c, r in (references or {}).items() if r}
     self.check_references(given, categories)
-    if not given: self.warn_text_alone()
+    if not given:
+        self.warn_text_alone()
     if self.method.needs_images and x is None:
         raise ValueError(f'{self.method.name} needs the images beside their tokens: give x')
     if len(categories) != len(tokens.cls):
-        raise ValueError(f'{len(categories)} categories for {len(tokens.cls)} images: '
-                         'give one per image')
+        raise ValueError(
+            f'{len(categories)} categories for {len(tokens.cls)} images: give one per image'
+        )
     ids = [str(i) for i in range(len(categories))] if ids is None else list(ids)
     places = places_of(categories)
     parts = []
@@ -590,55 +850,70 @@ def predict(self:Detector, tokens:Tokens, categories,
     return Prediction(*(torch.cat([getattr(p, k) for p in parts])[order] for k in ('score', 'map')))
 
 # %% ../../nbs/pipeline/detector.ipynb #0af8f6b7
-def places_of(categories)->dict:      # {category: positions}
+def places_of(categories) -> dict:  # {category: positions}
     "List the positions of the images of every category, in the order of their first ones."
     names = dict.fromkeys(categories)
     return {c: [i for i, other in enumerate(categories) if other == c] for c in names}
 
+
 @patch
-def check_references(self:Detector, given:dict, categories=()):
+def check_references(self: Detector, given: dict, categories=()):
     "Refuse references the row does not use, unknown categories, and references for some only."
     name, asked = self.method.name, set(categories)
     if given and not self.method.reference:
-        raise ValueError(f'{name} compares with no reference image: leave reference out, '
-                         'or choose a row that does, such as winclip+, musc-2 or dual')
+        raise ValueError(
+            f'{name} compares with no reference image: leave reference out, '
+            'or choose a row that does, such as winclip+, musc-2 or dual'
+        )
     unknown = sorted(set(given) - set(self.texts))
     if unknown:
-        raise ValueError(f'reference: {unknown} are not among the categories of this detector, '
-                         f'{list(self.texts)}')
+        raise ValueError(
+            f'reference: {unknown} are not among the categories of this detector, '
+            f'{list(self.texts)}'
+        )
     lacks = sorted(asked - set(given))
     if given and lacks:
-        raise ValueError(f'reference: none is given for {lacks}; give references for every category '
-                         'of the batch, or for none')
+        raise ValueError(
+            f'reference: none is given for {lacks}; give references for every category '
+            'of the batch, or for none'
+        )
 
 # %% ../../nbs/pipeline/detector.ipynb #7e051ec6
 @patch
-def warn_text_alone(self:Detector):
+def warn_text_alone(self: Detector):
     "Warn where a row that compares with reference images is given none."
     left = without_reference(self.method)
-    if left is self.method: return
-    warnings.warn(f'{self.method.name} was given no reference image and scores by text alone, with '
-                  f'{[n for n, _ in left.terms]}', stacklevel=4)
+    if left is self.method:
+        return
+    warnings.warn(
+        f'{self.method.name} was given no reference image and scores by text alone, with '
+        f'{[n for n, _ in left.terms]}',
+        stacklevel=4,
+    )
 
 # %% ../../nbs/pipeline/detector.ipynb #c9d118be
 @patch
-def scoring_inputs(self:Detector, category, tokens:Tokens, reference=None, x=None, ids=()):
+def scoring_inputs(self: Detector, category, tokens: Tokens, reference=None, x=None, ids=()):
     "Collect the ScoringInputs of images of one category."
     m, text = self.method, self.text(category)
     own, device = select_paths(tokens, m.encode), tokens.cls.device
     pair, each = (None, None) if text is None else (text.pair, torch.cat(text.each))
-    if text is not None: pair, each = pair.to(device), each.to(device)
+    if text is not None:
+        pair, each = pair.to(device), each.to(device)
     if reference is not None:
         reference = replace(reference, tokens=select_paths(reference.tokens, m.encode))
     return ScoringInputs(own, pair, each, reference, ids, m.seed, self.encoder, x, m.encode)
 
+# %% ../../nbs/pipeline/detector.ipynb #417c43a4
 @patch
-def score_category(self:Detector, category, tokens:Tokens, reference=None, x=None, ids=()):
+def score_category(self: Detector, category, tokens: Tokens, reference=None, x=None, ids=()):
     "Score images of one category; without references by text alone. Gives a Prediction."
     m, size = self.method, self.encoder.preprocess.size
-    if reference is None: m = without_reference(m)
+    if reference is None:
+        m = without_reference(m)
     s = self.scoring_inputs(category, tokens, reference, x, ids)
-    if not m.terms: return Prediction(*(t.cpu() for t in self.trained.predict(s, size)))
+    if not m.terms:
+        return Prediction(*(t.cpu() for t in self.trained.predict(s, size)))
     s = fuse_terms(m, run_terms(m, s))
     s = replace(s, map=upsample(s.grid, size, m.align_corners))
     score = SCORES[m.score[0]](s, **m.score[1])
@@ -647,73 +922,91 @@ def score_category(self:Detector, category, tokens:Tokens, reference=None, x=Non
     return Prediction(score.cpu(), s.map.cpu())
 
 # %% ../../nbs/pipeline/detector.ipynb #f623c2be
-def run_terms(m:Method, s:ScoringInputs)->ScoringInputs:
+def run_terms(m: Method, s: ScoringInputs) -> ScoringInputs:
     "Run a row's terms; each sees the maps of those before it."
     for name, params in m.terms:
         s = replace(s, maps={**s.maps, name: TERMS[name](s, **params)})
     return s
 
-def fuse_terms(m:Method, s:ScoringInputs)->ScoringInputs:
+
+def fuse_terms(m: Method, s: ScoringInputs) -> ScoringInputs:
     "Sum the maps of the terms by weight (no weights: their mean) and smooth the sum."
     maps = [s.maps[name] for name, _ in m.terms]
-    weights = m.term_weights or [1/len(maps)]*len(maps)
-    fused = sum(w*a for w, a in zip(weights, maps))
+    weights = m.term_weights or [1 / len(maps)] * len(maps)
+    fused = sum(w * a for w, a in zip(weights, maps))
     return replace(s, grid=smooth_map(fused.unflatten(1, s.tokens.grid), m.smoothing))
 
+
 @patch
-def text(self:Detector, category):
+def text(self: Detector, category):
     "Look up the Text of a category, None for methods without text."
-    if category in self.texts: return self.texts[category]
-    raise ValueError(f'category={category!r}: this detector was built for {list(self.texts)}; '
-                     'name it in build()')
+    if category in self.texts:
+        return self.texts[category]
+    raise ValueError(
+        f'category={category!r}: this detector was built for {list(self.texts)}; name it in build()'
+    )
 
 # %% ../../nbs/pipeline/detector.ipynb #87b51edd
-def find_method(method)->Method:
+def find_method(method) -> Method:
     "Give a row by name; a row is returned as it is."
-    if isinstance(method, Method): return method
-    if method in METHODS: return METHODS[method]
+    if isinstance(method, Method):
+        return method
+    if method in METHODS:
+        return METHODS[method]
     near = difflib.get_close_matches(method, METHODS, 3, 0.3)
     raise ValueError(f'method={method!r}: did you mean {near}? choose from {list(METHODS)}')
 
-def fit(m:Method, encoder:Encoder, dataset:str='')->tuple:      # (row, Trained or None)
+
+def fit(m: Method, encoder: Encoder, dataset: str = '') -> tuple:  # (row, Trained or None)
     """Load the artifact that a row means on an encoder and, where given, a data set to evaluate.
 
     A row without terms takes `encode` and `prompts` from what its head was trained with.
     Raises FileNotFoundError where there is no artifact, ValueError where it does not fit.
     """
-    if not m.artifact: return m, None
+    if not m.artifact:
+        return m, None
     on = auxiliary_of(dataset or ('procad' if encoder.source == 'shipped' else ''))
     m = replace(m, artifact=artifact_name(m.artifact, encoder.backbone, on, m.seed))
     trained = load_trained(m.artifact, encoder)
     if not m.terms and not trained.head:
-        raise ValueError(f'{m.name}: artifact {m.artifact!r} holds prompts and no head, and the row '
-                         "has no terms; give it terms, such as (('text', {}),)")
+        raise ValueError(
+            f'{m.name}: artifact {m.artifact!r} holds prompts and no head, and the row '
+            "has no terms; give it terms, such as (('text', {}),)"
+        )
     return (m if m.terms else replace(m, **trained.reads)), trained
 
 # %% ../../nbs/pipeline/detector.ipynb #1a54a82f
-def build(method,              # a Method or the name of one
-          categories,          # names, or {name: 'object' | 'texture'}
-          encoder:Encoder,
-          text_cache:dict=None,# embeddings by prompts and category, shared by detectors of an encoder
-          artifact=None        # file or name of a trained artifact; None: the row's own
-         )->Detector:
+def build(
+    method,  # a Method or the name of one
+    categories,  # names, or {name: 'object' | 'texture'}
+    encoder: Encoder,
+    text_cache: dict = None,  # embeddings by prompts and category, shared by detectors of an encoder
+    artifact=None,  # file or name of a trained artifact; None: the row's own
+) -> Detector:
     "Make a method ready: resolve layers and depths, encode its prompts."
     method = find_method(method)
-    if artifact is not None: method = replace(method, artifact=str(artifact))
+    if artifact is not None:
+        method = replace(method, artifact=str(artifact))
     method, trained = fit(method, encoder)
     for k in method.encode.windows:
         check_window(encoder.grid, k)
-    if isinstance(categories, str): categories = [categories]
+    if isinstance(categories, str):
+        categories = [categories]
     kinds = categories if isinstance(categories, dict) else dict.fromkeys(categories)
-    if trained and trained.prompts: texts = trained.texts(encoder, kinds)
-    else: texts = encode_categories(method, kinds, encoder, {} if text_cache is None else text_cache)
+    if trained and trained.prompts:
+        texts = trained.texts(encoder, kinds)
+    else:
+        texts = encode_categories(method, kinds, encoder, {} if text_cache is None else text_cache)
     method = replace(method, encode=method.encode.resolved(encoder.blocks))
     return Detector(method, encoder, texts, trained)
 
-def encode_categories(m:Method, kinds:dict, encoder:Encoder, cache:dict)->dict:
+# %% ../../nbs/pipeline/detector.ipynb #ca7f9013
+def encode_categories(m: Method, kinds: dict, encoder: Encoder, cache: dict) -> dict:
     "Encode a row's prompts for categories {name: kind}, None for a row without prompts."
-    if m.prompts is None: return dict.fromkeys(kinds)
+    if m.prompts is None:
+        return dict.fromkeys(kinds)
     keys = {c: (repr(m.prompts), c, kind) for c, kind in kinds.items()}
     for c, key in keys.items():
-        if key not in cache: cache[key] = encode_text(encoder, m.prompts, c, kinds[c])
+        if key not in cache:
+            cache[key] = encode_text(encoder, m.prompts, c, kinds[c])
     return {c: cache[key] for c, key in keys.items()}

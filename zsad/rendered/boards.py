@@ -13,200 +13,374 @@ __all__ = ['SILVER', 'GOLD', 'BLACK', 'WHITE', 'PINS', 'BOARD_DEFECTS', 'STRUCTU
 # %% ../../nbs/rendered/boards.ipynb #38991a24
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
 from scipy import ndimage
-from .procad import Kind, Part, blob, box, break_parts, cover, design, disc, mar, ngon, noise, path, pick, render_set, rgb, rod, roll, turn, uni, wave
+
+# %% ../../nbs/rendered/boards.ipynb #ca497102
+from zsad.rendered.procad import (
+    Kind,
+    Part,
+    blob,
+    box,
+    break_parts,
+    cover,
+    design,
+    disc,
+    mar,
+    ngon,
+    noise,
+    path,
+    pick,
+    render_set,
+    rgb,
+    rod,
+    roll,
+    turn,
+    uni,
+    wave,
+)
 
 # %% ../../nbs/rendered/boards.ipynb #98dd2264
 def fold(X, Y, poses, step=3):
     "Give every pixel its coordinates in the frame of the nearest of `poses` [(x, y, turns)], and which one that is."
-    S, n = X.shape[0], -(-X.shape[0]//step)
+    S, n = X.shape[0], -(-X.shape[0] // step)
     x, y, t = (np.array(c, 'f4') for c in zip(*poses))
-    Xc, Yc = X[step//2::step, step//2::step], Y[step//2::step, step//2::step]
-    far = (Xc - x[:, None, None])**2 + (Yc - y[:, None, None])**2
-    at = np.minimum(np.arange(S)//step, Xc.shape[0] - 1)
+    Xc, Yc = X[step // 2 :: step, step // 2 :: step], Y[step // 2 :: step, step // 2 :: step]
+    far = (Xc - x[:, None, None]) ** 2 + (Yc - y[:, None, None]) ** 2
+    at = np.minimum(np.arange(S) // step, Xc.shape[0] - 1)
     k = far.argmin(0)[at][:, at]
     c, s = wave(t + 0.25).astype('f4'), wave(t).astype('f4')
     dx, dy = X - x[k], Y - y[k]
-    return c[k]*dx + s[k]*dy, c[k]*dy - s[k]*dx, k
+    return c[k] * dx + s[k] * dy, c[k] * dy - s[k] * dx, k
+
 
 def shaken(v, poses, d=0.006, t=0.006):
     "Move and turn every pose a little."
     return [(x + uni(v, -d, d), y + uni(v, -d, d), a + uni(v, -t, t)) for x, y, a in poses]
 
+
 def tones(v, poses, spread=0.06):
     "Draw a brightness for every pose, [K] around 1."
-    return (1 + spread*(2*v.random(len(poses), dtype='f4') - 1)).astype('f4')
+    return (1 + spread * (2 * v.random(len(poses), dtype='f4') - 1)).astype('f4')
+
 
 def row(U, n, pitch):
     "Fold a coordinate into `n` equal cells around 0."
-    return U - (np.clip(np.floor(U*(1/pitch) + 0.5*n), 0, n - 1) - (n - 1)/2)*pitch
+    return U - (np.clip(np.floor(U * (1 / pitch) + 0.5 * n), 0, n - 1) - (n - 1) / 2) * pitch
 
 # %% ../../nbs/rendered/boards.ipynb #a77bb7ea
 def letters(rng, n):
     "Draw the bits of `n` printed characters, [7, 4n+1]."
-    bits = np.zeros((7, 4*n + 1), 'f4'); bits[1:6] = rng.random((5, 4*n + 1)) < 0.62
+    bits = np.zeros((7, 4 * n + 1), 'f4')
+    bits[1:6] = rng.random((5, 4 * n + 1)) < 0.62
     bits[:, ::4] = 0
     return bits
+
 
 def lettering(U, V, bits, h):
     "Distance to printed characters whose dots are `h` wide, centred on 0."
     S, (ny, nx) = U.shape[0], bits.shape
-    d, U, V = np.full(U.size, 0.5*h, 'f4'), np.ravel(U), np.ravel(V)
-    near = np.flatnonzero((abs(U) < 0.5*h*nx) & (abs(V) < 0.5*h*ny))
-    p, q = np.clip(U[near]*(1/h) + (nx - 1)/2, 0, nx - 1.001), np.clip(V[near]*(1/h) + (ny - 1)/2, 0, ny - 1.001)
-    i, j = p.astype(int), q.astype(int); p, q = p - i, q - j
-    d[near] = (0.5 - (bits[j, i]*(1 - p) + bits[j, i + 1]*p)*(1 - q) - (bits[j + 1, i]*(1 - p) + bits[j + 1, i + 1]*p)*q)*h
+    d, U, V = np.full(U.size, 0.5 * h, 'f4'), np.ravel(U), np.ravel(V)
+    near = np.flatnonzero((abs(U) < 0.5 * h * nx) & (abs(V) < 0.5 * h * ny))
+    p, q = (
+        np.clip(U[near] * (1 / h) + (nx - 1) / 2, 0, nx - 1.001),
+        np.clip(V[near] * (1 / h) + (ny - 1) / 2, 0, ny - 1.001),
+    )
+    i, j = p.astype(int), q.astype(int)
+    p, q = p - i, q - j
+    d[near] = (
+        0.5
+        - (bits[j, i] * (1 - p) + bits[j, i + 1] * p) * (1 - q)
+        - (bits[j + 1, i] * (1 - p) + bits[j + 1, i + 1] * p) * q
+    ) * h
     return d.reshape(S, S)
 
+# %% ../../nbs/rendered/boards.ipynb #466d964f
 def arc(X, Y, t, R, r):
     "Distance to an arc of radius `R` that opens by `t` turns to either side of the downward axis, `r` thick."
     s, c = wave(t), wave(t + 0.25)
     ax = abs(X)
-    end = disc(ax, Y, 0., s*R, c*R)
-    return np.where(c*ax > s*Y, end, abs(disc(X, Y, R))) - r
+    end = disc(ax, Y, 0.0, s * R, c * R)
+    return np.where(c * ax > s * Y, end, abs(disc(X, Y, R))) - r
 
 # %% ../../nbs/rendered/boards.ipynb #1484b413
 def traces(g, X, Y, n, w):
     "Distance to a net of traces on n x n tiles."
-    U, V = (X + 1)*(n/2), (Y + 1)*(n/2)
+    U, V = (X + 1) * (n / 2), (Y + 1) * (n / 2)
     i, j = (np.clip(A, 0, n - 1).astype(int) for A in (U, V))
     u, v, c = U - i - 0.5, V - j - 0.5, g.random((n, n), dtype='f4')[j, i]
-    diagonal = abs(abs(np.where(c < 0.4, u, -u) + v) - 0.5)*0.7071
+    diagonal = abs(abs(np.where(c < 0.4, u, -u) + v) - 0.5) * 0.7071
     line = np.where(c < 0.8, diagonal, np.where(c < 0.9, abs(u), abs(v)))
-    return (line - w)*(2/n)
+    return (line - w) * (2 / n)
 
-SILVER, GOLD, BLACK, WHITE = (np.array(c, 'f4') for c in ((0.76, 0.76, 0.74), (0.83, 0.68, 0.34), (0.13, 0.13, 0.14), (0.88, 0.88, 0.84)))
 
+SILVER, GOLD, BLACK, WHITE = (
+    np.array(c, 'f4')
+    for c in ((0.76, 0.76, 0.74), (0.83, 0.68, 0.34), (0.13, 0.13, 0.14), (0.88, 0.88, 0.84))
+)
+
+# %% ../../nbs/rendered/boards.ipynb #f69e2500
 def slab(X, Y, g, v, W, H, color, tiles=11):
     "A bare board with traces, vias, mounting holes and a printed code."
     S, body = X.shape[0], box(X, Y, W, H, 0.05)
     inner = box(X, Y, W - 0.05, H - 0.05)
-    weave = 0.92 + 0.12*noise(v, S, 5, 2) + 0.1*np.clip(noise(v, S, 55)*5 - 3.6, -0.2, 1)
+    weave = 0.92 + 0.12 * noise(v, S, 5, 2) + 0.1 * np.clip(noise(v, S, 55) * 5 - 3.6, -0.2, 1)
     hole = disc(abs(X), abs(Y), 0.05, W - 0.1, H - 0.1)
     net = traces(g, X, Y, tiles, 0.1)
-    via = disc(row(X + 0.07, tiles, 2/tiles), row(Y, tiles, 2/tiles), 0.026)
+    via = disc(row(X + 0.07, tiles, 2 / tiles), row(Y, tiles, 2 / tiles), 0.026)
     net = np.maximum(np.minimum(net, via), inner)
     code = lettering(X - uni(g, -0.2, 0.2), Y - (H - 0.075), letters(v, 7), 0.018)
-    return [Part('board', body, color, 0.4, weave), Part('net', net, np.minimum(color*1.35 + 0.05, 1), 0.15), Part('rim', hole - 0.025, GOLD, 0.2), Part('hole', hole, BLACK, 0.2, void=True),
-            Part('code', code, WHITE, 0.)]
+    return [
+        Part('board', body, color, 0.4, weave),
+        Part('net', net, np.minimum(color * 1.35 + 0.05, 1), 0.15),
+        Part('rim', hole - 0.025, GOLD, 0.2),
+        Part('hole', hole, BLACK, 0.2, void=True),
+        Part('code', code, WHITE, 0.0),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #d76db3fe
 def spots(g, n, taken, W, H, w, h):
     "Find up to `n` free places for pieces of half size w, h; they are added to `taken` [(x, y, w, h)]."
     out = []
-    for _ in range(30*n):
-        if len(out) == n: break
+    for _ in range(30 * n):
+        if len(out) == n:
+            break
         up = uni(g) < 0.5
         a, b = (h, w) if up else (w, h)
         x, y = uni(g, a - W, W - a), uni(g, b - H, H - b)
         if all(abs(x - p) > a + q or abs(y - r) > b + s for p, r, q, s in taken):
-            taken.append((x, y, a + 0.035, b + 0.035)); out.append((x, y, 0.25*up))
+            taken.append((x, y, a + 0.035, b + 0.035))
+            out.append((x, y, 0.25 * up))
     return out
 
+# %% ../../nbs/rendered/boards.ipynb #13f286ed
 def smd(X, Y, v, poses, name, w, h, color, mark=None):
     "Small parts with two soldered ends: pads, ends, body, and a print where `mark` gives its bits."
-    if not poses: return []
+    if not poses:
+        return []
     U, V, k = fold(X, Y, shaken(v, poses))
-    ends = np.maximum(box(U, V, w, h, 0.012), 0.5*w - abs(U))
-    parts = [Part('pad', np.maximum(box(U, V, w + 0.025, h + 0.015, 0.01), 0.3*w - abs(U)), GOLD, 0.1),
-             Part(f'{name} body', box(U, V, 0.8*w, h*0.94, 0.008), color, 0.5, tones(v, poses, 0.12)[k], True), Part(f'{name} end', ends, SILVER, 0.4, tones(v, poses, 0.15)[k])]
-    return parts + ([Part(f'{name} print', np.maximum(lettering(U, V, mark, h*0.2), box(U, V, 0.5*w, 0.9*h)), WHITE*0.9, 0.)] if mark is not None else [])
+    ends = np.maximum(box(U, V, w, h, 0.012), 0.5 * w - abs(U))
+    parts = [
+        Part('pad', np.maximum(box(U, V, w + 0.025, h + 0.015, 0.01), 0.3 * w - abs(U)), GOLD, 0.1),
+        Part(
+            f'{name} body',
+            box(U, V, 0.8 * w, h * 0.94, 0.008),
+            color,
+            0.5,
+            tones(v, poses, 0.12)[k],
+            True,
+        ),
+        Part(f'{name} end', ends, SILVER, 0.4, tones(v, poses, 0.15)[k]),
+    ]
+    return parts + (
+        [
+            Part(
+                f'{name} print',
+                np.maximum(lettering(U, V, mark, h * 0.2), box(U, V, 0.5 * w, 0.9 * h)),
+                WHITE * 0.9,
+                0.0,
+            )
+        ]
+        if mark is not None
+        else []
+    )
 
 # %% ../../nbs/rendered/boards.ipynb #53292f0b
 def chip(X, Y, v, poses, w, h, n, m=0, color=None):
     "Integrated circuits with `n` legs above and below, `m` at either side, a dot and two printed lines; black unless a color is given."
-    if color is None: color = BLACK
+    if color is None:
+        color = BLACK
     U, V, k = fold(X, Y, shaken(v, poses, 0.005, 0.003))
-    leg = box(row(U, n, 2*w/n), abs(V) - h - 0.02, 0.55*w/n, 0.07)
-    if m: leg = np.minimum(leg, box(row(V, m, 2*h/m), abs(U) - w - 0.02, 0.55*h/m, 0.07))
-    size = min(0.02, h*0.09)
-    say = np.minimum(lettering(U, V - 0.32*h, letters(v, 4), size), lettering(U, V + 0.2*h, letters(v, 4), size))
-    say = np.minimum(np.maximum(say, box(U, V, 0.9*w, 0.9*h)), disc(U, V, 0.03, -0.78*w, 0.72*h))
-    tone = tones(v, poses)[k]*(0.85 + 0.35*noise(v, X.shape[0], 9, 2))
-    return [Part('chip leg', leg, SILVER, 0.5, tones(v, poses, 0.1)[k]), Part('chip body', box(U, V, w, h, 0.02), color, 0.7, tone, True), Part('chip print', say, WHITE*0.75, 0.)]
+    leg = box(row(U, n, 2 * w / n), abs(V) - h - 0.02, 0.55 * w / n, 0.07)
+    if m:
+        leg = np.minimum(leg, box(row(V, m, 2 * h / m), abs(U) - w - 0.02, 0.55 * h / m, 0.07))
+    size = min(0.02, h * 0.09)
+    say = np.minimum(
+        lettering(U, V - 0.32 * h, letters(v, 4), size),
+        lettering(U, V + 0.2 * h, letters(v, 4), size),
+    )
+    say = np.minimum(
+        np.maximum(say, box(U, V, 0.9 * w, 0.9 * h)), disc(U, V, 0.03, -0.78 * w, 0.72 * h)
+    )
+    tone = tones(v, poses)[k] * (0.85 + 0.35 * noise(v, X.shape[0], 9, 2))
+    return [
+        Part('chip leg', leg, SILVER, 0.5, tones(v, poses, 0.1)[k]),
+        Part('chip body', box(U, V, w, h, 0.02), color, 0.7, tone, True),
+        Part('chip print', say, WHITE * 0.75, 0.0),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #09b0242f
 def can(X, Y, v, poses, r, color, name='can'):
     "Round capacitors from above: sleeve, metal top with a groove, the marked side."
-    if not poses: return []
+    if not poses:
+        return []
     U, V, k = fold(X, Y, shaken(v, [(x, y, uni(v)) for x, y, _ in poses], 0.008))
-    top = disc(U, V, 0.84*r)
-    return [Part('pad', box(U, V, 1.1*r, 0.5*r, 0.02), GOLD, 0.1), Part(f'{name} sleeve', disc(U, V, r), color, 0.7, tones(v, poses)[k], True), Part(f'{name} top', top, SILVER*0.95, 0.4, 0.9 + 0.2*noise(v, X.shape[0], 14)),
-            Part(f'{name} groove', np.maximum(np.minimum(abs(U), abs(V)) - 0.014, disc(U, V, 0.6*r)), SILVER*0.6, 0.2), Part(f'{name} side', np.maximum(top, 0.4*r - U), color*0.8, 0.2)]
+    top = disc(U, V, 0.84 * r)
+    return [
+        Part('pad', box(U, V, 1.1 * r, 0.5 * r, 0.02), GOLD, 0.1),
+        Part(f'{name} sleeve', disc(U, V, r), color, 0.7, tones(v, poses)[k], True),
+        Part(f'{name} top', top, SILVER * 0.95, 0.4, 0.9 + 0.2 * noise(v, X.shape[0], 14)),
+        Part(
+            f'{name} groove',
+            np.maximum(np.minimum(abs(U), abs(V)) - 0.014, disc(U, V, 0.6 * r)),
+            SILVER * 0.6,
+            0.2,
+        ),
+        Part(f'{name} side', np.maximum(top, 0.4 * r - U), color * 0.8, 0.2),
+    ]
 
-def header(X, Y, v, x, y, n, pitch, rows=1, t=0.):
+# %% ../../nbs/rendered/boards.ipynb #683c7b75
+def header(X, Y, v, x, y, n, pitch, rows=1, t=0.0):
     "A bar of plastic with rows of gold pins."
     U, V, _ = fold(X, Y, shaken(v, [(x, y, t)], 0.004, 0.002))
-    pin = box(row(U, n, pitch), row(V, rows, pitch), 0.3*pitch, 0.3*pitch, 0.01)
-    return [Part('header bar', box(U, V, 0.5*n*pitch + 0.02, 0.5*rows*pitch + 0.02, 0.02), BLACK*1.3, 0.5, 0.9 + 0.3*noise(v, X.shape[0], 12)), Part('header pin', pin, GOLD, 0.8, 0.85 + 0.3*noise(v, X.shape[0], 20))]
+    pin = box(row(U, n, pitch), row(V, rows, pitch), 0.3 * pitch, 0.3 * pitch, 0.01)
+    return [
+        Part(
+            'header bar',
+            box(U, V, 0.5 * n * pitch + 0.02, 0.5 * rows * pitch + 0.02, 0.02),
+            BLACK * 1.3,
+            0.5,
+            0.9 + 0.3 * noise(v, X.shape[0], 12),
+        ),
+        Part('header pin', pin, GOLD, 0.8, 0.85 + 0.3 * noise(v, X.shape[0], 20)),
+    ]
 
+# %% ../../nbs/rendered/boards.ipynb #085ebfa3
 def block(X, Y, v, poses, w, h, color, name, print_color=None):
     "Boxes with a lid and a printed label: relays, transformers, crystals; printed in white unless a color is given."
-    if print_color is None: print_color = WHITE
-    if not poses: return []
+    if print_color is None:
+        print_color = WHITE
+    if not poses:
+        return []
     U, V, k = fold(X, Y, shaken(v, poses))
-    say = np.minimum(lettering(U, V - 0.3*h, letters(v, 4), 0.16*w/2.4), lettering(U, V + 0.35*h, letters(v, 5), 0.13*w/2.4))
-    sheen = tones(v, poses)[k]*(0.88 + 0.24*noise(v, X.shape[0], 5, 2))
-    return [Part(f'{name} box', box(U, V, w, h, 0.04), color, 0.7, sheen, True), Part(f'{name} lid', box(U, V, w - 0.05, h - 0.05, 0.03), color*1.12, 0.3, sheen), Part(f'{name} print', np.maximum(say, box(U, V, w - 0.06, h - 0.06)), print_color, 0.)]
+    say = np.minimum(
+        lettering(U, V - 0.3 * h, letters(v, 4), 0.16 * w / 2.4),
+        lettering(U, V + 0.35 * h, letters(v, 5), 0.13 * w / 2.4),
+    )
+    sheen = tones(v, poses)[k] * (0.88 + 0.24 * noise(v, X.shape[0], 5, 2))
+    return [
+        Part(f'{name} box', box(U, V, w, h, 0.04), color, 0.7, sheen, True),
+        Part(f'{name} lid', box(U, V, w - 0.05, h - 0.05, 0.03), color * 1.12, 0.3, sheen),
+        Part(f'{name} print', np.maximum(say, box(U, V, w - 0.06, h - 0.06)), print_color, 0.0),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #78619f77
 def sensor_board(X, Y, g, v, form, hue):
     "A ranging sensor: two metal eyes, a chip between them, passives, a row of pins."
-    W, H, e = 0.88, 0.62 + 0.08*form, 0.5 + 0.05*uni(g)
-    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.75, 0.42 + 0.12*uni(g)))
-    taken = [(-e, -0.08, 0.3, 0.3), (e, -0.08, 0.3, 0.3), (0., 0., 0.18, 0.2), (0., H - 0.08, 0.3, 0.08), (0., 0.13 - H, 0.4, 0.1)] + [(a*(W - 0.1), b*(H - 0.1), 0.1, 0.1) for a in (-1, 1) for b in (-1, 1)]
+    W, H, e = 0.88, 0.62 + 0.08 * form, 0.5 + 0.05 * uni(g)
+    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.75, 0.42 + 0.12 * uni(g)))
+    taken = [
+        (-e, -0.08, 0.3, 0.3),
+        (e, -0.08, 0.3, 0.3),
+        (0.0, 0.0, 0.18, 0.2),
+        (0.0, H - 0.08, 0.3, 0.08),
+        (0.0, 0.13 - H, 0.4, 0.1),
+    ] + [(a * (W - 0.1), b * (H - 0.1), 0.1, 0.1) for a in (-1, 1) for b in (-1, 1)]
     small, tan = spots(g, 9, taken, W, H, 0.09, 0.06), spots(g, 6, taken, W, H, 0.08, 0.065)
-    parts += smd(X, Y, v, small, 'resistor', 0.09, 0.055, BLACK*1.2, letters(g, 3)) + smd(X, Y, v, tan, 'capacitor', 0.078, 0.06, np.array([0.62, 0.5, 0.36], 'f4'))
-    U, V, k = fold(X, Y, shaken(v, [(-e, -0.08, 0.), (e, -0.08, 0.)], 0.01))
-    felt = 0.75 + 0.3*noise(v, X.shape[0], 60) + 0.1*wave(U*22.)*wave(V*22.)
-    parts += [Part('eye ring', disc(U, V, 0.3), SILVER, 0.8, tones(v, [0, 0])[k]), Part('eye wall', disc(U, V, 0.255), SILVER*0.5, -0.5), Part('eye mesh', disc(U, V, 0.235), SILVER*0.55, 0.2, felt)]
-    return parts + chip(X, Y, v, [(0., -0.02, 0.25*round(uni(g)))], 0.13, 0.1, 5) + header(X, Y, v, 0., 0.13 - H, 4 + int(2*form), 0.12)
+    parts += smd(X, Y, v, small, 'resistor', 0.09, 0.055, BLACK * 1.2, letters(g, 3)) + smd(
+        X, Y, v, tan, 'capacitor', 0.078, 0.06, np.array([0.62, 0.5, 0.36], 'f4')
+    )
+    U, V, k = fold(X, Y, shaken(v, [(-e, -0.08, 0.0), (e, -0.08, 0.0)], 0.01))
+    felt = 0.75 + 0.3 * noise(v, X.shape[0], 60) + 0.1 * wave(U * 22.0) * wave(V * 22.0)
+    parts += [
+        Part('eye ring', disc(U, V, 0.3), SILVER, 0.8, tones(v, [0, 0])[k]),
+        Part('eye wall', disc(U, V, 0.255), SILVER * 0.5, -0.5),
+        Part('eye mesh', disc(U, V, 0.235), SILVER * 0.55, 0.2, felt),
+    ]
+    return (
+        parts
+        + chip(X, Y, v, [(0.0, -0.02, 0.25 * round(uni(g)))], 0.13, 0.1, 5)
+        + header(X, Y, v, 0.0, 0.13 - H, 4 + int(2 * form), 0.12)
+    )
 
+# %% ../../nbs/rendered/boards.ipynb #b52c458a
 def relay_board(X, Y, g, v, form, hue):
     "A switching board: relays, screw terminals, round capacitors, passives, a double row of pins."
-    W, H, n = 0.84, 0.7, 2 + int(2*form)
-    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.7, 0.34 + 0.2*uni(g)), 8)
-    w = 0.66/n
-    relays = [((k - (n - 1)/2)*2.3*w, -0.14, 0.) for k in range(n)]
-    U, V = row(X, 2*n, 1.15*w), Y + 0.55
-    head = disc(U, V, 0.3*w)
-    screws = [Part('terminal bar', box(X, V, 1.15*n*w, 0.1, 0.02), rgb(hue + 0.35, 0.6, 0.6), 0.6), Part('terminal head', head, SILVER, 0.6, 0.85 + 0.3*noise(v, X.shape[0], 16)),
-              Part('terminal slot', np.maximum(abs(U*wave(0.1) + V*wave(0.35)) - 0.014, head + 0.02), BLACK, 0.)]
-    taken = [(0., -0.55, 0.8, 0.14), (0., -0.14, 0.82, 0.27), (-0.5, 0.58, 0.34, 0.12)] + [(a*(W - 0.1), b*(H - 0.1), 0.1, 0.1) for a in (-1, 1) for b in (-1, 1)]
-    cans, smalls, diodes = spots(g, 3, taken, W, H, 0.13, 0.13), spots(g, 6, taken, W, H, 0.1, 0.06), spots(g, 4, taken, W, H, 0.1, 0.065)
-    parts += screws + block(X, Y, v, relays, w, 0.22, rgb(hue + 0.55 + 0.2*uni(g), 0.7, 0.5), 'relay') + smd(X, Y, v, smalls, 'resistor', 0.095, 0.055, BLACK*1.3, letters(g, 3))
-    return parts + smd(X, Y, v, diodes, 'diode', 0.1, 0.058, np.array([0.6, 0.24, 0.14], 'f4')) + can(X, Y, v, cans, 0.115, rgb(hue + 0.3, 0.4, 0.25)) + header(X, Y, v, -0.5, 0.56, 4, 0.11, 2)
+    W, H, n = 0.84, 0.7, 2 + int(2 * form)
+    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.7, 0.34 + 0.2 * uni(g)), 8)
+    w = 0.66 / n
+    relays = [((k - (n - 1) / 2) * 2.3 * w, -0.14, 0.0) for k in range(n)]
+    U, V = row(X, 2 * n, 1.15 * w), Y + 0.55
+    head = disc(U, V, 0.3 * w)
+    screws = [
+        Part('terminal bar', box(X, V, 1.15 * n * w, 0.1, 0.02), rgb(hue + 0.35, 0.6, 0.6), 0.6),
+        Part('terminal head', head, SILVER, 0.6, 0.85 + 0.3 * noise(v, X.shape[0], 16)),
+        Part(
+            'terminal slot',
+            np.maximum(abs(U * wave(0.1) + V * wave(0.35)) - 0.014, head + 0.02),
+            BLACK,
+            0.0,
+        ),
+    ]
+    taken = [(0.0, -0.55, 0.8, 0.14), (0.0, -0.14, 0.82, 0.27), (-0.5, 0.58, 0.34, 0.12)] + [
+        (a * (W - 0.1), b * (H - 0.1), 0.1, 0.1) for a in (-1, 1) for b in (-1, 1)
+    ]
+    cans, smalls, diodes = (
+        spots(g, 3, taken, W, H, 0.13, 0.13),
+        spots(g, 6, taken, W, H, 0.1, 0.06),
+        spots(g, 4, taken, W, H, 0.1, 0.065),
+    )
+    parts += (
+        screws
+        + block(X, Y, v, relays, w, 0.22, rgb(hue + 0.55 + 0.2 * uni(g), 0.7, 0.5), 'relay')
+        + smd(X, Y, v, smalls, 'resistor', 0.095, 0.055, BLACK * 1.3, letters(g, 3))
+    )
+    return (
+        parts
+        + smd(X, Y, v, diodes, 'diode', 0.1, 0.058, np.array([0.6, 0.24, 0.14], 'f4'))
+        + can(X, Y, v, cans, 0.115, rgb(hue + 0.3, 0.4, 0.25))
+        + header(X, Y, v, -0.5, 0.56, 4, 0.11, 2)
+    )
 
 # %% ../../nbs/rendered/boards.ipynb #eb07e10a
 def memory_board(X, Y, g, v, form, hue):
     "A memory module: rows of chips, many passives, gold fingers along one edge."
-    W, H, n = 0.88, 0.58 + 0.08*form, 3 + int(2*form)
-    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.8, 0.3 + 0.2*uni(g)), 15)
-    w, y = 0.62/n, 0.16
-    chips = [((k - (n - 1)/2)*2.5*w, s*0.2 - y, 0.) for k in range(n) for s in (-1, 1)]
+    W, H, n = 0.88, 0.58 + 0.08 * form, 3 + int(2 * form)
+    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.8, 0.3 + 0.2 * uni(g)), 15)
+    w, y = 0.62 / n, 0.16
+    chips = [((k - (n - 1) / 2) * 2.5 * w, s * 0.2 - y, 0.0) for k in range(n) for s in (-1, 1)]
     finger = np.maximum(box(row(X, 22, 0.068), Y - H + 0.1, 0.023, 0.09, 0.01), 0.04 - abs(X - 0.3))
-    parts += [Part('finger pin', finger, GOLD, 0.4, 0.85 + 0.3*noise(v, X.shape[0], 24))]
-    taken = [(0., -y, 1.28*n*w, 0.36), (0., H - 0.1, 0.8, 0.12)] + [(a*(W - 0.1), b*(H - 0.1), 0.1, 0.1) for a in (-1, 1) for b in (-1, 1)]
+    parts += [Part('finger pin', finger, GOLD, 0.4, 0.85 + 0.3 * noise(v, X.shape[0], 24))]
+    taken = [(0.0, -y, 1.28 * n * w, 0.36), (0.0, H - 0.1, 0.8, 0.12)] + [
+        (a * (W - 0.1), b * (H - 0.1), 0.1, 0.1) for a in (-1, 1) for b in (-1, 1)
+    ]
     small, tan = spots(g, 7, taken, W, H, 0.09, 0.058), spots(g, 6, taken, W, H, 0.08, 0.06)
-    parts += chip(X, Y, v, chips, w, 0.11, 5) + smd(X, Y, v, tan, 'capacitor', 0.08, 0.058, np.array([0.6, 0.48, 0.34], 'f4'))
-    return parts + smd(X, Y, v, small, 'resistor', 0.088, 0.056, BLACK*1.4)
+    parts += chip(X, Y, v, chips, w, 0.11, 5) + smd(
+        X, Y, v, tan, 'capacitor', 0.08, 0.058, np.array([0.6, 0.48, 0.34], 'f4')
+    )
+    return parts + smd(X, Y, v, small, 'resistor', 0.088, 0.056, BLACK * 1.4)
 
 # %% ../../nbs/rendered/boards.ipynb #bbbd449c
 def radio_board(X, Y, g, v, form, hue):
     "A radio: a square chip with legs on four sides, meandering antenna, crystal, coils, passives, pins."
     W, H = 0.74, 0.76
-    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.7, 0.3 + 0.25*uni(g)), 12)
-    step, x = 0.1 + 0.02*form, X + 0.12
-    sway = abs(x - step*np.floor(x*(1/step)) - 0.5*step) - 0.25*step
-    comb = np.minimum(abs(sway) - 0.014, np.where(np.floor(x*(2/step) + 0.5) % 2 > 0, abs(Y + 0.69), abs(Y + 0.45)) - 0.014)
+    parts = slab(X, Y, g, v, W, H, rgb(hue, 0.7, 0.3 + 0.25 * uni(g)), 12)
+    step, x = 0.1 + 0.02 * form, X + 0.12
+    sway = abs(x - step * np.floor(x * (1 / step)) - 0.5 * step) - 0.25 * step
+    comb = np.minimum(
+        abs(sway) - 0.014,
+        np.where(np.floor(x * (2 / step) + 0.5) % 2 > 0, abs(Y + 0.69), abs(Y + 0.45)) - 0.014,
+    )
     aerial = np.maximum(comb, box(x, Y + 0.57, 0.42, 0.135))
-    parts += [Part('field', box(X + 0.12, Y + 0.57, 0.46, 0.16, 0.02), parts[0].color*0.75, 0.1), Part('aerial', aerial, GOLD*1.05, 0.2)]
-    a, b = uni(g, -0.2, 0.1), uni(g, 0., 0.12)
-    taken = [(-0.12, -0.57, 0.48, 0.18), (a, b, 0.36, 0.36), (0.2, H - 0.13, 0.36, 0.13)] + [(p*(W - 0.1), q*(H - 0.1), 0.1, 0.1) for p in (-1, 1) for q in (-1, 1)]
-    crystal, coils, small, tan = (spots(g, n, taken, W, H, w, h) for n, w, h in ((1, 0.17, 0.1), (2, 0.1, 0.1), (8, 0.09, 0.055), (7, 0.08, 0.06)))
-    parts += chip(X, Y, v, [(a, b, 0.)], 0.22, 0.22, 8, 8) + smd(X, Y, v, tan, 'capacitor', 0.08, 0.058, np.array([0.64, 0.5, 0.34], 'f4')) + smd(X, Y, v, small, 'resistor', 0.09, 0.055, BLACK*1.3, letters(g, 3))
-    parts += block(X, Y, v, crystal, 0.16, 0.09, SILVER*0.95, 'crystal', BLACK*2)
+    parts += [
+        Part('field', box(X + 0.12, Y + 0.57, 0.46, 0.16, 0.02), parts[0].color * 0.75, 0.1),
+        Part('aerial', aerial, GOLD * 1.05, 0.2),
+    ]
+    a, b = uni(g, -0.2, 0.1), uni(g, 0.0, 0.12)
+    taken = [(-0.12, -0.57, 0.48, 0.18), (a, b, 0.36, 0.36), (0.2, H - 0.13, 0.36, 0.13)] + [
+        (p * (W - 0.1), q * (H - 0.1), 0.1, 0.1) for p in (-1, 1) for q in (-1, 1)
+    ]
+    crystal, coils, small, tan = (
+        spots(g, n, taken, W, H, w, h)
+        for n, w, h in ((1, 0.17, 0.1), (2, 0.1, 0.1), (8, 0.09, 0.055), (7, 0.08, 0.06))
+    )
+    parts += (
+        chip(X, Y, v, [(a, b, 0.0)], 0.22, 0.22, 8, 8)
+        + smd(X, Y, v, tan, 'capacitor', 0.08, 0.058, np.array([0.64, 0.5, 0.34], 'f4'))
+        + smd(X, Y, v, small, 'resistor', 0.09, 0.055, BLACK * 1.3, letters(g, 3))
+    )
+    parts += block(X, Y, v, crystal, 0.16, 0.09, SILVER * 0.95, 'crystal', BLACK * 2)
     parts += can(X, Y, v, coils, 0.09, np.array([0.55, 0.33, 0.16], 'f4'), 'coil')
     return parts + header(X, Y, v, 0.2, H - 0.11, 6, 0.11)
 
@@ -214,143 +388,274 @@ def radio_board(X, Y, g, v, form, hue):
 def skin(v, S, fine=40, spots=0.25, blotch=0.16):
     "Draw the natural unevenness of a surface: blotches, and specks of both signs."
     n = noise(v, S, fine, 2)
-    return 1 + blotch*(noise(v, S, 5, 2) - 0.5) + spots*(np.clip(n*5 - 3.4, 0, 1) - np.clip(1.5 - n*5, 0, 1))
+    return (
+        1
+        + blotch * (noise(v, S, 5, 2) - 0.5)
+        + spots * (np.clip(n * 5 - 3.4, 0, 1) - np.clip(1.5 - n * 5, 0, 1))
+    )
 
+# %% ../../nbs/rendered/boards.ipynb #43b58aee
 def candles(X, Y, g, v, form, hue):
     "Four candles from above, their wicks pointing anywhere."
-    S, r = X.shape[0], 0.33 + 0.05*form
-    poses = [(a*0.44 + uni(v, -0.03, 0.03), b*0.44 + uni(v, -0.03, 0.03), uni(v)) for a in (-1, 1) for b in (-1, 1)]
+    S, r = X.shape[0], 0.33 + 0.05 * form
+    poses = [
+        (a * 0.44 + uni(v, -0.03, 0.03), b * 0.44 + uni(v, -0.03, 0.03), uni(v))
+        for a in (-1, 1)
+        for b in (-1, 1)
+    ]
     U, V, k = fold(X, Y, poses)
-    wax = rgb(hue, 0.25 + 0.4*uni(g), 0.85)
-    body = disc(U, V, r) + 0.035*(noise(v, S, 9, 2) - 0.5)
+    wax = rgb(hue, 0.25 + 0.4 * uni(g), 0.85)
+    body = disc(U, V, r) + 0.035 * (noise(v, S, 9, 2) - 0.5)
     grain, tone = skin(v, S, 30, 0.34, 0.26), tones(v, poses, 0.1)[k]
-    well, burnt = disc(U, V, r*0.42, 0.02, 0.) + 0.06*(noise(v, S, 9) - 0.5), np.maximum(1 - np.maximum(disc(U, V, 0.), 0)*(1/0.1), 0)
-    return [Part('candle wax', body, wax, 0.3, grain*tone, True), Part('candle dish', body + 0.25*r, wax*0.92, -0.12, grain*tone), Part('candle pool', well, wax*0.82, -0.15, grain*(1 - 0.35*burnt)),
-            Part('candle wick', rod(U, V, -0.02, 0., 0.12, 0.02, 0.03), wax*0.22, 0.5)]
+    well, burnt = (
+        disc(U, V, r * 0.42, 0.02, 0.0) + 0.06 * (noise(v, S, 9) - 0.5),
+        np.maximum(1 - np.maximum(disc(U, V, 0.0), 0) * (1 / 0.1), 0),
+    )
+    return [
+        Part('candle wax', body, wax, 0.3, grain * tone, True),
+        Part('candle dish', body + 0.25 * r, wax * 0.92, -0.12, grain * tone),
+        Part('candle pool', well, wax * 0.82, -0.15, grain * (1 - 0.35 * burnt)),
+        Part('candle wick', rod(U, V, -0.02, 0.0, 0.12, 0.02, 0.03), wax * 0.22, 0.5),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #dd558222
 def tablets(X, Y, g, v, form, hue):
     "A tray with tablets in its wells, loose and turned."
     S, n, shell = X.shape[0], 4, rgb(hue + 0.5, 0.15, 0.62)
-    base = [((i - 1.5)*0.42, (j - 1.5)*0.42) for i in range(n) for j in range(n)]
-    U, V, _ = fold(X, Y, [(x, y, 0.) for x, y in base])
-    parts = [Part('tray', box(X, Y, 0.88, 0.88, 0.08), shell, 0.4, skin(v, S, 36, 0.25)), Part('well', disc(U, V, 0.185), shell*0.72, -0.6)]
+    base = [((i - 1.5) * 0.42, (j - 1.5) * 0.42) for i in range(n) for j in range(n)]
+    U, V, _ = fold(X, Y, [(x, y, 0.0) for x, y in base])
+    parts = [
+        Part('tray', box(X, Y, 0.88, 0.88, 0.08), shell, 0.4, skin(v, S, 36, 0.25)),
+        Part('well', disc(U, V, 0.185), shell * 0.72, -0.6),
+    ]
     poses = [(x + uni(v, -0.02, 0.02), y + uni(v, -0.02, 0.02), uni(v)) for x, y in base]
     U, V, k = fold(X, Y, poses)
     d = disc(U, V, 0.145) if form < 0.5 else box(U, V, 0.155, 0.105, 0.09)
-    c = rgb(hue, 0.35 + 0.4*uni(g), 0.88)
+    c = rgb(hue, 0.35 + 0.4 * uni(g), 0.88)
     mark = np.maximum(lettering(U, V - 0.045, letters(g, 2), 0.015), d + 0.02)
-    tone = tones(v, poses, 0.1)[k]*skin(v, S, 34, 0.3, 0.1)
-    return parts + [Part('tablet', d, c, 0.7, tone, True), Part('tablet score', box(U, V, 0.1, 0.012), c*0.6, 0.2), Part('tablet print', mark, c*0.45, 0.)]
+    tone = tones(v, poses, 0.1)[k] * skin(v, S, 34, 0.3, 0.1)
+    return parts + [
+        Part('tablet', d, c, 0.7, tone, True),
+        Part('tablet score', box(U, V, 0.1, 0.012), c * 0.6, 0.2),
+        Part('tablet print', mark, c * 0.45, 0.0),
+    ]
 
+# %% ../../nbs/rendered/boards.ipynb #de94fda8
 def pasta(X, Y, g, v, form, hue):
     "Elbow pasta scattered over a tray, every piece at its own angle."
-    S, c = X.shape[0], rgb(0.09 + 0.07*hue, 0.5 + 0.25*uni(g), 0.88)
-    base = [((i - 1.5 + 0.5*(j % 2) - 0.25)*0.405, (j - 1.5)*0.43) for i in range(4) for j in range(4)]
+    S, c = X.shape[0], rgb(0.09 + 0.07 * hue, 0.5 + 0.25 * uni(g), 0.88)
+    base = [
+        ((i - 1.5 + 0.5 * (j % 2) - 0.25) * 0.405, (j - 1.5) * 0.43)
+        for i in range(4)
+        for j in range(4)
+    ]
     poses = [(x + uni(v, -0.025, 0.025), y + uni(v, -0.025, 0.025), uni(v)) for x, y in base]
     U, V, k = fold(X, Y, poses)
-    R, r, t = 0.1, 0.074 + 0.008*form, 0.27 + 0.05*uni(g)
-    away = disc(U, V + 0.025, 0.) - R
+    R, r, t = 0.1, 0.074 + 0.008 * form, 0.27 + 0.05 * uni(g)
+    away = disc(U, V + 0.025, 0.0) - R
     d, tone = arc(U, V + 0.025, t, R, r), tones(v, poses, 0.12)[k]
-    ridge = 1.05 - 0.4*np.clip(away*(1/r), -1, 1)**2 + 0.09*wave(away*(3.5/r))
-    mouth = disc(abs(U), V + 0.025, 0.042, R*wave(t), R*wave(t + 0.25))
-    return [Part('pasta', d, c, 0.4, ridge*tone*skin(v, S, 34, 0.42, 0.2), True), Part('pasta mouth', np.maximum(mouth, d + 0.02), c*0.5, -0.3, tone)]
+    ridge = 1.05 - 0.4 * np.clip(away * (1 / r), -1, 1) ** 2 + 0.09 * wave(away * (3.5 / r))
+    mouth = disc(abs(U), V + 0.025, 0.042, R * wave(t), R * wave(t + 0.25))
+    return [
+        Part('pasta', d, c, 0.4, ridge * tone * skin(v, S, 34, 0.42, 0.2), True),
+        Part('pasta mouth', np.maximum(mouth, d + 0.02), c * 0.5, -0.3, tone),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #0b9768ce
 def cashew(X, Y, g, v, form, hue):
     "A cashew: a bent kernel with blotches and creases."
-    S, R = X.shape[0], 0.46 + 0.04*form
-    c = rgb(0.1 + 0.03*hue, 0.32 + 0.15*uni(g), 0.88)
-    X, Y = X + 0.05*(noise(v, S, 3) - 0.5), Y - 0.3 + 0.05*(noise(v, S, 3) - 0.5)
+    S, R = X.shape[0], 0.46 + 0.04 * form
+    c = rgb(0.1 + 0.03 * hue, 0.32 + 0.15 * uni(g), 0.88)
+    X, Y = X + 0.05 * (noise(v, S, 3) - 0.5), Y - 0.3 + 0.05 * (noise(v, S, 3) - 0.5)
     away = disc(X, Y, R)
-    d = arc(X, -Y, 0.21 + 0.03*uni(g), R, 0.35 + 0.03*form) + 0.1*X + 0.05*(noise(v, S, 5) - 0.5)
-    crease = 1 - 0.22*np.clip(1 - abs(noise(v, S, 5, 2) - 0.5)*30, 0, 1)
-    lit = 1.06 - 0.28*np.clip(away*(1/0.36), -1, 1)**2
-    return [Part('cashew', d, c, 0.5, lit*crease*skin(v, S, 24, 0.42, 0.34)*(1 - 0.4*np.clip(noise(v, S, 7, 2)*7 - 4.5, 0, 1))),
-            Part('seam', np.maximum(abs(away + 0.1 + 0.1*(noise(v, S, 5) - 0.5)) - 0.012, np.maximum(abs(X) - 0.42, Y + 0.1)), c*0.72, 0.3)]
+    d = (
+        arc(X, -Y, 0.21 + 0.03 * uni(g), R, 0.35 + 0.03 * form)
+        + 0.1 * X
+        + 0.05 * (noise(v, S, 5) - 0.5)
+    )
+    crease = 1 - 0.22 * np.clip(1 - abs(noise(v, S, 5, 2) - 0.5) * 30, 0, 1)
+    lit = 1.06 - 0.28 * np.clip(away * (1 / 0.36), -1, 1) ** 2
+    return [
+        Part(
+            'cashew',
+            d,
+            c,
+            0.5,
+            lit
+            * crease
+            * skin(v, S, 24, 0.42, 0.34)
+            * (1 - 0.4 * np.clip(noise(v, S, 7, 2) * 7 - 4.5, 0, 1)),
+        ),
+        Part(
+            'seam',
+            np.maximum(
+                abs(away + 0.1 + 0.1 * (noise(v, S, 5) - 0.5)) - 0.012,
+                np.maximum(abs(X) - 0.42, Y + 0.1),
+            ),
+            c * 0.72,
+            0.3,
+        ),
+    ]
 
+# %% ../../nbs/rendered/boards.ipynb #89750af4
 def gum(X, Y, g, v, form, hue):
     "A cushion of chewing gum with a sugary coat."
-    S, w, h = X.shape[0], 0.74 + 0.05*uni(v, -1, 1), 0.5 + 0.1*form + 0.03*uni(v, -1, 1)
-    c = rgb(hue, 0.12 + 0.3*uni(g), 0.86)
-    d = box(X, Y, w, h, 0.2 + 0.08*uni(g)) + 0.05*(noise(v, S, 5, 2) - 0.5)
-    coat = skin(v, S, 24, 0.34, 0.34)*(1 - 0.3*np.clip(noise(v, S, 8, 2)*7 - 4.5, 0, 1))*(0.94 + 0.12*noise(v, S, 70))
-    bump = np.clip(noise(v, S, 12, 2)*6 - 3.6, 0, 1)
-    return [Part('gum', d, c, 0.25, coat), Part('cushion', d + 0.12 + 0.04*noise(v, S, 8), c*1.04, 0.1, coat*(1 + 0.12*bump)), Part('pit', 0.05*(0.62 - noise(v, S, 10, 2)) + np.maximum(d + 0.1, 0)*3, c*0.84, -0.3, coat)]
+    S, w, h = X.shape[0], 0.74 + 0.05 * uni(v, -1, 1), 0.5 + 0.1 * form + 0.03 * uni(v, -1, 1)
+    c = rgb(hue, 0.12 + 0.3 * uni(g), 0.86)
+    d = box(X, Y, w, h, 0.2 + 0.08 * uni(g)) + 0.05 * (noise(v, S, 5, 2) - 0.5)
+    coat = (
+        skin(v, S, 24, 0.34, 0.34)
+        * (1 - 0.3 * np.clip(noise(v, S, 8, 2) * 7 - 4.5, 0, 1))
+        * (0.94 + 0.12 * noise(v, S, 70))
+    )
+    bump = np.clip(noise(v, S, 12, 2) * 6 - 3.6, 0, 1)
+    return [
+        Part('gum', d, c, 0.25, coat),
+        Part('cushion', d + 0.12 + 0.04 * noise(v, S, 8), c * 1.04, 0.1, coat * (1 + 0.12 * bump)),
+        Part(
+            'pit',
+            0.05 * (0.62 - noise(v, S, 10, 2)) + np.maximum(d + 0.1, 0) * 3,
+            c * 0.84,
+            -0.3,
+            coat,
+        ),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #e2bc2ae7
 def dough_pipe(X, Y, g, v, form, hue):
     "A pipe of puffed dough: ribs along it, blisters, an open end."
-    S, w, h, n = X.shape[0], 0.76, 0.38 + 0.06*form, 4 + int(3*form)
-    c = rgb(0.06 + 0.06*hue, 0.6 + 0.2*uni(g), 0.85)
-    Y = Y + 0.05*(noise(v, S, 3) - 0.5) + 0.06*X*X
-    d = box(X, Y, w + uni(v, -0.03, 0.03), h*(1 + 0.08*(noise(v, S, 4) - 0.5)), 0.13)
-    t = np.clip(Y*(1/h), -1, 1)
-    rib = (1.08 - 0.35*t*t)*(1 + 0.13*wave(t*n*0.5 + 0.1*noise(v, S, 4)))
+    S, w, h, n = X.shape[0], 0.76, 0.38 + 0.06 * form, 4 + int(3 * form)
+    c = rgb(0.06 + 0.06 * hue, 0.6 + 0.2 * uni(g), 0.85)
+    Y = Y + 0.05 * (noise(v, S, 3) - 0.5) + 0.06 * X * X
+    d = box(X, Y, w + uni(v, -0.03, 0.03), h * (1 + 0.08 * (noise(v, S, 4) - 0.5)), 0.13)
+    t = np.clip(Y * (1 / h), -1, 1)
+    rib = (1.08 - 0.35 * t * t) * (1 + 0.13 * wave(t * n * 0.5 + 0.1 * noise(v, S, 4)))
     n2 = noise(v, S, 16, 2)
-    puff = 1 + 0.3*np.clip(n2*6 - 3.9, 0, 1) - 0.25*np.clip(1.9 - n2*6, 0, 1)
-    mouth = disc(X*2.4, Y, h*0.72, 1.56, 0.)*0.45
-    return [Part('pipe', d, c, 0.5, rib*puff*skin(v, S, 34, 0.2, 0.25)), Part('mouth rim', mouth - 0.04, c*1.08, 0.4, puff), Part('mouth', mouth, c*0.45, -0.4, puff)]
+    puff = 1 + 0.3 * np.clip(n2 * 6 - 3.9, 0, 1) - 0.25 * np.clip(1.9 - n2 * 6, 0, 1)
+    mouth = disc(X * 2.4, Y, h * 0.72, 1.56, 0.0) * 0.45
+    return [
+        Part('pipe', d, c, 0.5, rib * puff * skin(v, S, 34, 0.2, 0.25)),
+        Part('mouth rim', mouth - 0.04, c * 1.08, 0.4, puff),
+        Part('mouth', mouth, c * 0.45, -0.4, puff),
+    ]
 
+# %% ../../nbs/rendered/boards.ipynb #f1bbb3fd
 def snack_wheel(X, Y, g, v, form, hue):
     "A puffed wheel with spokes, lying at any angle."
-    S, n, R = X.shape[0], 4 + int(3*form), 0.74
-    c = rgb(0.08 + 0.1*hue, 0.5 + 0.25*uni(g), 0.88)
-    X, Y = turn(X + 0.05*(noise(v, S, 4) - 0.5), Y + 0.05*(noise(v, S, 4) - 0.5), uni(v))
-    spoke = np.min([rod(X, Y, 0., 0., 0.55*wave(k/n + 0.25), 0.55*wave(k/n), 0.11*uni(v, 0.8, 1.2)) for k in range(n)], 0)
-    ring = abs(disc(X, Y, R - 0.16)) - 0.16 + 0.1*(noise(v, S, 6, 2) - 0.5)
+    S, n, R = X.shape[0], 4 + int(3 * form), 0.74
+    c = rgb(0.08 + 0.1 * hue, 0.5 + 0.25 * uni(g), 0.88)
+    X, Y = turn(X + 0.05 * (noise(v, S, 4) - 0.5), Y + 0.05 * (noise(v, S, 4) - 0.5), uni(v))
+    spoke = np.min(
+        [
+            rod(
+                X,
+                Y,
+                0.0,
+                0.0,
+                0.55 * wave(k / n + 0.25),
+                0.55 * wave(k / n),
+                0.11 * uni(v, 0.8, 1.2),
+            )
+            for k in range(n)
+        ],
+        0,
+    )
+    ring = abs(disc(X, Y, R - 0.16)) - 0.16 + 0.1 * (noise(v, S, 6, 2) - 0.5)
     n2 = noise(v, S, 13, 2)
-    puff = skin(v, S, 28, 0.42, 0.3)*(1 + 0.4*np.clip(n2*5 - 3.1, 0, 1) - 0.3*np.clip(1.8 - n2*5, 0, 1))
-    return [Part('wheel', np.minimum(np.minimum(spoke, ring), disc(X, Y, 0.2)), c, 0.4, puff), Part('groove', abs(disc(X, Y, R - 0.16)) - 0.025 + 0.05*(noise(v, S, 8) - 0.5), c*0.8, -0.3, puff), Part('dimple', disc(X, Y, 0.07), c*0.6, -0.3, puff)]
+    puff = skin(v, S, 28, 0.42, 0.3) * (
+        1 + 0.4 * np.clip(n2 * 5 - 3.1, 0, 1) - 0.3 * np.clip(1.8 - n2 * 5, 0, 1)
+    )
+    return [
+        Part('wheel', np.minimum(np.minimum(spoke, ring), disc(X, Y, 0.2)), c, 0.4, puff),
+        Part(
+            'groove',
+            abs(disc(X, Y, R - 0.16)) - 0.025 + 0.05 * (noise(v, S, 8) - 0.5),
+            c * 0.8,
+            -0.3,
+            puff,
+        ),
+        Part('dimple', disc(X, Y, 0.07), c * 0.6, -0.3, puff),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #df951ff9
 def island(rng, parts, X, want):
     "Choose a piece of the parts that `want` accepts, the larger the likelier: (its part, the piece, its zone)."
-    found = [(p, lab, np.bincount(lab.ravel())[1:]) for p in parts if want(p) for lab in [ndimage.label(p.d < 0)[0]]]
-    every = [(p, lab, k + 1, int(n)**2) for p, lab, size in found for k, n in enumerate(size) if 2*n >= size.max()]
+    found = [
+        (p, lab, np.bincount(lab.ravel())[1:])
+        for p in parts
+        if want(p)
+        for lab in [ndimage.label(p.d < 0)[0]]
+    ]
+    every = [
+        (p, lab, k + 1, int(n) ** 2)
+        for p, lab, size in found
+        for k, n in enumerate(size)
+        if 2 * n >= size.max()
+    ]
     at = int(rng.integers(sum(n for *_, n in every)))
     for p, lab, k, n in every:
         at -= n
-        if at < 0: break
+        if at < 0:
+            break
     far, (i, j) = ndimage.distance_transform_edt(lab == 0, return_indices=True)
-    return p, lab == k, (lab[i, j] == k) & (far < 0.05*X.shape[0])
+    return p, lab == k, (lab[i, j] == k) & (far < 0.05 * X.shape[0])
 
+# %% ../../nbs/rendered/boards.ipynb #a4738cc1
 def extent(piece, X, Y):
     "Centre and half size of a piece."
     x, y = X[piece], Y[piece]
-    return (float(x.max() + x.min())/2, float(y.max() + y.min())/2, float(x.max() - x.min())/2, float(y.max() - y.min())/2)
+    return (
+        float(x.max() + x.min()) / 2,
+        float(y.max() + y.min()) / 2,
+        float(x.max() - x.min()) / 2,
+        float(y.max() - y.min()) / 2,
+    )
+
 
 def without_piece(parts, name, zone, d=0.1):
     "Take what belongs to `name` out of a zone (or only what has a positive distance `d`)."
-    return [replace(p, d=np.where(zone, np.maximum(p.d, d), p.d)) if p.name.split()[0] == name else p for p in parts]
+    return [
+        replace(p, d=np.where(zone, np.maximum(p.d, d), p.d)) if p.name.split()[0] == name else p
+        for p in parts
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #257602f1
 def moved_piece(parts, name, zone, dy, dx):
     "Shift what belongs to `name` in a zone by whole pixels."
     out = []
     for p in parts:
-        if p.name.split()[0] != name: out.append(p); continue
+        if p.name.split()[0] != name:
+            out.append(p)
+            continue
         gone = replace(p, d=np.where(zone, np.maximum(p.d, 0.1), p.d))
         pattern = None if p.pattern is None else roll(p.pattern, dy, dx)
-        out += [gone, replace(p, d=roll(np.where(zone, p.d, 0.5), dy, dx), pattern=pattern, loose=False)]
+        out += [
+            gone,
+            replace(p, d=roll(np.where(zone, p.d, 0.5), dy, dx), pattern=pattern, loose=False),
+        ]
     return out
 
 # %% ../../nbs/rendered/boards.ipynb #e92571e5
 PINS = lambda p: p.name.endswith(('leg', 'pin'))
 
+
 def bent_pin(parts, rng, X, Y):
     "Bend one or two neighbouring pins aside, with the shadow they cast."
     pin, piece, _ = island(rng, parts, X, PINS)
     x, y, w, h = extent(piece, X, Y)
-    t, r, n = uni(rng), max(0.026, 0.7*min(w, h)), 1 + int(rng.integers(2))
-    t, long = (round(4*t)/4 + pick(rng, (-1, 1))*uni(rng, 0.05, 0.1)), uni(rng, 0.2, 0.3)
-    dx, dy = long*wave(t + 0.25), long*wave(t)
+    t, r, n = uni(rng), max(0.026, 0.7 * min(w, h)), 1 + int(rng.integers(2))
+    t, long = (round(4 * t) / 4 + pick(rng, (-1, 1)) * uni(rng, 0.05, 0.1)), uni(rng, 0.2, 0.3)
+    dx, dy = long * wave(t + 0.25), long * wave(t)
     out = list(parts)
     for k in range(n):
-        a, b = x + 3.2*r*k*(abs(dy) > abs(dx)), y + 3.2*r*k*(abs(dy) <= abs(dx))
-        out += [Part('shadow', rod(X - 0.02, Y - 0.02, a, b, a + dx, b + dy, r), BLACK*0.8, 0.), Part('bent', rod(X, Y, a, b, a + dx*uni(rng, 0.8, 1), b + dy, r), pin.color, 0.9)]
+        a, b = x + 3.2 * r * k * (abs(dy) > abs(dx)), y + 3.2 * r * k * (abs(dy) <= abs(dx))
+        out += [
+            Part('shadow', rod(X - 0.02, Y - 0.02, a, b, a + dx, b + dy, r), BLACK * 0.8, 0.0),
+            Part('bent', rod(X, Y, a, b, a + dx * uni(rng, 0.8, 1), b + dy, r), pin.color, 0.9),
+        ]
     return out
 
+# %% ../../nbs/rendered/boards.ipynb #5b71e515
 def solder_bridge(parts, rng, X, Y):
     "Let a drop of solder join a pin with its neighbours."
     _, piece, _ = island(rng, parts, X, PINS)
@@ -358,21 +663,44 @@ def solder_bridge(parts, rng, X, Y):
     lab, n = ndimage.label(np.min([p.d for p in parts if PINS(p)], 0) < 0)
     others = [extent(lab == k, X, Y)[:2] for k in range(1, n + 1)]
     reach = uni(rng, 0.09, 0.2)
-    near = [(a, b) for a, b in others if 1e-3 < (a - x)*(a - x) + (b - y)*(b - y) < reach*reach] or [min(((a, b) for a, b in others if abs(a - x) + abs(b - y) > 1e-3), key=lambda q: (q[0] - x)**2 + (q[1] - y)**2)]
+    near = [
+        (a, b) for a, b in others if 1e-3 < (a - x) * (a - x) + (b - y) * (b - y) < reach * reach
+    ] or [
+        min(
+            ((a, b) for a, b in others if abs(a - x) + abs(b - y) > 1e-3),
+            key=lambda q: (q[0] - x) ** 2 + (q[1] - y) ** 2,
+        )
+    ]
     a, b = pick(rng, near)
-    d = rod(X, Y, x, y, a, b, uni(rng, 0.04, 0.06)) + 0.05*(noise(rng, X.shape[0], 26) - 0.5)
-    return [*parts, Part('bridge', d, SILVER*1.05, 1., 0.85 + 0.3*noise(rng, X.shape[0], 18))]
+    d = rod(X, Y, x, y, a, b, uni(rng, 0.04, 0.06)) + 0.05 * (noise(rng, X.shape[0], 26) - 0.5)
+    return [*parts, Part('bridge', d, SILVER * 1.05, 1.0, 0.85 + 0.3 * noise(rng, X.shape[0], 18))]
 
 # %% ../../nbs/rendered/boards.ipynb #b8608e4c
 def wrong_component(parts, rng, X, Y):
     "Put a component of another type in the place of one."
     old, piece, zone = island(rng, parts, X, lambda p: p.loose)
     x, y, w, h = extent(piece, X, Y)
-    w, h, c = w*uni(rng, 0.9, 1.2), h*uni(rng, 0.9, 1.2), rgb(uni(rng), uni(rng, 0.3, 0.7), uni(rng, 0.6, 0.85) if old.color.max() < 0.4 else uni(rng, 0.2, 0.4))
+    w, h, c = (
+        w * uni(rng, 0.9, 1.2),
+        h * uni(rng, 0.9, 1.2),
+        rgb(
+            uni(rng),
+            uni(rng, 0.3, 0.7),
+            uni(rng, 0.6, 0.85) if old.color.max() < 0.4 else uni(rng, 0.2, 0.4),
+        ),
+    )
     U, V = turn(X - x, Y - y, uni(rng, -0.015, 0.015))
-    d = box(U, V, w, h, 0.015) if uni(rng) < 0.6 else disc(U*(1/w), V*(1/h), 1.)*min(w, h)
-    say = np.maximum(lettering(U, V, letters(rng, 3), 0.11*w), d + 0.02)
-    return [*without_piece(parts, old.name.split()[0], zone), Part('wrong', d, c, 0.7), Part('wrong print', say, WHITE if c.max() < 0.6 else BLACK, 0.)]
+    d = (
+        box(U, V, w, h, 0.015)
+        if uni(rng) < 0.6
+        else disc(U * (1 / w), V * (1 / h), 1.0) * min(w, h)
+    )
+    say = np.maximum(lettering(U, V, letters(rng, 3), 0.11 * w), d + 0.02)
+    return [
+        *without_piece(parts, old.name.split()[0], zone),
+        Part('wrong', d, c, 0.7),
+        Part('wrong print', say, WHITE if c.max() < 0.6 else BLACK, 0.0),
+    ]
 
 # %% ../../nbs/rendered/boards.ipynb #0b56e192
 def broken_instance(parts, rng, X, Y):
@@ -381,82 +709,215 @@ def broken_instance(parts, rng, X, Y):
     x, y, w, h = extent(piece, X, Y)
     t, S, name = uni(rng), X.shape[0], whole.name.split()[0]
     c, s, r = wave(t + 0.25), wave(t), min(w, h)
-    line = (X - x)*c + (Y - y)*s - r*uni(rng, 0., 0.35) + 0.4*r*(noise(rng, S, 20, 2) - 0.5)
-    face = Part(f'{name} face', np.maximum(np.maximum(whole.d, np.where(zone, abs(line) - 0.14*r, 1.)), line), whole.color*0.62, 0.2, 0.8 + 0.4*noise(rng, S, 40))
-    crumbs = [Part('crumb', ngon(X - x - c*a + s*b, Y - y - s*a - c*b, 5, uni(rng, 0.07, 0.14)*r + 0.008, uni(rng)), whole.color*0.9, 0.6) for a, b in ((r*uni(rng, 0.5, 1.1), r*uni(rng, -0.7, 0.7)) for _ in range(3))]
+    line = (
+        (X - x) * c + (Y - y) * s - r * uni(rng, 0.0, 0.35) + 0.4 * r * (noise(rng, S, 20, 2) - 0.5)
+    )
+    face = Part(
+        f'{name} face',
+        np.maximum(np.maximum(whole.d, np.where(zone, abs(line) - 0.14 * r, 1.0)), line),
+        whole.color * 0.62,
+        0.2,
+        0.8 + 0.4 * noise(rng, S, 40),
+    )
+    crumbs = [
+        Part(
+            'crumb',
+            ngon(
+                X - x - c * a + s * b,
+                Y - y - s * a - c * b,
+                5,
+                uni(rng, 0.07, 0.14) * r + 0.008,
+                uni(rng),
+            ),
+            whole.color * 0.9,
+            0.6,
+        )
+        for a, b in ((r * uni(rng, 0.5, 1.1), r * uni(rng, -0.7, 0.7)) for _ in range(3))
+    ]
     return [*without_piece(parts, name, zone, line), face, *crumbs]
 
 # %% ../../nbs/rendered/boards.ipynb #3459932e
 def assemble_wrong(parts, kind, rng, X, Y):
     "Apply a defect of boards and trays to the parts; any other defect is left to `break_parts`."
-    px = X.shape[0]/240
-    if kind == 'bent_pin': return bent_pin(parts, rng, X, Y)
-    if kind == 'solder_bridge': return solder_bridge(parts, rng, X, Y)
-    if kind == 'wrong_component': return wrong_component(parts, rng, X, Y)
-    if kind == 'broken_instance': return broken_instance(parts, rng, X, Y)
+    px = X.shape[0] / 240
+    if kind == 'bent_pin':
+        return bent_pin(parts, rng, X, Y)
+    if kind == 'solder_bridge':
+        return solder_bridge(parts, rng, X, Y)
+    if kind == 'wrong_component':
+        return wrong_component(parts, rng, X, Y)
+    if kind == 'broken_instance':
+        return broken_instance(parts, rng, X, Y)
     if kind == 'missing_wick':
         _, _, zone = island(rng, parts, X, lambda p: p.name == 'candle wick')
-        return [replace(p, d=np.where(zone, np.maximum(p.d, 0.1), p.d)) if p.name == 'candle wick' else p for p in parts]
-    if kind not in ('missing_component', 'missing_instance', 'loose_component', 'wrong_instance'): return break_parts(parts, kind, rng, X, Y)
+        return [
+            replace(p, d=np.where(zone, np.maximum(p.d, 0.1), p.d))
+            if p.name == 'candle wick'
+            else p
+            for p in parts
+        ]
+    if kind not in ('missing_component', 'missing_instance', 'loose_component', 'wrong_instance'):
+        return break_parts(parts, kind, rng, X, Y)
     whole, _, zone = island(rng, parts, X, lambda p: p.loose)
     name = whole.name.split()[0]
-    if kind.startswith('missing'): return without_piece(parts, name, zone)
+    if kind.startswith('missing'):
+        return without_piece(parts, name, zone)
     if kind == 'loose_component':
-        dy, dx = (int(pick(rng, (-1, 1))*uni(rng, 10, 17)*px) for _ in range(2))
+        dy, dx = (int(pick(rng, (-1, 1)) * uni(rng, 10, 17) * px) for _ in range(2))
         return moved_piece(parts, name, zone, dy, dx)
-    shade = np.clip(whole.color*0.5 + rgb(uni(rng), 0.7, uni(rng, 0.5, 0.9))*0.4, 0, 1)
-    stranger = lambda p: replace(p, d=np.where(zone, p.d, 1.), color=np.minimum(shade*(p.color/np.maximum(whole.color, 0.05)), 1), loose=False)
+    shade = np.clip(whole.color * 0.5 + rgb(uni(rng), 0.7, uni(rng, 0.5, 0.9)) * 0.4, 0, 1)
+    stranger = lambda p: replace(
+        p,
+        d=np.where(zone, p.d, 1.0),
+        color=np.minimum(shade * (p.color / np.maximum(whole.color, 0.05)), 1),
+        loose=False,
+    )
     return [q for p in parts for q in ((p, stranger(p)) if p.name.split()[0] == name else (p,))]
 
 # %% ../../nbs/rendered/boards.ipynb #2bc34bdd
 def melted(img, d, r):
     "Let the surface run down inside `d` and shine."
-    S = img.shape[-1]; n = max(2, S//34)
+    S = img.shape[-1]
+    n = max(2, S // 34)
     down = np.pad(img, ((0, 0), (n, 0), (0, 0)), 'edge')
-    run = sum(down[:, k:k + S] for k in range(n))*(1/n)
-    h = np.clip(d*(-1/r), 0, 1); slope = np.zeros_like(h)
+    run = sum(down[:, k : k + S] for k in range(n)) * (1 / n)
+    h = np.clip(d * (-1 / r), 0, 1)
+    slope = np.zeros_like(h)
     slope[1:, 1:] = h[1:, 1:] - h[:-1, :-1]
-    return img + cover(d, 3.)*(run*(0.8 + np.clip(slope*S*r*0.5, -0.5, 0.9)) - img)
+    return img + cover(d, 3.0) * (run * (0.8 + np.clip(slope * S * r * 0.5, -0.5, 0.9)) - img)
 
 # %% ../../nbs/rendered/boards.ipynb #70578c35
 def mar_more(img, kind, rng, X, Y, x, y):
     "Draw a surface defect of boards and food at (x, y); any other defect is left to `mar`."
-    if kind not in ('burnt', 'melt', 'extra', 'scratch'): return mar(img, kind, rng, X, Y, x, y)
+    if kind not in ('burnt', 'melt', 'extra', 'scratch'):
+        return mar(img, kind, rng, X, Y, x, y)
     S, r = X.shape[0], uni(rng, 0.1, 0.17)
     if kind == 'scratch':
-        d = path(rng, X, Y, x, y, uni(rng, 0.14, 0.22), int(rng.integers(3, 5)), 0.04, uni(rng, 0.011, 0.018))
-        i, j, n = int((y + 1)*S/2), int((x + 1)*S/2), S//12
-        near = img.max(0)[max(i - n, 0):i + n, max(j - n, 0):j + n]
-        dark = 2*np.count_nonzero(near > 0.5) > near.size      # dark on light, light on dark
-        return img + cover(d)*((img*0.3 if dark else img*0.3 + 0.6) - img)
+        d = path(
+            rng,
+            X,
+            Y,
+            x,
+            y,
+            uni(rng, 0.14, 0.22),
+            int(rng.integers(3, 5)),
+            0.04,
+            uni(rng, 0.011, 0.018),
+        )
+        i, j, n = int((y + 1) * S / 2), int((x + 1) * S / 2), S // 12
+        near = img.max(0)[max(i - n, 0) : i + n, max(j - n, 0) : j + n]
+        dark = 2 * np.count_nonzero(near > 0.5) > near.size  # dark on light, light on dark
+        return img + cover(d) * ((img * 0.3 if dark else img * 0.3 + 0.6) - img)
     d = blob(rng, X, Y, x, y, r, 0.9)
     if kind == 'burnt':
         d = d - 0.03
-        a, core = cover(d, 8.)*uni(rng, 0.75, 0.92), cover(d + 0.35*r, 8.)
-        brown = np.array([0.3, 0.2, 0.12], 'f4')[:, None, None]*(0.6 + 0.7*noise(rng, S, 30, 2))
-        return img*(1 - a) + (img*(0.3 - 0.12*core) + brown*(0.75 - 0.5*core))*a
-    if kind == 'melt': return melted(img, d, r)
-    c, h = rgb(uni(rng), uni(rng, 0.15, 0.6), uni(rng, 0.35, 0.9)), np.clip(d*(-2/r), 0, 1)
-    slope = np.zeros_like(h); slope[1:, 1:] = h[1:, 1:] - h[:-1, :-1]
-    shadow = cover(roll(d, S//60, S//60), 4.)
-    lump = c[:, None, None]*(0.75 + 0.25*noise(rng, S, 24, 2) + np.clip(slope*S*r*0.35, -0.5, 0.6))
-    img = img*(1 - 0.45*shadow)
-    return img + cover(d)*(lump - img)
+        a, core = cover(d, 8.0) * uni(rng, 0.75, 0.92), cover(d + 0.35 * r, 8.0)
+        brown = np.array([0.3, 0.2, 0.12], 'f4')[:, None, None] * (0.6 + 0.7 * noise(rng, S, 30, 2))
+        return img * (1 - a) + (img * (0.3 - 0.12 * core) + brown * (0.75 - 0.5 * core)) * a
+    if kind == 'melt':
+        return melted(img, d, r)
+    c, h = rgb(uni(rng), uni(rng, 0.15, 0.6), uni(rng, 0.35, 0.9)), np.clip(d * (-2 / r), 0, 1)
+    slope = np.zeros_like(h)
+    slope[1:, 1:] = h[1:, 1:] - h[:-1, :-1]
+    shadow = cover(roll(d, S // 60, S // 60), 4.0)
+    lump = c[:, None, None] * (
+        0.75 + 0.25 * noise(rng, S, 24, 2) + np.clip(slope * S * r * 0.35, -0.5, 0.6)
+    )
+    img = img * (1 - 0.45 * shadow)
+    return img + cover(d) * (lump - img)
 
 # %% ../../nbs/rendered/boards.ipynb #3072eb57
-BOARD_DEFECTS = ('bent_pin', 'solder_bridge', 'missing_component', 'wrong_component', 'loose_component', 'burnt', 'melt', 'scratch', 'extra')
-STRUCTURES = ('bent_pin', 'solder_bridge', 'missing_component', 'wrong_component', 'loose_component', 'missing_instance', 'broken_instance', 'wrong_instance', 'missing_wick', 'chip')
+BOARD_DEFECTS = (
+    'bent_pin',
+    'solder_bridge',
+    'missing_component',
+    'wrong_component',
+    'loose_component',
+    'burnt',
+    'melt',
+    'scratch',
+    'extra',
+)
+STRUCTURES = (
+    'bent_pin',
+    'solder_bridge',
+    'missing_component',
+    'wrong_component',
+    'loose_component',
+    'missing_instance',
+    'broken_instance',
+    'wrong_instance',
+    'missing_wick',
+    'chip',
+)
 SNACK = ('crack', 'hole', 'burnt', 'stain', 'extra', 'chip', 'scratch')
 
-BOARDS = tuple(Kind(f.__name__, noun, f, defects, structure=STRUCTURES, alter=assemble_wrong, mar=mar_more, over=('extra', 'thread')) for f, noun, defects in (
-    (sensor_board, 'sensor board', BOARD_DEFECTS), (relay_board, 'relay board', BOARD_DEFECTS), (memory_board, 'memory module', BOARD_DEFECTS), (radio_board, 'radio board', BOARD_DEFECTS),
-    (candles, 'candles', ('missing_wick', 'missing_instance', 'wrong_instance', 'broken_instance', 'hole', 'burnt', 'melt', 'extra')),
-    (tablets, 'tablets', ('missing_instance', 'broken_instance', 'wrong_instance', 'crack', 'stain', 'dirt', 'extra')),
-    (pasta, 'elbow pasta', ('missing_instance', 'broken_instance', 'wrong_instance', 'burnt', 'stain', 'extra')),
-    (cashew, 'cashew', SNACK), (gum, 'chewing gum', (*SNACK, 'thread', 'melt')), (dough_pipe, 'dough pipe', SNACK), (snack_wheel, 'snack wheel', ('crack', 'melt', 'burnt', 'stain', 'extra', 'chip', 'scratch'))))
+# %% ../../nbs/rendered/boards.ipynb #0de5adab
+BOARDS = tuple(
+    Kind(
+        f.__name__,
+        noun,
+        f,
+        defects,
+        structure=STRUCTURES,
+        alter=assemble_wrong,
+        mar=mar_more,
+        over=('extra', 'thread'),
+    )
+    for f, noun, defects in (
+        (sensor_board, 'sensor board', BOARD_DEFECTS),
+        (relay_board, 'relay board', BOARD_DEFECTS),
+        (memory_board, 'memory module', BOARD_DEFECTS),
+        (radio_board, 'radio board', BOARD_DEFECTS),
+        (
+            candles,
+            'candles',
+            (
+                'missing_wick',
+                'missing_instance',
+                'wrong_instance',
+                'broken_instance',
+                'hole',
+                'burnt',
+                'melt',
+                'extra',
+            ),
+        ),
+        (
+            tablets,
+            'tablets',
+            (
+                'missing_instance',
+                'broken_instance',
+                'wrong_instance',
+                'crack',
+                'stain',
+                'dirt',
+                'extra',
+            ),
+        ),
+        (
+            pasta,
+            'elbow pasta',
+            ('missing_instance', 'broken_instance', 'wrong_instance', 'burnt', 'stain', 'extra'),
+        ),
+        (cashew, 'cashew', SNACK),
+        (gum, 'chewing gum', (*SNACK, 'thread', 'melt')),
+        (dough_pipe, 'dough pipe', SNACK),
+        (
+            snack_wheel,
+            'snack wheel',
+            ('crack', 'melt', 'burnt', 'stain', 'extra', 'chip', 'scratch'),
+        ),
+    )
+)
 
-BOARDS_REV = 1     # raised when anything in this module changes the pixels of a rendered image
+# %% ../../nbs/rendered/boards.ipynb #18d8742e
+BOARDS_REV = 1  # raised when anything in this module changes the pixels of a rendered image
 
-def render_boards(**how)->Path:
+
+def render_boards(**how) -> Path:
     "Render `procad-b`, one design of every kind (`render_set` takes the rest)."
-    return render_set('procad-b', {k.name: design(k, 'b') for k in BOARDS}, revs=dict(boards=BOARDS_REV), **how)
+    return render_set(
+        'procad-b', {k.name: design(k, 'b') for k in BOARDS}, revs=dict(boards=BOARDS_REV), **how
+    )

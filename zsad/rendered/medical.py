@@ -9,198 +9,381 @@ __all__ = ['LAYERS', 'SLICE', 'MEDICAL', 'MEDICAL_REV', 'speckle', 'bent', 'oval
 
 # %% ../../nbs/rendered/medical.ipynb #a379f1fb
 from pathlib import Path
+
 import numpy as np
-from .procad import Kind, Part, blob, box, cover, design, disc, noise, path, pick, render_set, rgb, uni, wave
+
+from zsad.rendered.procad import (
+    Kind,
+    Part,
+    blob,
+    cover,
+    design,
+    disc,
+    noise,
+    path,
+    pick,
+    render_set,
+    rgb,
+    uni,
+    wave,
+)
 
 # %% ../../nbs/rendered/medical.ipynb #ea93f95b
 def speckle(v, S, strength=0.3, fine=110):
     "Draw multiplicative speckle with mean about 1, float32 [S,S]."
-    a, b = noise(v, S, fine), noise(v, S, fine//2)
-    return 1 + strength*(a*a*1.5 - 0.5) + 0.5*strength*(b - 0.5)
+    a, b = noise(v, S, fine), noise(v, S, fine // 2)
+    return 1 + strength * (a * a * 1.5 - 0.5) + 0.5 * strength * (b - 0.5)
+
 
 def bent(v, X, Y, strength, cells=3):
     "Bend coordinates by smooth noise."
     S = X.shape[0]
-    return X + strength*(noise(v, S, cells, 2) - 0.5), Y + strength*(noise(v, S, cells, 2) - 0.5)
+    return X + strength * (noise(v, S, cells, 2) - 0.5), Y + strength * (
+        noise(v, S, cells, 2) - 0.5
+    )
 
-def oval(X, Y, a, b, x=0., y=0.):
+
+def oval(X, Y, a, b, x=0.0, y=0.0):
     "Distance (nearly) to an ellipse with half axes a, b."
-    return disc((X - x)*(1/a), (Y - y)*(1/b), 1.)*min(a, b)
+    return disc((X - x) * (1 / a), (Y - y) * (1 / b), 1.0) * min(a, b)
+
 
 def grey(value, tint, hue):
     "Mix a lightly tinted grey."
     return rgb(hue, tint, value)
 
+
 def step(d, width):
     "Rise smoothly from 0 to 1 where `d` falls from width to -width."
-    t = np.clip(0.5 - d*(0.5/width), 0, 1)
-    return t*t*(3 - 2*t)
+    t = np.clip(0.5 - d * (0.5 / width), 0, 1)
+    return t * t * (3 - 2 * t)
 
 # %% ../../nbs/rendered/medical.ipynb #34efc790
 def brain_slice(X, Y, g, v, form, hue):
     "An axial slice of a head."
-    S, a, b = X.shape[0], (0.66 + 0.06*form)*uni(v, 0.95, 1.05), 0.84*uni(v, 0.96, 1.03)
+    S, a, b = X.shape[0], (0.66 + 0.06 * form) * uni(v, 0.95, 1.05), 0.84 * uni(v, 0.96, 1.03)
     X, Y = bent(v, X, Y, 0.06, 2)
-    head, inner = oval(X, Y, a, b), oval(X, Y, a - 0.13, b - 0.13) + 0.03*(noise(v, S, 5) - 0.5)
+    head, inner = oval(X, Y, a, b), oval(X, Y, a - 0.13, b - 0.13) + 0.03 * (noise(v, S, 5) - 0.5)
     P, Q = bent(v, X, Y, 0.12, 4)
-    furrow = abs(noise(v, S, 10, 1) - noise(v, S, 14, 1))*0.6
-    depth = np.clip(-inner*(1/0.3), 0, 1)
-    ribbon = step(furrow - 0.07*(1 - 0.8*depth), 0.03)*step(depth - 0.7, 0.25)
-    white = step(0.11 + 0.3*(noise(v, S, 7, 2) - 0.5) + inner - 0.02, 0.03)*(1 - 0.75*step(furrow - 0.15, 0.05)*step(depth - 0.75, 0.2))
-    split = step(abs(P) - 0.012 - 0.02*noise(v, S, 6), 0.012)*np.maximum(step(0.3 - Q, 0.05), step(Q + 0.32, 0.05))
+    furrow = abs(noise(v, S, 10, 1) - noise(v, S, 14, 1)) * 0.6
+    depth = np.clip(-inner * (1 / 0.3), 0, 1)
+    ribbon = step(furrow - 0.07 * (1 - 0.8 * depth), 0.03) * step(depth - 0.7, 0.25)
+    white = step(0.11 + 0.3 * (noise(v, S, 7, 2) - 0.5) + inner - 0.02, 0.03) * (
+        1 - 0.75 * step(furrow - 0.15, 0.05) * step(depth - 0.75, 0.2)
+    )
+    split = step(abs(P) - 0.012 - 0.02 * noise(v, S, 6), 0.012) * np.maximum(
+        step(0.3 - Q, 0.05), step(Q + 0.32, 0.05)
+    )
     size = uni(v, 0.85, 1.2)
-    horn = np.minimum(oval(abs(P) - 0.1, Q + 0.17, 0.05*size, 0.17*size), oval(abs(P) - 0.17*size, Q - 0.2, 0.055*size, 0.15*size))
+    horn = np.minimum(
+        oval(abs(P) - 0.1, Q + 0.17, 0.05 * size, 0.17 * size),
+        oval(abs(P) - 0.17 * size, Q - 0.2, 0.055 * size, 0.15 * size),
+    )
     deep = oval(abs(P) - 0.2, Q + 0.02, 0.1, 0.15)
-    tissue = 0.45 + 0.16*(1 - white if form < 0.5 else white) - 0.22*ribbon
-    tissue = tissue + step(deep, 0.03)*(0.5 - tissue)*0.7
-    tissue = tissue*(1 - 0.72*np.maximum(split, step(horn, 0.02)))*(0.94 + 0.12*noise(v, S, 4, 2))*speckle(v, S, 0.22)
+    tissue = 0.45 + 0.16 * (1 - white if form < 0.5 else white) - 0.22 * ribbon
+    tissue = tissue + step(deep, 0.03) * (0.5 - tissue) * 0.7
+    tissue = (
+        tissue
+        * (1 - 0.72 * np.maximum(split, step(horn, 0.02)))
+        * (0.94 + 0.12 * noise(v, S, 4, 2))
+        * speckle(v, S, 0.22)
+    )
     bone = oval(X, Y, a - 0.045, b - 0.045)
-    shades = (('air', -head, 0.03, True), ('scalp', head, 0.45 if form < 0.5 else 0.85, False), ('skull', bone, 0.9 if form < 0.5 else 0.2, False), ('fluid', inner - 0.035, 0.15, False))
-    parts = [Part(n, d, grey(s, 0.02 + 0.06*form, hue), 0., speckle(v, S, 0.25), void=w) for n, d, s, w in shades]
-    return parts + [Part('brain', inner, grey(1., 0.02 + 0.06*form, hue), 0., tissue)]
+    shades = (
+        ('air', -head, 0.03, True),
+        ('scalp', head, 0.45 if form < 0.5 else 0.85, False),
+        ('skull', bone, 0.9 if form < 0.5 else 0.2, False),
+        ('fluid', inner - 0.035, 0.15, False),
+    )
+    parts = [
+        Part(n, d, grey(s, 0.02 + 0.06 * form, hue), 0.0, speckle(v, S, 0.25), void=w)
+        for n, d, s, w in shades
+    ]
+    return parts + [Part('brain', inner, grey(1.0, 0.02 + 0.06 * form, hue), 0.0, tissue)]
 
 # %% ../../nbs/rendered/medical.ipynb #ea5ece9f
 def liver_slice(X, Y, g, v, form, hue):
     "An axial slice of a trunk at the height of the liver."
-    S, a, b = X.shape[0], 0.88*uni(v, 0.95, 1.03), (0.66 + 0.08*form)*uni(v, 0.94, 1.05)
+    S, a, b = X.shape[0], 0.88 * uni(v, 0.95, 1.03), (0.66 + 0.08 * form) * uni(v, 0.94, 1.05)
     X, Y = bent(v, X, Y, 0.1, 2)
     body, wall = oval(X, Y, a, b), oval(X, Y, a - uni(v, 0.05, 0.09), b - uni(v, 0.05, 0.09))
     cave = oval(X, Y, a - 0.16, b - 0.16)
     jig = lambda s=0.02: uni(v, -s, s)
-    lobe = np.minimum(oval(X, Y, 0.4, 0.4, -0.33 + jig(), -0.02 + jig()), oval(X, Y + 0.35*X, 0.4, 0.16, 0.02 + jig(), -0.22 + jig())) + 0.05*(noise(v, S, 4) - 0.5)
-    stomach, spleen = oval(X, Y, 0.2, 0.2*uni(v, 0.8, 1.2), 0.36 + jig(0.04), -0.16 + jig(0.03)), oval(X, Y - 0.3*X, 0.12, 0.22*uni(v, 0.8, 1.1), 0.56 + jig(), 0.02 + jig(0.03))
-    kidney = np.maximum(oval(abs(X + jig()) - 0.36, Y - 0.27 + jig(), 0.1, 0.13), -oval(abs(X) - 0.29, Y - 0.27, 0.05, 0.05))
-    spine, canal, aorta = oval(X, Y, 0.13, 0.11, jig(0.01), 0.33), oval(X, Y, 0.05, 0.045, 0., 0.46), disc(X, Y, 0.06*uni(v, 0.85, 1.15), 0.05 + jig(), 0.14)
-    wing = np.minimum(oval(abs(X) - 0.14, Y - 0.46, 0.13, 0.045), oval(X, Y, 0.035, 0.1, 0., 0.54))
-    tree = np.maximum(abs(noise(v, S, 6, 1) - 0.5)*0.2 - 0.009, lobe + 0.05)
-    k = X*wave(0.07) + Y*0.2
-    rib = np.maximum(abs(cave - 0.035) - 0.024, 0.45 - abs(wave(3.5*Y + 0.8*X*X + uni(v))))
+    lobe = np.minimum(
+        oval(X, Y, 0.4, 0.4, -0.33 + jig(), -0.02 + jig()),
+        oval(X, Y + 0.35 * X, 0.4, 0.16, 0.02 + jig(), -0.22 + jig()),
+    ) + 0.05 * (noise(v, S, 4) - 0.5)
+    stomach, spleen = (
+        oval(X, Y, 0.2, 0.2 * uni(v, 0.8, 1.2), 0.36 + jig(0.04), -0.16 + jig(0.03)),
+        oval(X, Y - 0.3 * X, 0.12, 0.22 * uni(v, 0.8, 1.1), 0.56 + jig(), 0.02 + jig(0.03)),
+    )
+    kidney = np.maximum(
+        oval(abs(X + jig()) - 0.36, Y - 0.27 + jig(), 0.1, 0.13),
+        -oval(abs(X) - 0.29, Y - 0.27, 0.05, 0.05),
+    )
+    spine, canal, aorta = (
+        oval(X, Y, 0.13, 0.11, jig(0.01), 0.33),
+        oval(X, Y, 0.05, 0.045, 0.0, 0.46),
+        disc(X, Y, 0.06 * uni(v, 0.85, 1.15), 0.05 + jig(), 0.14),
+    )
+    wing = np.minimum(oval(abs(X) - 0.14, Y - 0.46, 0.13, 0.045), oval(X, Y, 0.035, 0.1, 0.0, 0.54))
+    tree = np.maximum(abs(noise(v, S, 6, 1) - 0.5) * 0.2 - 0.009, lobe + 0.05)
+    k = X * wave(0.07) + Y * 0.2
+    rib = np.maximum(abs(cave - 0.035) - 0.024, 0.45 - abs(wave(3.5 * Y + 0.8 * X * X + uni(v))))
     n = noise(v, S, 9, 2)
-    shades = (('air', -body, 0.02, 0.3, True), ('fat', body, 0.24, 0.3, False), ('muscle', wall, 0.5, 0.35, False), ('rib', rib, 0.85, 0.2, False), ('inside', cave, 0.3 + 0.05*form, 0.5, False), ('kidney', kidney, 0.66, 0.4, False),
-              ('stomach', stomach, 0.42, 0.6, False), ('spleen', spleen, 0.6, 0.35, False), ('liver', lobe, 0.56, 0.35, False), ('vessel', tree, 0.7, 0.3, False), ('aorta', aorta, 0.74, 0.3, False), ('wing', wing, 0.82, 0.3, False),
-              ('spine', spine, 0.88, 0.3, False), ('canal', canal, 0.4, 0.3, False))
-    mottle, grain = 0.92 + 0.16*n, speckle(v, S, 0.28)
-    parts = [Part(name, np.maximum(d, cave) if name in ('kidney', 'stomach', 'spleen', 'liver') else d, grey(s, 0.02 + 0.06*form, hue), 0., grain*mottle, void=w) for name, d, s, _, w in shades]
+    shades = (
+        ('air', -body, 0.02, 0.3, True),
+        ('fat', body, 0.24, 0.3, False),
+        ('muscle', wall, 0.5, 0.35, False),
+        ('rib', rib, 0.85, 0.2, False),
+        ('inside', cave, 0.3 + 0.05 * form, 0.5, False),
+        ('kidney', kidney, 0.66, 0.4, False),
+        ('stomach', stomach, 0.42, 0.6, False),
+        ('spleen', spleen, 0.6, 0.35, False),
+        ('liver', lobe, 0.56, 0.35, False),
+        ('vessel', tree, 0.7, 0.3, False),
+        ('aorta', aorta, 0.74, 0.3, False),
+        ('wing', wing, 0.82, 0.3, False),
+        ('spine', spine, 0.88, 0.3, False),
+        ('canal', canal, 0.4, 0.3, False),
+    )
+    mottle, grain = 0.92 + 0.16 * n, speckle(v, S, 0.28)
+    parts = [
+        Part(
+            name,
+            np.maximum(d, cave) if name in ('kidney', 'stomach', 'spleen', 'liver') else d,
+            grey(s, 0.02 + 0.06 * form, hue),
+            0.0,
+            grain * mottle,
+            void=w,
+        )
+        for name, d, s, _, w in shades
+    ]
     return parts
 
 # %% ../../nbs/rendered/medical.ipynb #a526deec
-LAYERS = ((0., 0.62), (0.16, 0.8), (0.22, 0.42), (0.36, 0.5), (0.44, 0.34), (0.55, 0.5), (0.6, 0.22), (0.76, 0.3), (0.8, 0.7), (0.84, 0.35), (0.88, 0.92), (0.98, 0.6), (1.3, 0.5), (1.8, 0.14))
+LAYERS = (
+    (0.0, 0.62),
+    (0.16, 0.8),
+    (0.22, 0.42),
+    (0.36, 0.5),
+    (0.44, 0.34),
+    (0.55, 0.5),
+    (0.6, 0.22),
+    (0.76, 0.3),
+    (0.8, 0.7),
+    (0.84, 0.35),
+    (0.88, 0.92),
+    (0.98, 0.6),
+    (1.3, 0.5),
+    (1.8, 0.14),
+)
+
 
 def surface(v, S, form):
     "Draw the upper and lower border of a retina: [1,S] each."
-    x = ((np.arange(S, dtype='f4') + 0.5)*(2/S) - 1)[None]
-    line = lambda n, s: s*(noise(v, S, n, 2)[:1] - 0.5)
-    base = uni(v, 0.1, 0.22) + uni(v, -0.12, 0.12)*x + uni(v, -0.12, 0.12)*x*x + line(3, 0.12)
+    x = ((np.arange(S, dtype='f4') + 0.5) * (2 / S) - 1)[None]
+    line = lambda n, s: s * (noise(v, S, n, 2)[:1] - 0.5)
+    base = uni(v, 0.1, 0.22) + uni(v, -0.12, 0.12) * x + uni(v, -0.12, 0.12) * x * x + line(3, 0.12)
     c, w = x - uni(v, -0.35, 0.35), uni(v, 0.22, 0.34)
-    pit = 1/(1 + (c*(1/w))**2*(1 + (c*(1/w))**2))
-    return base - (0.55 + 0.1*form)*(1 - 0.5*pit) + line(6, 0.05), base
+    pit = 1 / (1 + (c * (1 / w)) ** 2 * (1 + (c * (1 / w)) ** 2))
+    return base - (0.55 + 0.1 * form) * (1 - 0.5 * pit) + line(6, 0.05), base
 
+# %% ../../nbs/rendered/medical.ipynb #f61ca0fb
 def retina(X, Y, g, v, form, hue):
     "The layers of a retina in cross-section."
     S = X.shape[0]
     top, bottom = surface(v, S, form)
-    t = np.where(Y < bottom, (Y - top)/(bottom - top), 1 + (Y - bottom)*(1/0.6)) + 0.05*(noise(v, S, 9, 2) - 0.5)
-    img = np.full_like(X, 0.06) + 0.05*noise(v, S, 12)
-    soft = 0.016*(1 + 0.5*noise(v, S, 4))
-    for (at, value), before in zip(LAYERS, (0.1, *(value for _, value in LAYERS))): img = img + step(at - t, soft)*(value - before)
-    vessels = [step(abs(X - uni(v, -1, 1)) - uni(v, 0.01, 0.03), 0.02)*step(0.1 - t, 0.05) for _ in range(4)]
-    img = img*(1 - 0.45*np.max(vessels, 0))*(0.85 + 0.3*noise(v, S, 3, 2))
-    img = img*speckle(v, S, 0.65, 90) + 0.02*noise(v, S, 120)
-    return grey(1.2, 0.02 + 0.06*form, hue)[:, None, None]*img
+    t = np.where(Y < bottom, (Y - top) / (bottom - top), 1 + (Y - bottom) * (1 / 0.6)) + 0.05 * (
+        noise(v, S, 9, 2) - 0.5
+    )
+    img = np.full_like(X, 0.06) + 0.05 * noise(v, S, 12)
+    soft = 0.016 * (1 + 0.5 * noise(v, S, 4))
+    for (at, value), before in zip(LAYERS, (0.1, *(value for _, value in LAYERS))):
+        img = img + step(at - t, soft) * (value - before)
+    vessels = [
+        step(abs(X - uni(v, -1, 1)) - uni(v, 0.01, 0.03), 0.02) * step(0.1 - t, 0.05)
+        for _ in range(4)
+    ]
+    img = img * (1 - 0.45 * np.max(vessels, 0)) * (0.85 + 0.3 * noise(v, S, 3, 2))
+    img = img * speckle(v, S, 0.65, 90) + 0.02 * noise(v, S, 120)
+    return grey(1.2, 0.02 + 0.06 * form, hue)[:, None, None] * img
 
 # %% ../../nbs/rendered/medical.ipynb #60e72cca
 def chest(X, Y, g, v, form, hue):
     "A film of a chest, from the front."
     S = X.shape[0]
-    X, Y = bent(v, X*uni(v, 0.95, 1.06) + uni(v, -0.03, 0.03), Y*uni(v, 0.95, 1.06) + uni(v, -0.03, 0.03), 0.1, 2)
+    X, Y = bent(
+        v,
+        X * uni(v, 0.95, 1.06) + uni(v, -0.03, 0.03),
+        Y * uni(v, 0.95, 1.06) + uni(v, -0.03, 0.03),
+        0.1,
+        2,
+    )
     A = abs(X)
-    lung = np.maximum(oval(A - 0.42 - 0.1*Y, Y + 0.02, 0.3, 0.66 + 0.05*form), Y - 0.52 + 0.35*(A - 0.4)*(A - 0.4)*4) + 0.02*(noise(v, S, 6) - 0.5)
+    lung = np.maximum(
+        oval(A - 0.42 - 0.1 * Y, Y + 0.02, 0.3, 0.66 + 0.05 * form),
+        Y - 0.52 + 0.35 * (A - 0.4) * (A - 0.4) * 4,
+    ) + 0.02 * (noise(v, S, 6) - 0.5)
     air = step(lung, 0.05)
     body = step(oval(X, Y, 1.02, 1.4), 0.1)
-    heart = step(np.minimum(oval(X, Y, 0.3*uni(v, 0.9, 1.12), 0.3, 0.1, 0.3), oval(X, Y, 0.13, 0.5, 0.02, -0.1)), 0.05)
-    arch = Y*3.3 - 1.5*(A - 0.1)*(A - 0.55) + uni(v)
-    rib = np.clip((wave(arch) - 0.45)*3, 0, 1)*step(A - 0.78, 0.06)*step(Y - 0.6, 0.1)*step(0.1 - A, 0.06)
-    collar = step(abs(Y + 0.74 + 0.25*(A - 0.4)) - 0.035, 0.02)*step(A - 0.8, 0.05)*step(0.06 - A, 0.03)
-    spine = step(A - 0.1, 0.03)*(0.6 + 0.4*np.clip(wave(Y*5. + uni(v))*3, -1, 1))
-    tree = np.clip(1 - abs(noise(v, S, 8, 2) - 0.5)*16, 0, 1)*air*np.clip(1.3 - 2.2*abs(A - 0.2), 0, 1)
-    img = 0.08 + body*(0.6 - 0.38*air + 0.07*rib + 0.2*rib*air*0.5 + 0.12*collar + 0.05*spine) + heart*(0.18 + 0.1*air) + 0.13*tree
-    return grey(1., 0.02 + 0.06*form, hue)[:, None, None]*(img*(0.9 + 0.2*noise(v, S, 4, 2))*speckle(v, S, 0.16))
+    heart = step(
+        np.minimum(
+            oval(X, Y, 0.3 * uni(v, 0.9, 1.12), 0.3, 0.1, 0.3), oval(X, Y, 0.13, 0.5, 0.02, -0.1)
+        ),
+        0.05,
+    )
+    arch = Y * 3.3 - 1.5 * (A - 0.1) * (A - 0.55) + uni(v)
+    rib = (
+        np.clip((wave(arch) - 0.45) * 3, 0, 1)
+        * step(A - 0.78, 0.06)
+        * step(Y - 0.6, 0.1)
+        * step(0.1 - A, 0.06)
+    )
+    collar = (
+        step(abs(Y + 0.74 + 0.25 * (A - 0.4)) - 0.035, 0.02)
+        * step(A - 0.8, 0.05)
+        * step(0.06 - A, 0.03)
+    )
+    spine = step(A - 0.1, 0.03) * (0.6 + 0.4 * np.clip(wave(Y * 5.0 + uni(v)) * 3, -1, 1))
+    tree = (
+        np.clip(1 - abs(noise(v, S, 8, 2) - 0.5) * 16, 0, 1)
+        * air
+        * np.clip(1.3 - 2.2 * abs(A - 0.2), 0, 1)
+    )
+    img = (
+        0.08
+        + body
+        * (0.6 - 0.38 * air + 0.07 * rib + 0.2 * rib * air * 0.5 + 0.12 * collar + 0.05 * spine)
+        + heart * (0.18 + 0.1 * air)
+        + 0.13 * tree
+    )
+    return grey(1.0, 0.02 + 0.06 * form, hue)[:, None, None] * (
+        img * (0.9 + 0.2 * noise(v, S, 4, 2)) * speckle(v, S, 0.16)
+    )
 
 # %% ../../nbs/rendered/medical.ipynb #bca7c84b
 def nearest_cell(v, X, Y, n):
     "Scatter cells on a shaken lattice: offsets to the nearest, its number [S,S], and how many there are."
-    base = [(2*(i + 0.5 + 0.5*(j % 2) - 0.25)/n - 1, 2*(j + 0.5)/n - 1) for j in range(-1, n + 1) for i in range(-1, n + 1)]
-    p = np.array(base, 'f4') + (v.random((len(base), 2), dtype='f4') - 0.5)*(0.7/n)
-    S = X.shape[0]; at = np.minimum(np.arange(S)//2, X[::2].shape[0] - 1)
-    k = ((X[::2, ::2] - p[:, 0, None, None])**2 + (Y[::2, ::2] - p[:, 1, None, None])**2).argmin(0)[at][:, at]
+    base = [
+        (2 * (i + 0.5 + 0.5 * (j % 2) - 0.25) / n - 1, 2 * (j + 0.5) / n - 1)
+        for j in range(-1, n + 1)
+        for i in range(-1, n + 1)
+    ]
+    p = np.array(base, 'f4') + (v.random((len(base), 2), dtype='f4') - 0.5) * (0.7 / n)
+    S = X.shape[0]
+    at = np.minimum(np.arange(S) // 2, X[::2].shape[0] - 1)
+    k = (
+        (X[::2, ::2] - p[:, 0, None, None]) ** 2 + (Y[::2, ::2] - p[:, 1, None, None]) ** 2
+    ).argmin(0)[at][:, at]
     return X - p[k, 0], Y - p[k, 1], k, len(base)
 
+# %% ../../nbs/rendered/medical.ipynb #a40c9c1b
 def cell_smear(X, Y, g, v, form, hue):
     "A stained smear: cells with nuclei, under a microscope."
-    S, n, hue = X.shape[0], 6 + int(2*form), 0.7 + 0.3*hue
+    S, n, hue = X.shape[0], 6 + int(2 * form), 0.7 + 0.3 * hue
     P, Q = bent(v, X, Y, 0.1, 9)
     U, V, k, m = nearest_cell(v, P, Q, n)
-    draw = lambda a, b: (a + (b - a)*v.random(m, dtype='f4'))[k]
-    r = draw(0.55, 0.86)*(1/n)
+    draw = lambda a, b: (a + (b - a) * v.random(m, dtype='f4'))[k]
+    r = draw(0.55, 0.86) * (1 / n)
     c, s = draw(-1, 1), draw(0.7, 1.35)
-    d = np.sqrt(U*U*s + V*V*(1/s) + 0.5*c*U*V) - r
-    core = np.sqrt((U - draw(-.3, .3)*r)**2*(1/s) + (V - draw(-.3, .3)*r)**2*s) - r*draw(0.28, 0.62)
+    d = np.sqrt(U * U * s + V * V * (1 / s) + 0.5 * c * U * V) - r
+    core = np.sqrt(
+        (U - draw(-0.3, 0.3) * r) ** 2 * (1 / s) + (V - draw(-0.3, 0.3) * r) ** 2 * s
+    ) - r * draw(0.28, 0.62)
     tone = draw(0.72, 1.15)
-    back, flesh, nucleus = rgb(hue, 0.05, 0.88), rgb(hue, 0.24, 0.74), rgb(hue - 0.08 + 0.1*form, 0.45, 0.5)
+    back, flesh, nucleus = (
+        rgb(hue, 0.05, 0.88),
+        rgb(hue, 0.24, 0.74),
+        rgb(hue - 0.08 + 0.1 * form, 0.45, 0.5),
+    )
     a, b, edge = step(d, 0.012), step(core, 0.014), step(abs(d) - 0.008, 0.012)
-    img = back[:, None, None]*(1 - a) + flesh[:, None, None]*(a*tone*(0.88 + 0.26*noise(v, S, 40, 2)))
-    img = img*(1 - 0.22*edge)
-    img = img*(1 - b) + nucleus[:, None, None]*(b*tone*(0.75 + 0.5*noise(v, S, 50)))
-    return img*(0.93 + 0.1*noise(v, S, 4, 2))*speckle(v, S, 0.1)
+    img = back[:, None, None] * (1 - a) + flesh[:, None, None] * (
+        a * tone * (0.88 + 0.26 * noise(v, S, 40, 2))
+    )
+    img = img * (1 - 0.22 * edge)
+    img = img * (1 - b) + nucleus[:, None, None] * (b * tone * (0.75 + 0.5 * noise(v, S, 50)))
+    return img * (0.93 + 0.1 * noise(v, S, 4, 2)) * speckle(v, S, 0.1)
 
 # %% ../../nbs/rendered/medical.ipynb #5ed36ccf
 def pulled(img, dx, dy):
     "Move a picture: the pixel at (x, y) comes from (x + dx, y + dy), fields in units of half the image."
     S = img.shape[-1]
     c = np.arange(S, dtype='f4')
-    x, y = np.clip(c + dx*(S/2), 0, S - 1.001), np.clip(c[:, None] + dy*(S/2), 0, S - 1.001)
+    x, y = np.clip(c + dx * (S / 2), 0, S - 1.001), np.clip(c[:, None] + dy * (S / 2), 0, S - 1.001)
     i, j = np.broadcast_arrays(x.astype(int), y.astype(int))
     p, q = (x - i).astype('f4'), (y - j).astype('f4')
-    top, low = img[:, j, i]*(1 - p) + img[:, j, i + 1]*p, img[:, j + 1, i]*(1 - p) + img[:, j + 1, i + 1]*p
-    return top*(1 - q) + low*q
+    top, low = (
+        img[:, j, i] * (1 - p) + img[:, j, i + 1] * p,
+        img[:, j + 1, i] * (1 - p) + img[:, j + 1, i + 1] * p,
+    )
+    return top * (1 - q) + low * q
+
 
 def bump(t):
     "A smooth bump: 1 at 0, 0 beyond 1."
-    t = np.clip(1 - t*t, 0, 1)
-    return t*t
+    t = np.clip(1 - t * t, 0, 1)
+    return t * t
 
-def on_tissue(rng, img, X, Y, low=0.3, high=9.):
+# %% ../../nbs/rendered/medical.ipynb #b3220400
+def on_tissue(rng, img, X, Y, low=0.3, high=9.0):
     "Draw a place whose surroundings are mostly of a brightness between `low` and `high`."
-    S = img.shape[-1]; n = S//20
+    S = img.shape[-1]
+    n = S // 20
     for _ in range(60):
-        i, j = int(rng.integers(2*n, S - 2*n)), int(rng.integers(2*n, S - 2*n))
-        near = img[1, i - n:i + n, j - n:j + n]
-        if 10*np.count_nonzero((near > low) & (near < high)) > 26*n*n: break
+        i, j = int(rng.integers(2 * n, S - 2 * n)), int(rng.integers(2 * n, S - 2 * n))
+        near = img[1, i - n : i + n, j - n : j + n]
+        if 10 * np.count_nonzero((near > low) & (near < high)) > 26 * n * n:
+            break
     return float(X[i, j]), float(Y[i, j])
 
 # %% ../../nbs/rendered/medical.ipynb #ffe59789
-def mass(img, kind, rng, X, Y, x, y, more=1.):
+def mass(img, kind, rng, X, Y, x, y, more=1.0):
     "Draw a lesion that is a region of other brightness: bright (`more` of it), dark, with a rim, or smeared."
     S, r = X.shape[0], uni(rng, 0.11, 0.19)
     d = blob(rng, X, Y, x, y, r, 0.5)
-    inner = 0.8 + 0.4*noise(rng, S, 16, 2)
-    if kind == 'bright_mass': return img + step(d, 0.025)*uni(rng, 0.29, 0.36)*more*inner
-    if kind == 'dark_cyst': return img*(1 - step(d, 0.02)*uni(rng, 0.6, 0.75))
-    if kind == 'ring_mass': return (img + step(abs(d) - 0.03, 0.02)*uni(rng, 0.3, 0.38))*(1 - 0.5*step(d + 0.03, 0.02))
+    inner = 0.8 + 0.4 * noise(rng, S, 16, 2)
+    if kind == 'bright_mass':
+        return img + step(d, 0.025) * uni(rng, 0.29, 0.36) * more * inner
+    if kind == 'dark_cyst':
+        return img * (1 - step(d, 0.02) * uni(rng, 0.6, 0.75))
+    if kind == 'ring_mass':
+        return (img + step(abs(d) - 0.03, 0.02) * uni(rng, 0.3, 0.38)) * (
+            1 - 0.5 * step(d + 0.03, 0.02)
+        )
     if kind == 'calcification':
-        a = step(d, 0.06)*np.clip(noise(rng, S, 34)*9 - 5.4, 0, 1)
-        return img + a*uni(rng, 0.38, 0.46)
-    a = step(path(rng, X, Y, x, y, uni(rng, 0.07, 0.12), int(rng.integers(3, 6)), 0.08, uni(rng, 0.04, 0.07)) + 0.1*(noise(rng, S, 14, 2) - 0.5), 0.03)
-    return img + a*uni(rng, 0.3, 0.36)*inner
+        a = step(d, 0.06) * np.clip(noise(rng, S, 34) * 9 - 5.4, 0, 1)
+        return img + a * uni(rng, 0.38, 0.46)
+    a = step(
+        path(
+            rng,
+            X,
+            Y,
+            x,
+            y,
+            uni(rng, 0.07, 0.12),
+            int(rng.integers(3, 6)),
+            0.08,
+            uni(rng, 0.04, 0.07),
+        )
+        + 0.1 * (noise(rng, S, 14, 2) - 0.5),
+        0.03,
+    )
+    return img + a * uni(rng, 0.3, 0.36) * inner
 
 # %% ../../nbs/rendered/medical.ipynb #5ff12c46
 def lesion(img, kind, rng, X, Y, x, y, soft=(0.3, 0.8)):
     "Draw a lesion in a slice, in tissue of a brightness between the two of `soft`."
     x, y = on_tissue(rng, img, X, Y, *soft)
-    if kind != 'swelling': return mass(img, kind, rng, X, Y, x, y)
+    if kind != 'swelling':
+        return mass(img, kind, rng, X, Y, x, y)
     r = uni(rng, 0.26, 0.38)
-    near = bump(disc(X, Y, 0., x, y)*(1/r)); push = near*uni(rng, 0.6, 0.7)
-    return pulled(img, (x - X)*push, (y - Y)*push)*(1 + np.minimum(1.7*near, 1)*(pick(rng, (-0.55, 0.5)) if soft[1] > 0.5 else 0.9))
+    near = bump(disc(X, Y, 0.0, x, y) * (1 / r))
+    push = near * uni(rng, 0.6, 0.7)
+    return pulled(img, (x - X) * push, (y - Y) * push) * (
+        1 + np.minimum(1.7 * near, 1) * (pick(rng, (-0.55, 0.5)) if soft[1] > 0.5 else 0.9)
+    )
+
 
 def lung_lesion(img, kind, rng, X, Y, x, y):
     "Draw a lesion in a chest film: inside the lungs."
@@ -211,52 +394,148 @@ def eye_lesion(img, kind, rng, X, Y, x, y):
     "Draw a lesion in a retina: fluid below the layers, a thinned stretch, deposits, or a mass."
     S, (x, y) = X.shape[0], on_tissue(rng, img, X, Y, 0.3)
     w = uni(rng, 0.26, 0.4)
-    across = bump((X - x)*(1/w))
+    across = bump((X - x) * (1 / w))
     if kind == 'fluid':
-        h = uni(rng, 0.17, 0.26)*across
-        out = pulled(img, 0*X, h*bump(np.maximum(y - Y, 0)*(1/0.75))*(Y < y))
-        pocket = step(abs(Y - y + 0.35*h) - 0.62*h + 0.008, 0.014)*(across > 0.02)
-        return out*(1 - pocket) + pocket*(0.12 + 0.08*noise(rng, S, 100))
+        h = uni(rng, 0.17, 0.26) * across
+        out = pulled(img, 0 * X, h * bump(np.maximum(y - Y, 0) * (1 / 0.75)) * (Y < y))
+        pocket = step(abs(Y - y + 0.35 * h) - 0.62 * h + 0.008, 0.014) * (across > 0.02)
+        return out * (1 - pocket) + pocket * (0.12 + 0.08 * noise(rng, S, 100))
     if kind == 'thinning':
-        wasted = bump((X - x)*(1.4/w))*bump((Y - y)*(1/0.5))
-        return pulled(img, 0*X, across*uni(rng, 0.14, 0.2)*np.clip((Y - y)*(1/0.3), -1, 1)*bump((Y - y)*(1/0.7)))*(1 - np.minimum(1.5*wasted, 1)*uni(rng, 0.5, 0.65))
+        wasted = bump((X - x) * (1.4 / w)) * bump((Y - y) * (1 / 0.5))
+        return pulled(
+            img,
+            0 * X,
+            across
+            * uni(rng, 0.14, 0.2)
+            * np.clip((Y - y) * (1 / 0.3), -1, 1)
+            * bump((Y - y) * (1 / 0.7)),
+        ) * (1 - np.minimum(1.5 * wasted, 1) * uni(rng, 0.5, 0.65))
     if kind == 'waviness':
-        return pulled(img, 0*X, across*bump((Y - y)*(1/0.6))*uni(rng, 0.07, 0.1)*wave((X - x)*uni(rng, 3., 4.5)))
+        return pulled(
+            img,
+            0 * X,
+            across
+            * bump((Y - y) * (1 / 0.6))
+            * uni(rng, 0.07, 0.1)
+            * wave((X - x) * uni(rng, 3.0, 4.5)),
+        )
     return mass(img, kind, rng, X, Y, x, y, 1.6)
 
 # %% ../../nbs/rendered/medical.ipynb #ffc08f5d
 def cell_lesion(img, kind, rng, X, Y, x, y):
     "Draw a diseased cell: giant or many nuclei, a star-shaped or a burst body, or parasites."
-    S, r, x, y = X.shape[0], uni(rng, 0.15, 0.21), 0.8*x, 0.8*y
-    pale, dark = img.max((1, 2))[:, None, None]*0.86, np.sort(img.reshape(3, -1), 1)[:, S*S//50][:, None, None]
-    flesh, grain = 0.6*pale + 0.4*dark, 0.75 + 0.5*noise(rng, S, 44)
-    over = lambda im, a, c: im*(1 - a) + c*a
+    S, r, x, y = X.shape[0], uni(rng, 0.15, 0.21), 0.8 * x, 0.8 * y
+    pale, dark = (
+        img.max((1, 2))[:, None, None] * 0.86,
+        np.sort(img.reshape(3, -1), 1)[:, S * S // 50][:, None, None],
+    )
+    flesh, grain = 0.6 * pale + 0.4 * dark, 0.75 + 0.5 * noise(rng, S, 44)
+    over = lambda im, a, c: im * (1 - a) + c * a
     body = blob(rng, X, Y, x, y, r, 0.35)
-    if kind == 'giant_nucleus': return over(over(img, step(body - 0.04, 0.012), flesh), step(body + 0.03, 0.014), dark*1.05*grain)
+    if kind == 'giant_nucleus':
+        return over(
+            over(img, step(body - 0.04, 0.012), flesh),
+            step(body + 0.03, 0.014),
+            dark * 1.05 * grain,
+        )
     if kind == 'malformed_cell':
         star = path(rng, X, Y, x, y, 0.11, 3, 0.3, 0.06)
-        for _ in range(2): star = np.minimum(star, path(rng, X, Y, x, y, 0.1, 3, 0.12, 0.045))
-        star = star + 0.05*(noise(rng, S, 20) - 0.5)
-        return over(over(img, step(star, 0.012), flesh*(0.62 + 0.3*noise(rng, S, 40))), step(disc(X, Y, 0.055, x, y), 0.014), dark*grain)
+        for _ in range(2):
+            star = np.minimum(star, path(rng, X, Y, x, y, 0.1, 3, 0.12, 0.045))
+        star = star + 0.05 * (noise(rng, S, 20) - 0.5)
+        return over(
+            over(img, step(star, 0.012), flesh * (0.62 + 0.3 * noise(rng, S, 40))),
+            step(disc(X, Y, 0.055, x, y), 0.014),
+            dark * grain,
+        )
     if kind == 'many_nuclei':
-        spots = np.min([disc(X, Y, uni(rng, 0.032, 0.05), x + 0.7*r*uni(rng, -1, 1), y + 0.7*r*uni(rng, -1, 1)) for _ in range(6)], 0)
-        return over(over(img, step(body, 0.012), flesh*(0.72 + 0.3*noise(rng, S, 40))), step(spots, 0.012), dark*grain)
-    if kind == 'vacuole': return over(over(img, step(abs(body) - 0.016, 0.014), flesh*0.85), step(body + 0.02, 0.016), pale*1.03)
+        spots = np.min(
+            [
+                disc(
+                    X,
+                    Y,
+                    uni(rng, 0.032, 0.05),
+                    x + 0.7 * r * uni(rng, -1, 1),
+                    y + 0.7 * r * uni(rng, -1, 1),
+                )
+                for _ in range(6)
+            ],
+            0,
+        )
+        return over(
+            over(img, step(body, 0.012), flesh * (0.72 + 0.3 * noise(rng, S, 40))),
+            step(spots, 0.012),
+            dark * grain,
+        )
+    if kind == 'vacuole':
+        return over(
+            over(img, step(abs(body) - 0.016, 0.014), flesh * 0.85),
+            step(body + 0.02, 0.016),
+            pale * 1.03,
+        )
     if kind == 'parasites':
-        rods = np.min([path(rng, X, Y, x + 0.2*uni(rng, -1, 1), y + 0.2*uni(rng, -1, 1), 0.05, 2, 0.1, 0.014) for _ in range(8)], 0)
-        return over(img, step(rods, 0.01), dark*0.85)
+        rods = np.min(
+            [
+                path(
+                    rng,
+                    X,
+                    Y,
+                    x + 0.2 * uni(rng, -1, 1),
+                    y + 0.2 * uni(rng, -1, 1),
+                    0.05,
+                    2,
+                    0.1,
+                    0.014,
+                )
+                for _ in range(8)
+            ],
+            0,
+        )
+        return over(img, step(rods, 0.01), dark * 0.85)
     return mass(img, kind, rng, X, Y, x, y, 1.6)
 
 # %% ../../nbs/rendered/medical.ipynb #1fb4619a
 SLICE = ('bright_mass', 'dark_cyst', 'ring_mass', 'bleed', 'swelling', 'calcification')
 
-MEDICAL = tuple(Kind(f.__name__, noun, f, defects, texture, structure=(), mar=draw, over=()) for f, noun, defects, texture, draw in (
-    (brain_slice, 'brain slice', SLICE, False, lesion), (liver_slice, 'abdomen slice', SLICE, False, lesion), (chest, 'chest film', ('bright_mass', 'ring_mass', 'bleed', 'swelling', 'calcification'), True, lung_lesion),
-    (retina, 'retina scan', ('fluid', 'thinning', 'waviness', 'dark_cyst', 'bright_mass'), True, eye_lesion),
-    (cell_smear, 'cell smear', ('giant_nucleus', 'malformed_cell', 'many_nuclei', 'vacuole', 'parasites'), True, cell_lesion)))
+# %% ../../nbs/rendered/medical.ipynb #3f72410b
+MEDICAL = tuple(
+    Kind(f.__name__, noun, f, defects, texture, structure=(), mar=draw, over=())
+    for f, noun, defects, texture, draw in (
+        (brain_slice, 'brain slice', SLICE, False, lesion),
+        (liver_slice, 'abdomen slice', SLICE, False, lesion),
+        (
+            chest,
+            'chest film',
+            ('bright_mass', 'ring_mass', 'bleed', 'swelling', 'calcification'),
+            True,
+            lung_lesion,
+        ),
+        (
+            retina,
+            'retina scan',
+            ('fluid', 'thinning', 'waviness', 'dark_cyst', 'bright_mass'),
+            True,
+            eye_lesion,
+        ),
+        (
+            cell_smear,
+            'cell smear',
+            ('giant_nucleus', 'malformed_cell', 'many_nuclei', 'vacuole', 'parasites'),
+            True,
+            cell_lesion,
+        ),
+    )
+)
 
-MEDICAL_REV = 1     # raised when anything in this module changes the pixels of a rendered image
+# %% ../../nbs/rendered/medical.ipynb #f30b5d81
+MEDICAL_REV = 1  # raised when anything in this module changes the pixels of a rendered image
 
-def render_medical(**how)->Path:
+
+def render_medical(**how) -> Path:
     "Render `procad-med`, one design of every kind (`render_set` takes the rest)."
-    return render_set('procad-med', {k.name: design(k, 'med') for k in MEDICAL}, revs=dict(medical=MEDICAL_REV), **how)
+    return render_set(
+        'procad-med',
+        {k.name: design(k, 'med') for k in MEDICAL},
+        revs=dict(medical=MEDICAL_REV),
+        **how,
+    )

@@ -12,292 +12,652 @@ __all__ = ['ON_SURFACE', 'ASSEMBLY', 'SMOOTH', 'REPEATED', 'NOVEL', 'NOVEL_REV',
 # %% ../../nbs/rendered/novel.ipynb #73ee2b88
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
-from .procad import Kind, Part, box, cover, design, disc, ngon, noise, pick, render_set, rgb, rod, turn, uni, wave
+
+from zsad.rendered.procad import (
+    Kind,
+    Part,
+    box,
+    cover,
+    design,
+    disc,
+    ngon,
+    noise,
+    pick,
+    render_set,
+    rgb,
+    rod,
+    turn,
+    uni,
+    wave,
+)
 
 # %% ../../nbs/rendered/novel.ipynb #7c469ce1
-def tiles(rng, i, j, n:int=16):
+def tiles(rng, i, j, n: int = 16):
     "Draw a random number in [0, 1) for every lattice cell (i, j), repeating after `n` cells."
     return rng.random((n, n), dtype='f4')[j % n, i % n]
+
 
 def cells(u):
     "Split a coordinate into the number of its lattice cell and the place in it, -0.5 to 0.5."
     i = np.floor(u)
     return i.astype(int), u - i - 0.5
 
+# %% ../../nbs/rendered/novel.ipynb #a31d7f5e
 def cork(X, Y, g, v, form, hue):
     "Pressed cork: granules of many browns with dark seams and pores."
-    n, S = 5.5 + 3*form, X.shape[0]
-    (i, p), (j, q) = cells(X*n + 0.35*noise(v, S, 9) + 8*uni(v)), cells(Y*n + 0.35*noise(v, S, 9) + 8*uni(v))
-    jitter, first, second, tone = v.random((3, 32, 32), dtype='f4'), 9., 9., 0.
+    n, S = 5.5 + 3 * form, X.shape[0]
+    (i, p), (j, q) = (
+        cells(X * n + 0.35 * noise(v, S, 9) + 8 * uni(v)),
+        cells(Y * n + 0.35 * noise(v, S, 9) + 8 * uni(v)),
+    )
+    jitter, first, second, tone = v.random((3, 32, 32), dtype='f4'), 9.0, 9.0, 0.0
     for a in (-1, 0, 1):
         for b in (-1, 0, 1):
             px, py, c = jitter[:, (j + b) % 32, (i + a) % 32]
-            dx, dy = p + 0.5 - a - px, q + 0.5 - b - py; d = dx*dx + dy*dy
-            tone, second, first = np.where(d < first, c, tone), np.where(d < first, first, np.minimum(second, d)), np.minimum(d, first)
-    seam = np.clip((np.sqrt(second) - np.sqrt(first))*7 + 0.15, 0, 1)
-    light, dark = rgb(0.08 + 0.03*hue, 0.5, 0.8), rgb(0.05 + 0.03*hue, 0.65, 0.36)
-    tone = np.clip(tone*tone*0.8 + 0.3*noise(v, S, 50, 1) + 0.7*(noise(v, S, 5, 2) - 0.5), 0, 1)
-    pore = np.clip(noise(v, S, 28, 3)*9 - 6.2, 0, 1)
-    return (light[:, None, None]*(1 - tone) + dark[:, None, None]*tone)*((0.62 + 0.38*seam)*(1 - 0.55*pore))
+            dx, dy = p + 0.5 - a - px, q + 0.5 - b - py
+            d = dx * dx + dy * dy
+            tone, second, first = (
+                np.where(d < first, c, tone),
+                np.where(d < first, first, np.minimum(second, d)),
+                np.minimum(d, first),
+            )
+    seam = np.clip((np.sqrt(second) - np.sqrt(first)) * 7 + 0.15, 0, 1)
+    light, dark = rgb(0.08 + 0.03 * hue, 0.5, 0.8), rgb(0.05 + 0.03 * hue, 0.65, 0.36)
+    tone = np.clip(
+        tone * tone * 0.8 + 0.3 * noise(v, S, 50, 1) + 0.7 * (noise(v, S, 5, 2) - 0.5), 0, 1
+    )
+    pore = np.clip(noise(v, S, 28, 3) * 9 - 6.2, 0, 1)
+    return (light[:, None, None] * (1 - tone) + dark[:, None, None] * tone) * (
+        (0.62 + 0.38 * seam) * (1 - 0.55 * pore)
+    )
 
 # %% ../../nbs/rendered/novel.ipynb #cd9f9496
 def paving(X, Y, g, v, form, hue):
     "Paving stones in running bond with sanded joints."
-    n, S, a, b = 2.2 + 1.6*form, X.shape[0], rgb(0.02 + 0.12*hue, 0.45, 0.62), rgb(0.6 + 0.2*hue, 0.14, 0.5)
-    U, V = X + 0.02*noise(v, S, 8) + uni(v, -0.05, 0.05), Y + 0.02*noise(v, S, 8) + uni(v, -0.05, 0.05)
-    j, q = cells(V*n); i, p = cells(U*(n*0.55) + 0.5*(j % 2).astype('f4'))
-    d = box(p*(1/(n*0.55)), q*(1/n), 0.5/(n*0.55) - 0.03, 0.5/n - 0.03, 0.03)
-    mix, tone = tiles(v, i, j), 0.6 + 0.55*tiles(v, i, j)
-    rough = 0.8 + 0.16*noise(v, S, 70) + 0.24*noise(v, S, 14, 2)
-    stone = (a[:, None, None]*mix + b[:, None, None]*(1 - mix))*(tone*rough*(1 - 0.35*np.clip(1 + d*25, 0, 1)))
-    c, joint = cover(d, 1.5), rgb(0.1, 0.25, 0.5 + 0.2*uni(g))
-    return stone*c + joint[:, None, None]*(0.45 + 0.35*noise(v, S, 60) + 0.4*noise(v, S, 6))*(1 - c)
+    n, S, a, b = (
+        2.2 + 1.6 * form,
+        X.shape[0],
+        rgb(0.02 + 0.12 * hue, 0.45, 0.62),
+        rgb(0.6 + 0.2 * hue, 0.14, 0.5),
+    )
+    U, V = (
+        X + 0.02 * noise(v, S, 8) + uni(v, -0.05, 0.05),
+        Y + 0.02 * noise(v, S, 8) + uni(v, -0.05, 0.05),
+    )
+    j, q = cells(V * n)
+    i, p = cells(U * (n * 0.55) + 0.5 * (j % 2).astype('f4'))
+    d = box(p * (1 / (n * 0.55)), q * (1 / n), 0.5 / (n * 0.55) - 0.03, 0.5 / n - 0.03, 0.03)
+    mix, tone = tiles(v, i, j), 0.6 + 0.55 * tiles(v, i, j)
+    rough = 0.8 + 0.16 * noise(v, S, 70) + 0.24 * noise(v, S, 14, 2)
+    stone = (a[:, None, None] * mix + b[:, None, None] * (1 - mix)) * (
+        tone * rough * (1 - 0.35 * np.clip(1 + d * 25, 0, 1))
+    )
+    c, joint = cover(d, 1.5), rgb(0.1, 0.25, 0.5 + 0.2 * uni(g))
+    return stone * c + joint[:, None, None] * (
+        0.45 + 0.35 * noise(v, S, 60) + 0.4 * noise(v, S, 6)
+    ) * (1 - c)
 
+# %% ../../nbs/rendered/novel.ipynb #6e58e51d
 def wicker(X, Y, g, v, form, hue):
     "Basket weave: flat willow strands pass over and under upright stakes."
-    f, S, a, b = 3.4 + 1.8*form, X.shape[0], rgb(0.08 + 0.04*hue, 0.5, 0.85), rgb(0.06 + 0.05*hue, 0.6, 0.55)
-    U, V = (X + 0.02*noise(v, S, 5) + uni(v, -0.03, 0.03))*f, (Y + 0.02*noise(v, S, 5) + uni(v, -0.03, 0.03))*f*1.8
+    f, S, a, b = (
+        3.4 + 1.8 * form,
+        X.shape[0],
+        rgb(0.08 + 0.04 * hue, 0.5, 0.85),
+        rgb(0.06 + 0.05 * hue, 0.6, 0.55),
+    )
+    U, V = (
+        (X + 0.02 * noise(v, S, 5) + uni(v, -0.03, 0.03)) * f,
+        (Y + 0.02 * noise(v, S, 5) + uni(v, -0.03, 0.03)) * f * 1.8,
+    )
     (i, p), (j, q) = cells(U), cells(V)
     over = (i + j) % 2 == 0
-    strand = (1.05 - 1.9*q*q*1.2)*(0.6 + 0.45*wave(0.5*p + 0.25))*(0.85 + 0.3*noise(v, S, 9, 3, 8))*(0.75 + 0.4*tiles(v, (U*0.5).astype(int), j))
-    stake = (1.02 - 2.6*p*p)*(0.5 + 0.3*wave(0.5*q + 0.25))*(0.8 + 0.35*noise(v, S, 70, 1, 0.1))*(0.75 + 0.4*tiles(v, i, 0*i))
-    return np.where(over, a[:, None, None]*strand, b[:, None, None]*stake)
+    strand = (
+        (1.05 - 1.9 * q * q * 1.2)
+        * (0.6 + 0.45 * wave(0.5 * p + 0.25))
+        * (0.85 + 0.3 * noise(v, S, 9, 3, 8))
+        * (0.75 + 0.4 * tiles(v, (U * 0.5).astype(int), j))
+    )
+    stake = (
+        (1.02 - 2.6 * p * p)
+        * (0.5 + 0.3 * wave(0.5 * q + 0.25))
+        * (0.8 + 0.35 * noise(v, S, 70, 1, 0.1))
+        * (0.75 + 0.4 * tiles(v, i, 0 * i))
+    )
+    return np.where(over, a[:, None, None] * strand, b[:, None, None] * stake)
 
 # %% ../../nbs/rendered/novel.ipynb #c9f19502
 def tread_plate(X, Y, g, v, form, hue):
     "Rolled sheet metal: raised lenses in two directions on a brushed ground."
-    f, S, c = 2.6 + 1.4*form, X.shape[0], rgb(0.55 + 0.2*hue, 0.1, 0.62)
+    f, S, c = 2.6 + 1.4 * form, X.shape[0], rgb(0.55 + 0.2 * hue, 0.1, 0.62)
     X, Y = turn(X + uni(v, -0.03, 0.03), Y + uni(v, -0.03, 0.03), 0.125)
-    (i, p), (j, q) = cells(X*f), cells(Y*f); p, q = p*(1/f), q*(1/f)
+    (i, p), (j, q) = cells(X * f), cells(Y * f)
+    p, q = p * (1 / f), q * (1 / f)
     p, q = np.where((i + j) % 2, p, q), np.where((i + j) % 2, q, p)
-    w, L = 0.17/f, 0.46/f; R = (L*L + w*w)/(2*w)
-    d = np.maximum(disc(p, q, R, 0., R - w), disc(p, q, R, 0., w - R))
-    h, slope = np.clip(d*-14, 0, 1), np.zeros_like(d)
-    slope[1:, 1:] = 1.5*(h[1:, 1:] - h[:-1, 1:]) + 0.4*(h[1:, 1:] - h[1:, :-1])
-    brushed = 0.72 + 0.3*noise(v, S, 4, 4, 14) + 0.3*noise(v, S, 4, 2)
-    worn = np.clip(noise(v, S, 9, 2)*5 - 2.6, 0, 1)
-    return c[:, None, None]*(brushed*(0.9 + 0.28*h + 0.1*worn) + 1.9*slope)
+    w, L = 0.17 / f, 0.46 / f
+    R = (L * L + w * w) / (2 * w)
+    d = np.maximum(disc(p, q, R, 0.0, R - w), disc(p, q, R, 0.0, w - R))
+    h, slope = np.clip(d * -14, 0, 1), np.zeros_like(d)
+    slope[1:, 1:] = 1.5 * (h[1:, 1:] - h[:-1, 1:]) + 0.4 * (h[1:, 1:] - h[1:, :-1])
+    brushed = 0.72 + 0.3 * noise(v, S, 4, 4, 14) + 0.3 * noise(v, S, 4, 2)
+    worn = np.clip(noise(v, S, 9, 2) * 5 - 2.6, 0, 1)
+    return c[:, None, None] * (brushed * (0.9 + 0.28 * h + 0.1 * worn) + 1.9 * slope)
 
 # %% ../../nbs/rendered/novel.ipynb #5df22869
 def zip_fastener(X, Y, g, v, form, hue):
     "A closed zip: two tapes with seams, two rows of teeth that interlock, a slider with its pull."
-    n, S, c, metal = 6 + int(4*form), X.shape[0], rgb(hue, 0.5, 0.3 + 0.35*uni(g)), rgb(0.11, uni(g, 0., 0.5), 0.6)
-    weave = 0.8 + 0.1*wave(Y*22. + 0.3*wave(X*18.)) + 0.35*noise(v, S, 26, 2)
-    parts = [Part('tape', box(X - s*0.43, Y, 0.41, 0.88, 0.03), c, 0.15, weave) for s in (-1, 1)]
-    dash = abs(Y*9 + uni(v) - np.floor(Y*9 + uni(v)) - 0.5)*(1/9) - 0.036
-    parts.append(Part('seam', np.maximum(np.maximum(abs(abs(X) - 0.68) - 0.018, abs(Y) - 0.86), dash), c*0.6 + 0.3, 0.1))
-    p = 1.7/n
+    n, S, c, metal = (
+        6 + int(4 * form),
+        X.shape[0],
+        rgb(hue, 0.5, 0.3 + 0.35 * uni(g)),
+        rgb(0.11, uni(g, 0.0, 0.5), 0.6),
+    )
+    weave = 0.8 + 0.1 * wave(Y * 22.0 + 0.3 * wave(X * 18.0)) + 0.35 * noise(v, S, 26, 2)
+    parts = [Part('tape', box(X - s * 0.43, Y, 0.41, 0.88, 0.03), c, 0.15, weave) for s in (-1, 1)]
+    dash = abs(Y * 9 + uni(v) - np.floor(Y * 9 + uni(v)) - 0.5) * (1 / 9) - 0.036
+    parts.append(
+        Part(
+            'seam',
+            np.maximum(np.maximum(abs(abs(X) - 0.68) - 0.018, abs(Y) - 0.86), dash),
+            c * 0.6 + 0.3,
+            0.1,
+        )
+    )
+    p = 1.7 / n
     for s in (-1, 1):
-        q = (Y + s*p*0.25)*(1/p) + uni(v, -0.03, 0.03); r = (q - np.floor(q) - 0.5)*p
-        tooth = np.minimum(box(X - s*0.12, r, 0.12, p*0.17, 0.02), disc(X, r, p*0.23, s*0.01))
-        parts.append(Part('teeth', np.maximum(tooth, abs(Y) - 0.84), metal*(1 + 0.03*s), 0.5))
+        q = (Y + s * p * 0.25) * (1 / p) + uni(v, -0.03, 0.03)
+        r = (q - np.floor(q) - 0.5) * p
+        tooth = np.minimum(
+            box(X - s * 0.12, r, 0.12, p * 0.17, 0.02), disc(X, r, p * 0.23, s * 0.01)
+        )
+        parts.append(Part('teeth', np.maximum(tooth, abs(Y) - 0.84), metal * (1 + 0.03 * s), 0.5))
     y = -0.5 + uni(v, -0.03, 0.03)
-    parts.append(Part('slider', np.maximum(box(X, Y - y, 0.3, 0.2, 0.08), abs(X) - 0.24 - 0.3*(y - Y)), metal*0.9, 0.6))
-    parts.append(Part('pull', np.maximum(rod(X, Y, 0., y + 0.08, 0., y + 0.5, 0.1), -rod(X, Y, 0., y + 0.42, 0., y + 0.5, 0.045)), metal*1.1, 0.5, None, True))
-    parts += [Part('tack', box(X - s*0.42, Y - 0.5, 0.14, 0.06, 0.02), c*0.5 + 0.42, 0.2, weave, True) for s in (-1, 1)]
-    return parts + [Part('stop', box(X - s*0.15, Y + 0.8, 0.12, 0.07, 0.02), metal*0.9, 0.5, None, True) for s in (-1, 1)]
+    parts.append(
+        Part(
+            'slider',
+            np.maximum(box(X, Y - y, 0.3, 0.2, 0.08), abs(X) - 0.24 - 0.3 * (y - Y)),
+            metal * 0.9,
+            0.6,
+        )
+    )
+    parts.append(
+        Part(
+            'pull',
+            np.maximum(
+                rod(X, Y, 0.0, y + 0.08, 0.0, y + 0.5, 0.1),
+                -rod(X, Y, 0.0, y + 0.42, 0.0, y + 0.5, 0.045),
+            ),
+            metal * 1.1,
+            0.5,
+            None,
+            True,
+        )
+    )
+    parts += [
+        Part('tack', box(X - s * 0.42, Y - 0.5, 0.14, 0.06, 0.02), c * 0.5 + 0.42, 0.2, weave, True)
+        for s in (-1, 1)
+    ]
+    return parts + [
+        Part('stop', box(X - s * 0.15, Y + 0.8, 0.12, 0.07, 0.02), metal * 0.9, 0.5, None, True)
+        for s in (-1, 1)
+    ]
 
 # %% ../../nbs/rendered/novel.ipynb #a5cb1a6d
 def toothbrush(X, Y, g, v, form, hue):
     "The head of a toothbrush with tufts in rows, seen from above."
-    n, S, c = 4 + int(2*form), X.shape[0], rgb(hue, 0.6, 0.75)
-    a, b, hair = rgb(hue + 0.2 + 0.2*uni(g), 0.5, 0.85), rgb(hue + 0.5, 0.08, 0.9), 0.6 + 0.6*noise(v, S, 75, 2)
-    parts = [Part('handle', np.minimum(box(X + 0.08, Y, 0.84, 0.5, 0.34), box(X - 0.9, Y, 0.4, 0.2)), c, 0.5), Part('bed', box(X + 0.08, Y, 0.75, 0.41, 0.27), c*0.72, -0.2)]
-    for k in range(3*n):
-        x, y = (k//3 - (n - 1)/2)*(1.4/n) - 0.08 + uni(v, -0.014, 0.014), (k % 3 - 1)*0.27 + uni(v, -0.014, 0.014)
-        parts.append(Part('tuft', disc(X, Y, 0.112 + uni(v, -0.007, 0.007), x, y), (a, b)[(k//3 + k) % 2], 0.5, hair, True))
+    n, S, c = 4 + int(2 * form), X.shape[0], rgb(hue, 0.6, 0.75)
+    a, b, hair = (
+        rgb(hue + 0.2 + 0.2 * uni(g), 0.5, 0.85),
+        rgb(hue + 0.5, 0.08, 0.9),
+        0.6 + 0.6 * noise(v, S, 75, 2),
+    )
+    parts = [
+        Part(
+            'handle',
+            np.minimum(box(X + 0.08, Y, 0.84, 0.5, 0.34), box(X - 0.9, Y, 0.4, 0.2)),
+            c,
+            0.5,
+        ),
+        Part('bed', box(X + 0.08, Y, 0.75, 0.41, 0.27), c * 0.72, -0.2),
+    ]
+    for k in range(3 * n):
+        x, y = (
+            (k // 3 - (n - 1) / 2) * (1.4 / n) - 0.08 + uni(v, -0.014, 0.014),
+            (k % 3 - 1) * 0.27 + uni(v, -0.014, 0.014),
+        )
+        parts.append(
+            Part(
+                'tuft',
+                disc(X, Y, 0.112 + uni(v, -0.007, 0.007), x, y),
+                (a, b)[(k // 3 + k) % 2],
+                0.5,
+                hair,
+                True,
+            )
+        )
     return parts
 
 # %% ../../nbs/rendered/novel.ipynb #1ad18f74
 def almond(X, Y, g, v, form, hue):
     "An almond in its skin: ridges that meet at both tips."
-    S, w, L = X.shape[0], 0.52 + 0.12*form, 0.83
-    U, V = turn(X, Y, uni(g, -0.1, 0.1) + uni(v, -0.01, 0.01)); V = V*(1 + 0.28*U)
-    R = (L*L + w*w)/(2*w)
-    d = np.maximum(disc(U, V, R, 0., R - w), disc(U, V, R, 0., w - R)) - 0.07
-    q = np.clip(V/(np.sqrt(np.maximum(R*R - U*U, 0.1)) - (R - w) + 0.1), -1.2, 1.2)
-    ridge = 0.86 + 0.16*wave(q*(2.6 + 1.5*form) + 1.1*noise(v, S, 5, 2) + uni(v)) + 0.16*wave(q*(5.2 + 3*form) + 1.6*noise(v, S, 7, 2))*noise(v, S, 4)
-    skin = ridge*(1.08 - 0.4*q*q)*(0.78 + 0.4*noise(v, S, 22, 3))*(0.72 + 0.56*noise(v, S, 6, 2))
-    c = rgb(0.05 + 0.04*hue, 0.58, 0.68)
-    return [Part('skin', d, c, 0.25, skin), Part('scar', np.maximum(disc(U*0.6, V, 0.11, 0.47, 0.), d), c*1.25, 0.15, skin, True)]
+    S, w, L = X.shape[0], 0.52 + 0.12 * form, 0.83
+    U, V = turn(X, Y, uni(g, -0.1, 0.1) + uni(v, -0.01, 0.01))
+    V = V * (1 + 0.28 * U)
+    R = (L * L + w * w) / (2 * w)
+    d = np.maximum(disc(U, V, R, 0.0, R - w), disc(U, V, R, 0.0, w - R)) - 0.07
+    q = np.clip(V / (np.sqrt(np.maximum(R * R - U * U, 0.1)) - (R - w) + 0.1), -1.2, 1.2)
+    ridge = (
+        0.86
+        + 0.16 * wave(q * (2.6 + 1.5 * form) + 1.1 * noise(v, S, 5, 2) + uni(v))
+        + 0.16 * wave(q * (5.2 + 3 * form) + 1.6 * noise(v, S, 7, 2)) * noise(v, S, 4)
+    )
+    skin = (
+        ridge
+        * (1.08 - 0.4 * q * q)
+        * (0.78 + 0.4 * noise(v, S, 22, 3))
+        * (0.72 + 0.56 * noise(v, S, 6, 2))
+    )
+    c = rgb(0.05 + 0.04 * hue, 0.58, 0.68)
+    return [
+        Part('skin', d, c, 0.25, skin),
+        Part('scar', np.maximum(disc(U * 0.6, V, 0.11, 0.47, 0.0), d), c * 1.25, 0.15, skin, True),
+    ]
 
 # %% ../../nbs/rendered/novel.ipynb #7dc88798
 def light_bulb(X, Y, g, v, form, hue):
     "A light bulb: glass, stem, filament on two posts, threaded cap."
-    S, R, dark, x = X.shape[0], 0.56 + 0.05*form, np.array([0.3, 0.27, 0.25], 'f4'), 0.24 + 0.08*uni(g)
-    cone, ball = np.maximum(abs(X) - 0.27 - (0.5 - Y)*0.3, np.maximum(-0.1 - Y, Y - 0.5)), disc(X, Y, R, 0., -0.34)
-    blend = np.maximum(0.3 - abs(cone - ball), 0)*np.clip(2*Y + 0.3, 0, 1)           # the two shapes flow into each other
-    glow = 0.84 + 0.14*noise(v, S, 5, 2) + 0.12*wave(0.2*X + 0.3*Y)
+    S, R, dark, x = (
+        X.shape[0],
+        0.56 + 0.05 * form,
+        np.array([0.3, 0.27, 0.25], 'f4'),
+        0.24 + 0.08 * uni(g),
+    )
+    cone, ball = (
+        np.maximum(abs(X) - 0.27 - (0.5 - Y) * 0.3, np.maximum(-0.1 - Y, Y - 0.5)),
+        disc(X, Y, R, 0.0, -0.34),
+    )
+    blend = np.maximum(0.3 - abs(cone - ball), 0) * np.clip(
+        2 * Y + 0.3, 0, 1
+    )  # the two shapes flow into each other
+    glow = 0.84 + 0.14 * noise(v, S, 5, 2) + 0.12 * wave(0.2 * X + 0.3 * Y)
     glass, brass = rgb(hue, 0.16, 0.85), rgb(0.12, uni(g, 0.1, 0.5), 0.72)
-    parts = [Part('cap', box(X, Y - 0.69, 0.29, 0.22, 0.05), brass, 0.4, (0.75 + 0.25*wave((Y + 0.16*X)*8.))*(0.85 + 0.3*noise(v, S, 9, 2))), Part('tip', box(X, Y - 0.93, 0.13, 0.05, 0.03), dark, 0.4),
-             Part('glass', np.minimum(ball, cone) - blend*blend*0.7, glass, 0.5, glow), Part('stem', rod(X, Y, 0., 0.44, 0., 0.1, 0.09), glass*0.82, 0.3, glow)]
-    parts += [Part('post', rod(X, Y, s*0.05, 0.1, s*x, -0.36, 0.024), dark, 0.2, None, True) for s in (-1, 1)]
-    zig = [(x*(k/3 - 1), -0.36 - 0.13*(k % 2) + uni(v, -0.015, 0.015)) for k in range(7)]
+    parts = [
+        Part(
+            'cap',
+            box(X, Y - 0.69, 0.29, 0.22, 0.05),
+            brass,
+            0.4,
+            (0.75 + 0.25 * wave((Y + 0.16 * X) * 8.0)) * (0.85 + 0.3 * noise(v, S, 9, 2)),
+        ),
+        Part('tip', box(X, Y - 0.93, 0.13, 0.05, 0.03), dark, 0.4),
+        Part('glass', np.minimum(ball, cone) - blend * blend * 0.7, glass, 0.5, glow),
+        Part('stem', rod(X, Y, 0.0, 0.44, 0.0, 0.1, 0.09), glass * 0.82, 0.3, glow),
+    ]
+    parts += [
+        Part('post', rod(X, Y, s * 0.05, 0.1, s * x, -0.36, 0.024), dark, 0.2, None, True)
+        for s in (-1, 1)
+    ]
+    zig = [(x * (k / 3 - 1), -0.36 - 0.13 * (k % 2) + uni(v, -0.015, 0.015)) for k in range(7)]
     coil = np.min([rod(X, Y, *zig[k], *zig[k + 1], 0.026) for k in range(6)], 0)
     parts.append(Part('filament', coil, rgb(0.07, 0.6, 0.5), 0.2, None, True))
-    return parts + [Part('print', box(X - 0.2*k, Y + 0.66, 0.07, 0.06, 0.02), dark, 0.) for k in (-1, 0, 1)] + [Part('glint', rod(X, Y, -0.36, -0.42, -0.22, -0.64, 0.045), np.array([0.95, 0.96, 0.97], 'f4'), 0.)]
+    return (
+        parts
+        + [
+            Part('print', box(X - 0.2 * k, Y + 0.66, 0.07, 0.06, 0.02), dark, 0.0)
+            for k in (-1, 0, 1)
+        ]
+        + [
+            Part(
+                'glint',
+                rod(X, Y, -0.36, -0.42, -0.22, -0.64, 0.045),
+                np.array([0.95, 0.96, 0.97], 'f4'),
+                0.0,
+            )
+        ]
+    )
 
 # %% ../../nbs/rendered/novel.ipynb #bae5d96a
 def key(X, Y, g, v, form, hue):
     "A flat key: bow with a hole, grooved blade, bits of different heights."
-    S, metal, m = X.shape[0], rgb(0.11 + 0.03*hue, uni(g, 0.05, 0.5), 0.7), 5
-    brushed = 0.78 + 0.24*noise(v, S, 4, 4, 12) + 0.2*noise(v, S, 8, 2)
-    bow = np.maximum(ngon(X + 0.45, Y, (6, 8, 4)[int(form*3)], 0.46, 0.0625), disc(X, Y, 0.5, -0.45, 0.))
-    blade = np.maximum(box(X - 0.3, Y + 0.04, 0.64, 0.17, 0.02), ngon(X - 0.2, Y + 0.04, 4, 0.5, 0.125))
+    S, metal, m = X.shape[0], rgb(0.11 + 0.03 * hue, uni(g, 0.05, 0.5), 0.7), 5
+    brushed = 0.78 + 0.24 * noise(v, S, 4, 4, 12) + 0.2 * noise(v, S, 8, 2)
+    bow = np.maximum(
+        ngon(X + 0.45, Y, (6, 8, 4)[int(form * 3)], 0.46, 0.0625), disc(X, Y, 0.5, -0.45, 0.0)
+    )
+    blade = np.maximum(
+        box(X - 0.3, Y + 0.04, 0.64, 0.17, 0.02), ngon(X - 0.2, Y + 0.04, 4, 0.5, 0.125)
+    )
     heights = [pick(g, (0.1, 0.2, 0.3)) for _ in range(m)]
-    parts = [Part('bit', box(X - 0.12 - 0.15*k, Y - 0.1 - h/2, 0.068, h/2 + 0.04, 0.02), metal, 0.4, brushed, True) for k, h in enumerate(heights)]
-    parts += [Part('blank', np.maximum(np.minimum(bow, blade), -disc(X, Y, 0.13, -0.72, 0.)), metal, 0.4, brushed), Part('groove', box(X - 0.34, Y + 0.08, 0.52, 0.025, 0.02), metal*0.6, -0.4, brushed)]
+    parts = [
+        Part(
+            'bit',
+            box(X - 0.12 - 0.15 * k, Y - 0.1 - h / 2, 0.068, h / 2 + 0.04, 0.02),
+            metal,
+            0.4,
+            brushed,
+            True,
+        )
+        for k, h in enumerate(heights)
+    ]
+    parts += [
+        Part(
+            'blank',
+            np.maximum(np.minimum(bow, blade), -disc(X, Y, 0.13, -0.72, 0.0)),
+            metal,
+            0.4,
+            brushed,
+        ),
+        Part('groove', box(X - 0.34, Y + 0.08, 0.52, 0.025, 0.02), metal * 0.6, -0.4, brushed),
+    ]
     y = uni(v, -0.015, 0.015)
-    parts += [Part('print', box(X + 0.34, Y - y - 0.17*k, 0.12, 0.04, 0.01), metal*0.55, 0.2, None, True) for k in (-1, 0, 1)]
-    return parts + [Part('collar', box(X - 0.02, Y + 0.04, 0.04, 0.21, 0.02), metal*1.12, 0.5, brushed, True)]
+    parts += [
+        Part(
+            'print',
+            box(X + 0.34, Y - y - 0.17 * k, 0.12, 0.04, 0.01),
+            metal * 0.55,
+            0.2,
+            None,
+            True,
+        )
+        for k in (-1, 0, 1)
+    ]
+    return parts + [
+        Part('collar', box(X - 0.02, Y + 0.04, 0.04, 0.21, 0.02), metal * 1.12, 0.5, brushed, True)
+    ]
 
+# %% ../../nbs/rendered/novel.ipynb #760d4f8c
 def padlock(X, Y, g, v, form, hue):
     "A closed padlock: shackle, body with a plate, keyhole, lettering, four rivets of two metals."
-    S, R, steel, brass = X.shape[0], 0.4 + 0.06*form, np.array([0.66, 0.67, 0.69], 'f4'), rgb(0.1 + 0.5*round(hue), 0.5, 0.66)
-    brushed = 0.76 + 0.24*noise(v, S, 3, 4, 14) + 0.22*noise(v, S, 6, 2)
-    arch = np.maximum(abs(disc(X, Y, R, 0., -0.36)) - 0.11, Y + 0.36)
+    S, R, steel, brass = (
+        X.shape[0],
+        0.4 + 0.06 * form,
+        np.array([0.66, 0.67, 0.69], 'f4'),
+        rgb(0.1 + 0.5 * round(hue), 0.5, 0.66),
+    )
+    brushed = 0.76 + 0.24 * noise(v, S, 3, 4, 14) + 0.22 * noise(v, S, 6, 2)
+    arch = np.maximum(abs(disc(X, Y, R, 0.0, -0.36)) - 0.11, Y + 0.36)
     leg = np.maximum(abs(abs(X) - R) - 0.11, np.maximum(-0.37 - Y, Y))
-    parts = [Part('shackle', np.minimum(arch, leg), steel, 0.6, 0.8 + 0.3*noise(v, S, 10, 2)), Part('body', box(X, Y - 0.36, 0.76, 0.53, 0.14), brass, 0.5, brushed), Part('plate', box(X, Y - 0.36, 0.5, 0.4, 0.1), brass*0.82, -0.3, brushed)]
-    parts += [Part('rivet', disc(X, Y, 0.075, a*0.62, 0.36 + b*0.36), (steel, brass*0.55)[a*b > 0], 0.6, None, True) for a in (-1, 1) for b in (-1, 1)]
+    parts = [
+        Part('shackle', np.minimum(arch, leg), steel, 0.6, 0.8 + 0.3 * noise(v, S, 10, 2)),
+        Part('body', box(X, Y - 0.36, 0.76, 0.53, 0.14), brass, 0.5, brushed),
+        Part('plate', box(X, Y - 0.36, 0.5, 0.4, 0.1), brass * 0.82, -0.3, brushed),
+    ]
+    parts += [
+        Part(
+            'rivet',
+            disc(X, Y, 0.075, a * 0.62, 0.36 + b * 0.36),
+            (steel, brass * 0.55)[a * b > 0],
+            0.6,
+            None,
+            True,
+        )
+        for a in (-1, 1)
+        for b in (-1, 1)
+    ]
     y = uni(v, -0.015, 0.015)
-    parts += [Part('print', box(X - 0.17*k, Y - 0.1 - y, 0.06, 0.07, 0.02), brass*0.45, 0.1, None, True) for k in (-2, -1, 0, 1, 2)]
-    return parts + [Part('keyhole', np.minimum(disc(X, Y, 0.1, 0., 0.4), box(X, Y - 0.55, 0.045, 0.13)), brass*0.2, -0.3, None, True)]
+    parts += [
+        Part(
+            'print', box(X - 0.17 * k, Y - 0.1 - y, 0.06, 0.07, 0.02), brass * 0.45, 0.1, None, True
+        )
+        for k in (-2, -1, 0, 1, 2)
+    ]
+    return parts + [
+        Part(
+            'keyhole',
+            np.minimum(disc(X, Y, 0.1, 0.0, 0.4), box(X, Y - 0.55, 0.045, 0.13)),
+            brass * 0.2,
+            -0.3,
+            None,
+            True,
+        )
+    ]
 
 # %% ../../nbs/rendered/novel.ipynb #5c99e5eb
 def stamp(X, Y, g, v, form, hue):
     "A postage stamp: perforated paper, frame, a landscape with sun, tree and house, its value."
-    S, w, h, f = X.shape[0], 0.88, 0.66 + 0.14*form, 5.5
+    S, w, h, f = X.shape[0], 0.88, 0.66 + 0.14 * form, 5.5
     paper, ink = np.array([0.9, 0.87, 0.78], 'f4'), rgb(hue, 0.6, 0.45)
-    holes = np.minimum(disc(X - np.floor(X*f + 0.5)*(1/f), abs(Y) - h, 0.042), disc(abs(X) - w, Y - np.floor(Y*f + 0.5)*(1/f), 0.042))
-    fibre, x, y = 0.8 + 0.2*noise(v, S, 40, 2) + 0.2*noise(v, S, 4, 2), uni(v, -0.02, 0.02), uni(v, -0.02, 0.02)
+    holes = np.minimum(
+        disc(X - np.floor(X * f + 0.5) * (1 / f), abs(Y) - h, 0.042),
+        disc(abs(X) - w, Y - np.floor(Y * f + 0.5) * (1 / f), 0.042),
+    )
+    fibre, x, y = (
+        0.8 + 0.2 * noise(v, S, 40, 2) + 0.2 * noise(v, S, 4, 2),
+        uni(v, -0.02, 0.02),
+        uni(v, -0.02, 0.02),
+    )
     A, B = X - x, Y - y
-    lines, sky, c = 0.9 + 0.12*wave(B*13.), box(A, B, w - 0.14, h - 0.14), [rgb(hue + uni(g), 0.65, 0.8) for _ in range(3)]
-    hill = np.maximum(B - 0.12 - 0.1*wave(0.55*A + 0.2), 0)*0 + np.maximum(0.16 + 0.1*wave(0.55*A + 0.2*form) - B, sky + 0.03)
-    parts = [Part('paper', np.maximum(box(X, Y, w, h), -holes), paper, 0.2, fibre), Part('frame', sky, ink, 0., fibre), Part('sky', sky + 0.03, rgb(hue + 0.5, 0.22, 0.86), 0., fibre*lines), Part('hill', hill, rgb(0.3 + 0.1*hue, 0.45, 0.55), 0., fibre*lines)]
-    tree = np.minimum(disc(A*1.2, B, 0.16, -0.48, -0.02), box(A + 0.4, B - 0.2, 0.03, 0.14))
+    lines, sky, c = (
+        0.9 + 0.12 * wave(B * 13.0),
+        box(A, B, w - 0.14, h - 0.14),
+        [rgb(hue + uni(g), 0.65, 0.8) for _ in range(3)],
+    )
+    hill = np.maximum(B - 0.12 - 0.1 * wave(0.55 * A + 0.2), 0) * 0 + np.maximum(
+        0.16 + 0.1 * wave(0.55 * A + 0.2 * form) - B, sky + 0.03
+    )
+    parts = [
+        Part('paper', np.maximum(box(X, Y, w, h), -holes), paper, 0.2, fibre),
+        Part('frame', sky, ink, 0.0, fibre),
+        Part('sky', sky + 0.03, rgb(hue + 0.5, 0.22, 0.86), 0.0, fibre * lines),
+        Part('hill', hill, rgb(0.3 + 0.1 * hue, 0.45, 0.55), 0.0, fibre * lines),
+    ]
+    tree = np.minimum(disc(A * 1.2, B, 0.16, -0.48, -0.02), box(A + 0.4, B - 0.2, 0.03, 0.14))
     house = np.maximum(np.maximum(abs(A - 0.08) - 0.17, B - 0.3), abs(A - 0.08) - 0.22 - (B + 0.05))
-    parts += [Part('sun', disc(A, B, 0.13, 0.46, -0.26), c[0], 0., fibre, True), Part('tree', tree, c[1]*0.8, 0.1, fibre, True), Part('house', house, c[2]*0.75, 0.1, fibre, True)]
-    return parts + [Part('print', d, ink*0.6, 0., fibre, True) for d in (box(A + 0.58, B + 0.36, 0.025, 0.1), abs(disc(A, B, 0.075, -0.46, -0.36)) - 0.024, box(A - 0.5, B - 0.42, 0.16, 0.035))]
+    parts += [
+        Part('sun', disc(A, B, 0.13, 0.46, -0.26), c[0], 0.0, fibre, True),
+        Part('tree', tree, c[1] * 0.8, 0.1, fibre, True),
+        Part('house', house, c[2] * 0.75, 0.1, fibre, True),
+    ]
+    return parts + [
+        Part('print', d, ink * 0.6, 0.0, fibre, True)
+        for d in (
+            box(A + 0.58, B + 0.36, 0.025, 0.1),
+            abs(disc(A, B, 0.075, -0.46, -0.36)) - 0.024,
+            box(A - 0.5, B - 0.42, 0.16, 0.035),
+        )
+    ]
 
 # %% ../../nbs/rendered/novel.ipynb #00ef4fcd
 def biscuit(X, Y, g, v, form, hue):
     "A butter biscuit: scalloped edge, stamped frame and lettering, docking holes."
-    S, w, h, n, m = X.shape[0], 0.86, 0.6 + 0.14*form, 4 + int(2*form), 3
-    edge = box(X, Y, w, h, 0.1) + 0.03*wave(X*5.5)*((abs(Y) > h - 0.08) & (abs(X) < w - 0.05)) + 0.03*wave(Y*5.5)*((abs(X) > w - 0.08) & (abs(Y) < h - 0.05))
-    c = rgb(0.09 + 0.02*hue, 0.5, 0.82)
-    toast = (0.8 + 0.4*noise(v, S, 18, 3))*(1.02 - 0.4*np.clip(1 + edge*4, 0, 1)*(0.3 + 0.9*noise(v, S, 4, 2)))
-    crumb = toast*(1 - 0.3*np.clip(noise(v, S, 34, 3)*7 - 4.6, 0, 1))
-    parts = [Part('dough', edge, c, 0.5, crumb), Part('frame', abs(box(X, Y, w - 0.15, h - 0.15, 0.06)) - 0.02, c*0.84, -0.4, crumb)]
-    for k in range(n*m):
-        x, y = (k % n - (n - 1)/2)*(1.3/n), (k//n - 1)*(h*0.52)
-        if k//n != 1: parts.append(Part('dock', disc(X, Y, 0.074 + uni(v, -0.006, 0.006), x + uni(v, -0.012, 0.012), y + uni(v, -0.012, 0.012)), c*0.4, -0.4, None, True))
+    S, w, h, n, m = X.shape[0], 0.86, 0.6 + 0.14 * form, 4 + int(2 * form), 3
+    edge = (
+        box(X, Y, w, h, 0.1)
+        + 0.03 * wave(X * 5.5) * ((abs(Y) > h - 0.08) & (abs(X) < w - 0.05))
+        + 0.03 * wave(Y * 5.5) * ((abs(X) > w - 0.08) & (abs(Y) < h - 0.05))
+    )
+    c = rgb(0.09 + 0.02 * hue, 0.5, 0.82)
+    toast = (0.8 + 0.4 * noise(v, S, 18, 3)) * (
+        1.02 - 0.4 * np.clip(1 + edge * 4, 0, 1) * (0.3 + 0.9 * noise(v, S, 4, 2))
+    )
+    crumb = toast * (1 - 0.3 * np.clip(noise(v, S, 34, 3) * 7 - 4.6, 0, 1))
+    parts = [
+        Part('dough', edge, c, 0.5, crumb),
+        Part('frame', abs(box(X, Y, w - 0.15, h - 0.15, 0.06)) - 0.02, c * 0.84, -0.4, crumb),
+    ]
+    for k in range(n * m):
+        x, y = (k % n - (n - 1) / 2) * (1.3 / n), (k // n - 1) * (h * 0.52)
+        if k // n != 1:
+            parts.append(
+                Part(
+                    'dock',
+                    disc(
+                        X,
+                        Y,
+                        0.074 + uni(v, -0.006, 0.006),
+                        x + uni(v, -0.012, 0.012),
+                        y + uni(v, -0.012, 0.012),
+                    ),
+                    c * 0.4,
+                    -0.4,
+                    None,
+                    True,
+                )
+            )
     y = uni(v, -0.012, 0.012)
-    return parts + [Part('print', box(X - 0.24*k, Y - y, 0.08, 0.11, 0.03), c*(0.62, 0.72)[k % 2], -0.3, crumb, True) for k in (-2, -1, 0, 1, 2)]
+    return parts + [
+        Part(
+            'print',
+            box(X - 0.24 * k, Y - y, 0.08, 0.11, 0.03),
+            c * (0.62, 0.72)[k % 2],
+            -0.3,
+            crumb,
+            True,
+        )
+        for k in (-2, -1, 0, 1, 2)
+    ]
 
 # %% ../../nbs/rendered/novel.ipynb #54f621bf
-def shifted(a, dy:int, dx:int):
+def shifted(a, dy: int, dx: int):
     "Move an array by whole pixels; borders are repeated."
     n = np.arange(a.shape[-1])
     return a[..., np.clip(n - dy, 0, len(n) - 1)[:, None], np.clip(n - dx, 0, len(n) - 1)]
 
+
 def warp(a, dx, dy, half=None):
     "Fetch each pixel of `a` [..,H,W] from (dx, dy) away, bilinearly; distances in half images of `half` pixels (default W/2)."
-    H, W = a.shape[-2:]; half, flat = half or W/2, a.reshape(-1, H*W)
-    u, w = (np.clip(np.arange(n, dtype='f4').reshape(k) + d*half, 0, n - 1) for n, k, d in ((W, (1, -1), dx), (H, (-1, 1), dy)))
-    u, w = np.broadcast_arrays(u, w); fu, fw = np.minimum(np.floor(u), W - 2), np.minimum(np.floor(w), H - 2)
-    p, q, at = u - fu, w - fw, fw.astype(int)*W + fu.astype(int)
-    top, low = (flat.take(at + k, 1)*(1 - p) + flat.take(at + k + 1, 1)*p for k in (0, W))
-    return (top*(1 - q) + low*q).reshape(a.shape)
+    H, W = a.shape[-2:]
+    half, flat = half or W / 2, a.reshape(-1, H * W)
+    u, w = (
+        np.clip(np.arange(n, dtype='f4').reshape(k) + d * half, 0, n - 1)
+        for n, k, d in ((W, (1, -1), dx), (H, (-1, 1), dy))
+    )
+    u, w = np.broadcast_arrays(u, w)
+    fu, fw = np.minimum(np.floor(u), W - 2), np.minimum(np.floor(w), H - 2)
+    p, q, at = u - fu, w - fw, fw.astype(int) * W + fu.astype(int)
+    top, low = (flat.take(at + k, 1) * (1 - p) + flat.take(at + k + 1, 1) * p for k in (0, W))
+    return (top * (1 - q) + low * q).reshape(a.shape)
+
 
 def hump(X, Y, x, y, r):
     "Fall smoothly from 1 at (x, y) to 0 at distance `r`."
-    q = np.clip(1 - ((X - x)*(X - x) + (Y - y)*(Y - y))*(1/(r*r)), 0, 1)
-    return q*q
+    q = np.clip(1 - ((X - x) * (X - x) + (Y - y) * (Y - y)) * (1 / (r * r)), 0, 1)
+    return q * q
+
 
 def smudge(rng, X, Y, x, y, r, rough):
     "Distance to a turned oval with an uneven outline."
     U, V = turn(X - x, Y - y, uni(rng))
-    return disc(U, V*uni(rng, 1., 1.5), r) + rough*r*(noise(rng, X.shape[0], 9, 3) - 0.5)
+    return disc(U, V * uni(rng, 1.0, 1.5), r) + rough * r * (noise(rng, X.shape[0], 9, 3) - 0.5)
 
 # %% ../../nbs/rendered/novel.ipynb #a0a0ae7e
 def burn(img, rng, X, Y, x, y):
     "Scorch: brown halo, darker uneven core with flecks of ash."
     r, s = uni(rng, 0.12, 0.18), uni(rng, 0.55, 0.88)
     d = smudge(rng, X, Y, x, y, r, 0.8)
-    halo = np.clip(0.4 - d*(0.9/r), 0, 1); core = np.clip(0.1 - d*(2.2/r), 0, 1)*(0.25 + 0.6*noise(rng, X.shape[0], 30, 2))
-    ash = 0.4*core*np.clip(noise(rng, X.shape[0], 44, 2)*6 - 3.2, 0, 1)
-    return img*(1 - halo*np.array([0.4, 0.62, 0.8], 'f4')[:, None, None]*s)*(1 - core*s) + ash
+    halo = np.clip(0.4 - d * (0.9 / r), 0, 1)
+    core = np.clip(0.1 - d * (2.2 / r), 0, 1) * (0.25 + 0.6 * noise(rng, X.shape[0], 30, 2))
+    ash = 0.4 * core * np.clip(noise(rng, X.shape[0], 44, 2) * 6 - 3.2, 0, 1)
+    return (
+        img * (1 - halo * np.array([0.4, 0.62, 0.8], 'f4')[:, None, None] * s) * (1 - core * s)
+        + ash
+    )
 
+# %% ../../nbs/rendered/novel.ipynb #c17a4c9a
 def bubble(img, rng, X, Y, x, y):
     "One to three blisters: magnified ground, dark rim, highlight towards the light."
     S, img = X.shape[0], img.copy()
     for _ in range(int(rng.integers(1, 4))):
         r, s = uni(rng, 0.08, 0.14), uni(rng, 0.55, 0.95)
-        rows, cols = (slice(max(0, int((c - r + 1)*S/2) - 2), max(4, int((c + r + 1)*S/2) + 3)) for c in (y, x))
+        rows, cols = (
+            slice(max(0, int((c - r + 1) * S / 2) - 2), max(4, int((c + r + 1) * S / 2) + 3))
+            for c in (y, x)
+        )
         U, V, ground = X[rows, cols] - x, Y[rows, cols] - y, img[:, rows, cols]
-        d = disc(U, V, r); a, q = np.clip(0.5 - d*(S/3), 0, 1), np.clip(1 + d*(1/r), 0, 1)
-        m, lit = -0.45*(1 - q*q), (U*-0.6 + V*-0.8)*(1/r)
-        dome = warp(ground, U*m, V*m, S/2)*(1 + s*(0.1 + 0.5*lit*q - 0.3*q*q*q*q))
-        gloss = np.clip(0.5 - disc(U, V, r*0.22, -0.36*r, -0.45*r)*(S/8), 0, 1)
-        img[:, rows, cols] = ground*(1 - a) + (dome + 0.07 + 0.45*s*gloss)*a
-        x, y = max(-0.9, min(0.9, x + uni(rng, -0.24, 0.24))), max(-0.9, min(0.9, y + uni(rng, -0.24, 0.24)))
+        d = disc(U, V, r)
+        a, q = np.clip(0.5 - d * (S / 3), 0, 1), np.clip(1 + d * (1 / r), 0, 1)
+        m, lit = -0.45 * (1 - q * q), (U * -0.6 + V * -0.8) * (1 / r)
+        dome = warp(ground, U * m, V * m, S / 2) * (
+            1 + s * (0.1 + 0.5 * lit * q - 0.3 * q * q * q * q)
+        )
+        gloss = np.clip(0.5 - disc(U, V, r * 0.22, -0.36 * r, -0.45 * r) * (S / 8), 0, 1)
+        img[:, rows, cols] = ground * (1 - a) + (dome + 0.07 + 0.45 * s * gloss) * a
+        x, y = (
+            max(-0.9, min(0.9, x + uni(rng, -0.24, 0.24))),
+            max(-0.9, min(0.9, y + uni(rng, -0.24, 0.24))),
+        )
     return img
 
 # %% ../../nbs/rendered/novel.ipynb #fd526fd7
 def fold(img, rng, X, Y, x, y):
     "A crease: lit ridge beside a shadow; the pattern is pulled towards it on one side."
-    L, s, o = uni(rng, 0.3, 0.55), uni(rng, 0.6, 1.), uni(rng, 0.05, 0.1)
-    t = uni(rng); P, Q = turn(X - x, Y - y, t); P = P + uni(rng, -0.06, 0.06)*wave(Q*(0.5/L))
-    fade = np.clip((L - abs(Q))*(3/L), 0, 1)
-    pull = o*fade*np.clip(1 - P*4, 0, 1)*np.clip(P*60, 0, 1)
-    shade = 1 - s*fade*(0.5*np.clip(1 - abs(P)*30, 0, 1) - 0.4*np.clip(1 - abs(P - 0.05)*25, 0, 1) + 0.18*np.clip(1 + P*6, 0, 1)*(P < 0))
-    return warp(img, pull*wave(t + 0.25), pull*wave(t))*shade
+    L, s, o = uni(rng, 0.3, 0.55), uni(rng, 0.6, 1.0), uni(rng, 0.05, 0.1)
+    t = uni(rng)
+    P, Q = turn(X - x, Y - y, t)
+    P = P + uni(rng, -0.06, 0.06) * wave(Q * (0.5 / L))
+    fade = np.clip((L - abs(Q)) * (3 / L), 0, 1)
+    pull = o * fade * np.clip(1 - P * 4, 0, 1) * np.clip(P * 60, 0, 1)
+    shade = 1 - s * fade * (
+        0.5 * np.clip(1 - abs(P) * 30, 0, 1)
+        - 0.4 * np.clip(1 - abs(P - 0.05) * 25, 0, 1)
+        + 0.18 * np.clip(1 + P * 6, 0, 1) * (P < 0)
+    )
+    return warp(img, pull * wave(t + 0.25), pull * wave(t)) * shade
 
 # %% ../../nbs/rendered/novel.ipynb #6b48b32d
 def smear(img, rng, X, Y, x, y):
     "The surface dragged in one direction."
     t, n, S = uni(rng), uni(rng, 0.14, 0.24), X.shape[0]
-    dx, dy = n*wave(t + 0.25), n*wave(t)
-    drag = sum(shifted(img, int(dy*k*S/14), int(dx*k*S/14)) for k in range(8))*(1/8)
-    d = rod(X, Y, x - dx*0.6, y - dy*0.6, x + dx*0.6, y + dy*0.6, uni(rng, 0.08, 0.13)) + 0.1*(noise(rng, S, 16) - 0.5)
-    a, streak = cover(d, 6.), wave(turn(X - x, Y - y, t)[1]*uni(rng, 7, 12) + noise(rng, S, 4))
-    return img*(1 - a) + drag*(pick(rng, (0.8, 1.18)) + uni(rng, 0.08, 0.16)*streak)*a
+    dx, dy = n * wave(t + 0.25), n * wave(t)
+    drag = sum(shifted(img, int(dy * k * S / 14), int(dx * k * S / 14)) for k in range(8)) * (1 / 8)
+    d = rod(
+        X, Y, x - dx * 0.6, y - dy * 0.6, x + dx * 0.6, y + dy * 0.6, uni(rng, 0.08, 0.13)
+    ) + 0.1 * (noise(rng, S, 16) - 0.5)
+    a, streak = cover(d, 6.0), wave(turn(X - x, Y - y, t)[1] * uni(rng, 7, 12) + noise(rng, S, 4))
+    return img * (1 - a) + drag * (pick(rng, (0.8, 1.18)) + uni(rng, 0.08, 0.16) * streak) * a
+
 
 def corrosion(img, rng, X, Y, x, y):
     "Mottled crust in rust, verdigris or chalk that grows from a spot."
-    S, c = X.shape[0], [rgb(uni(rng, -0.02, 0.02) + h, s, v) for h, s, v in ((0.04, 0.7, 0.5), (0.45, 0.4, 0.6), (0.12, 0.12, 0.75))]
-    ground = img[:, int((y + 1)*S/2) % S, int((x + 1)*S/2) % S]
-    c = pick(rng, [k for k in c if abs(k - ground).max() > 0.22] or c)                   # not brown on brown
-    grown = noise(rng, S, 11, 3) + 0.55*hump(X, Y, x, y, uni(rng, 0.24, 0.36))
-    a = np.clip((grown - 0.86)*14, 0, 1)*hump(X, Y, x, y, 0.5)*uni(rng, 0.7, 1.)
-    crust = 0.45 + 0.55*noise(rng, S, 26, 2) + 0.5*noise(rng, S, 70)
-    return img*(1 - a) + c[:, None, None]*crust*a
+    S, c = (
+        X.shape[0],
+        [
+            rgb(uni(rng, -0.02, 0.02) + h, s, v)
+            for h, s, v in ((0.04, 0.7, 0.5), (0.45, 0.4, 0.6), (0.12, 0.12, 0.75))
+        ],
+    )
+    ground = img[:, int((y + 1) * S / 2) % S, int((x + 1) * S / 2) % S]
+    c = pick(rng, [k for k in c if abs(k - ground).max() > 0.22] or c)  # not brown on brown
+    grown = noise(rng, S, 11, 3) + 0.55 * hump(X, Y, x, y, uni(rng, 0.24, 0.36))
+    a = np.clip((grown - 0.86) * 14, 0, 1) * hump(X, Y, x, y, 0.5) * uni(rng, 0.7, 1.0)
+    crust = 0.45 + 0.55 * noise(rng, S, 26, 2) + 0.5 * noise(rng, S, 70)
+    return img * (1 - a) + c[:, None, None] * crust * a
 
+# %% ../../nbs/rendered/novel.ipynb #487c02cb
 def fading(img, rng, X, Y, x, y):
     "Bleach: colour and contrast are lost towards a pale tone."
-    a = np.clip(0.5 - smudge(rng, X, Y, x, y, uni(rng, 0.12, 0.2), 0.7)*10, 0, 1)*uni(rng, 0.5, 0.75)
-    return img*(1 - a) + (0.3*(img[0] + img[1] + img[2])*(1/3) + 0.6)*a
+    a = np.clip(0.5 - smudge(rng, X, Y, x, y, uni(rng, 0.12, 0.2), 0.7) * 10, 0, 1) * uni(
+        rng, 0.5, 0.75
+    )
+    return img * (1 - a) + (0.3 * (img[0] + img[1] + img[2]) * (1 / 3) + 0.6) * a
 
 # %% ../../nbs/rendered/novel.ipynb #d1302528
 def slip(img, rng, X, Y, x, y):
     "The pattern is shifted and turned inside a patch."
-    t, a, U, V = uni(rng), uni(rng, 0.05, 0.1)*pick(rng, (-1, 1)), X - x, Y - y
-    P, Q = turn(U, V, t); inside = cover(box(P, Q, uni(rng, 0.16, 0.27), uni(rng, 0.1, 0.16), 0.03), 2.)
+    t, a, U, V = uni(rng), uni(rng, 0.05, 0.1) * pick(rng, (-1, 1)), X - x, Y - y
+    P, Q = turn(U, V, t)
+    inside = cover(box(P, Q, uni(rng, 0.16, 0.27), uni(rng, 0.1, 0.16), 0.03), 2.0)
     P, Q = turn(U + uni(rng, -0.1, 0.1), V + uni(rng, -0.1, 0.1), a)
-    return img*(1 - inside) + warp(img, P - U, Q - V)*inside
+    return img * (1 - inside) + warp(img, P - U, Q - V) * inside
+
 
 def sag(rng, X, Y, x, y):
     "Displacement (dx, dy) [S,S] that drags what lies around (x, y) along by about half of its reach."
-    t, r = uni(rng), uni(rng, 0.26, 0.4); a = hump(X, Y, x, y, r)*(-r*uni(rng, 0.42, 0.58))
-    return a*wave(t + 0.25), a*wave(t)
+    t, r = uni(rng), uni(rng, 0.26, 0.4)
+    a = hump(X, Y, x, y, r) * (-r * uni(rng, 0.42, 0.58))
+    return a * wave(t + 0.25), a * wave(t)
+
 
 def melt(img, rng, X, Y, x, y):
     "The pattern sags; what was stretched shines a little."
     dx, dy = sag(rng, X, Y, x, y)
-    return warp(img, dx, dy)*(1 + 1.3*np.clip(abs(dx) + abs(dy), 0, 0.2))
+    return warp(img, dx, dy) * (1 + 1.3 * np.clip(abs(dx) + abs(dy), 0, 0.2))
+
 
 ON_SURFACE = {f.__name__: f for f in (burn, bubble, fold, smear, corrosion, fading, slip, melt)}
+
 
 def mar_novel(img, kind, rng, X, Y, x, y):
     "Draw a surface defect of `kind` at (x, y) over `img` [3,S,S]."
@@ -306,69 +666,132 @@ def mar_novel(img, kind, rng, X, Y, x, y):
 # %% ../../nbs/rendered/novel.ipynb #e951fbe8
 def moved(p, dx, dy):
     "Fetch distance and pattern of a part from (dx, dy) [S,S] away."
-    return replace(p, d=warp(p.d, dx, dy), pattern=None if p.pattern is None else warp(p.pattern, dx, dy))
+    return replace(
+        p, d=warp(p.d, dx, dy), pattern=None if p.pattern is None else warp(p.pattern, dx, dy)
+    )
+
 
 def centre(p):
     "Middle (row, column) of a part's bounding box in pixels and its size."
     r, c = (np.flatnonzero((p.d < 0).any(k)) for k in (1, 0))
-    return (int(r[0] + r[-1])//2, int(c[0] + c[-1])//2, int(r[-1] - r[0]) + 1, int(c[-1] - c[0]) + 1)
+    return (
+        int(r[0] + r[-1]) // 2,
+        int(c[0] + c[-1]) // 2,
+        int(r[-1] - r[0]) + 1,
+        int(c[-1] - c[0]) + 1,
+    )
+
 
 def visible(parts):
     "Number the loose parts that lie in the frame."
     return [k for k, p in enumerate(parts) if p.loose and (p.d < 0).any()]
 
+# %% ../../nbs/rendered/novel.ipynb #78643ee0
 def doubled(parts, rng):
     "Put a second copy of a loose part where it lies on the object and, of sixteen places, covers others least."
-    k, S = pick(rng, visible(parts)), parts[0].d.shape[0]; p = parts[k]
+    k, S = pick(rng, visible(parts)), parts[0].d.shape[0]
+    p = parts[k]
     taken, solid = np.min([parts[i].d for i in visible(parts)], 0), np.min([q.d for q in parts], 0)
-    def clash(d): return int(((d < 0.03) & (taken < 0)).sum() + 2*((d < 0) & (solid > 0)).sum() + 2*max(0, (p.d < 0).sum() - (d < 0).sum()))
-    tries = [shifted(p.d, int(uni(rng, -0.32, 0.32)*S), int(uni(rng, -0.32, 0.32)*S)) for _ in range(16)]
+
+    def clash(d):
+        return int(
+            ((d < 0.03) & (taken < 0)).sum()
+            + 2 * ((d < 0) & (solid > 0)).sum()
+            + 2 * max(0, (p.d < 0).sum() - (d < 0).sum())
+        )
+
+    tries = [
+        shifted(p.d, int(uni(rng, -0.32, 0.32) * S), int(uni(rng, -0.32, 0.32) * S))
+        for _ in range(16)
+    ]
     return [*parts, replace(p, d=min(tries, key=clash))]
 
+# %% ../../nbs/rendered/novel.ipynb #38740a49
 def fuse(parts, rng):
     "Run a loose part into another by a bridge of its own stuff."
-    at = visible(parts); k, (y, x, h, w), S = (k := pick(rng, at)), centre(parts[k]), parts[0].d.shape[0]
-    spots = [c for i in at if i != k for c in [centre(parts[i])] if 0.02 < ((c[0] - y)*(c[0] - y) + (c[1] - x)*(c[1] - x))/(S*S) < 0.16] or [(y, x + S//5)]
-    v, u = pick(rng, spots)[:2]; n = np.arange(S, dtype='f4')
-    bridge = rod(n[None] + 0*parts[k].d, n[:, None] + 0*parts[k].d, x, y, u, v, max(0.035*S, 0.38*min(h, w)))*(2/S)
+    at = visible(parts)
+    k, (y, x, h, w), S = (k := pick(rng, at)), centre(parts[k]), parts[0].d.shape[0]
+    spots = [
+        c
+        for i in at
+        if i != k
+        for c in [centre(parts[i])]
+        if 0.02 < ((c[0] - y) * (c[0] - y) + (c[1] - x) * (c[1] - x)) / (S * S) < 0.16
+    ] or [(y, x + S // 5)]
+    v, u = pick(rng, spots)[:2]
+    n = np.arange(S, dtype='f4')
+    bridge = rod(
+        n[None] + 0 * parts[k].d,
+        n[:, None] + 0 * parts[k].d,
+        x,
+        y,
+        u,
+        v,
+        max(0.035 * S, 0.38 * min(h, w)),
+    ) * (2 / S)
     return [replace(p, d=np.minimum(p.d, bridge)) if i == k else p for i, p in enumerate(parts)]
 
 # %% ../../nbs/rendered/novel.ipynb #240b0c1d
 def stretch(parts, rng):
     "Draw a loose part out to 1.7 to 2.4 times its width or height."
-    k, S = pick(rng, visible(parts)), parts[0].d.shape[0]; y, x, h, w = centre(parts[k])
-    s, n = uni(rng, 1.7, 2.4), np.arange(S, dtype='f4')*(2/S)
-    along = pick(rng, (0, 1)) if max(h, w) < 2*min(h, w) else int(h > w)
-    d = warp(parts[k].d, ((1/s - 1)*(n - x*(2/S)) if along == 0 else 0*n)[None], ((1/s - 1)*(n - y*(2/S)) if along == 1 else 0*n)[:, None])
+    k, S = pick(rng, visible(parts)), parts[0].d.shape[0]
+    y, x, h, w = centre(parts[k])
+    s, n = uni(rng, 1.7, 2.4), np.arange(S, dtype='f4') * (2 / S)
+    along = pick(rng, (0, 1)) if max(h, w) < 2 * min(h, w) else int(h > w)
+    d = warp(
+        parts[k].d,
+        ((1 / s - 1) * (n - x * (2 / S)) if along == 0 else 0 * n)[None],
+        ((1 / s - 1) * (n - y * (2 / S)) if along == 1 else 0 * n)[:, None],
+    )
     return [replace(p, d=d) if i == k else p for i, p in enumerate(parts)]
 
+# %% ../../nbs/rendered/novel.ipynb #7c00bdc2
 def split(parts, rng, X, Y):
     "Part the object along a line, one side moved along it; the background shows through the gap."
-    solid, inside = np.min([p.d for p in parts], 0) < 0, np.flatnonzero(max(parts, key=lambda p: int((p.d < 0).sum())).d < -0.05)
+    solid, inside = (
+        np.min([p.d for p in parts], 0) < 0,
+        np.flatnonzero(max(parts, key=lambda p: int((p.d < 0).sum())).d < -0.05),
+    )
     for _ in range(20):
-        i, t = int(pick(rng, inside)), uni(rng); P = turn(X - float(X.flat[i]), Y - float(Y.flat[i]), t)[0]
-        if 0.025 < (solid & (P > 0)).mean() < 0.085: break                            # the smaller piece moves
-    o, gap = uni(rng, 0.06, 0.12)*pick(rng, (-1, 1)), uni(rng, 0.012, 0.025)
-    P = P + 0.05*(noise(rng, X.shape[0], 10, 2) - 0.5); side = P > 0
-    new = [moved(p, side*(-o*wave(t)), side*(o*wave(t + 0.25))) for p in parts]
+        i, t = int(pick(rng, inside)), uni(rng)
+        P = turn(X - float(X.flat[i]), Y - float(Y.flat[i]), t)[0]
+        if 0.025 < (solid & (P > 0)).mean() < 0.085:
+            break  # the smaller piece moves
+    o, gap = uni(rng, 0.06, 0.12) * pick(rng, (-1, 1)), uni(rng, 0.012, 0.025)
+    P = P + 0.05 * (noise(rng, X.shape[0], 10, 2) - 0.5)
+    side = P > 0
+    new = [moved(p, side * (-o * wave(t)), side * (o * wave(t + 0.25))) for p in parts]
     return [replace(p, d=np.maximum(p.d, gap - abs(P))) for p in new]
 
 # %% ../../nbs/rendered/novel.ipynb #8087981a
 ASSEMBLY = ('extra', 'fused', 'stretched', 'split', 'melt', 'misprint')
 
+# %% ../../nbs/rendered/novel.ipynb #f2eafb07
 def alter_novel(parts, kind, rng, X, Y):
     "Apply a defect of `kind` to the parts of an object."
-    if kind == 'extra': return doubled(parts, rng)
-    if kind == 'fused': return fuse(parts, rng)
-    if kind == 'stretched': return stretch(parts, rng)
-    if kind == 'split': return split(parts, rng, X, Y)
+    if kind == 'extra':
+        return doubled(parts, rng)
+    if kind == 'fused':
+        return fuse(parts, rng)
+    if kind == 'stretched':
+        return stretch(parts, rng)
+    if kind == 'split':
+        return split(parts, rng, X, Y)
     body = max(parts, key=lambda p: int((p.d < 0).sum()))
     if kind == 'melt':
-        i = int(pick(rng, np.flatnonzero(abs(body.d) < 0.04))); dx, dy = sag(rng, X, Y, float(X.flat[i]), float(Y.flat[i]))
+        i = int(pick(rng, np.flatnonzero(abs(body.d) < 0.04)))
+        dx, dy = sag(rng, X, Y, float(X.flat[i]), float(Y.flat[i]))
         return [moved(p, dx, dy) for p in parts]
     t, o, S, out = uni(rng), uni(rng, 0.07, 0.11), X.shape[0], []
     for p in parts:
-        if p.name == 'print': out.append(replace(p, d=shifted(p.d, int(o*S*0.5*wave(t)), int(o*S*0.5*wave(t + 0.25))), color=0.6*p.color + 0.4*body.color))
+        if p.name == 'print':
+            out.append(
+                replace(
+                    p,
+                    d=shifted(p.d, int(o * S * 0.5 * wave(t)), int(o * S * 0.5 * wave(t + 0.25))),
+                    color=0.6 * p.color + 0.4 * body.color,
+                )
+            )
         out.append(p)
     return out
 
@@ -376,16 +799,78 @@ def alter_novel(parts, kind, rng, X, Y):
 SMOOTH = ('burn', 'bubble', 'fold', 'corrosion', 'fading')
 REPEATED = (*SMOOTH, 'smear', 'slip')
 
-NOVEL = tuple(Kind(f.__name__, noun, f, defects, True, (), alter_novel, mar_novel, (), contrast=0.1) for f, noun, defects in (
-    (cork, 'cork board', (*SMOOTH, 'smear')), (paving, 'paving', (*REPEATED, 'melt')), (wicker, 'wicker', (*REPEATED, 'melt')), (tread_plate, 'tread plate', (*SMOOTH, 'smear', 'melt')))
-) + tuple(Kind(f.__name__, noun, f, defects, False, ASSEMBLY, alter_novel, mar_novel, (), contrast=0.14) for f, noun, defects in (
-    (zip_fastener, 'zip fastener', (*SMOOTH, 'smear', 'extra', 'stretched', 'split', 'melt')), (toothbrush, 'toothbrush', ('burn', 'bubble', 'corrosion', 'smear', 'extra', 'fused', 'stretched', 'split', 'melt')),
-    (almond, 'almond', (*SMOOTH, 'split', 'melt')), (light_bulb, 'light bulb', ('burn', 'bubble', 'corrosion', 'extra', 'stretched', 'split', 'melt', 'misprint')),
-    (key, 'key', ('burn', 'bubble', 'fold', 'corrosion', 'extra', 'fused', 'stretched', 'split', 'misprint')), (padlock, 'padlock', (*SMOOTH, 'extra', 'fused', 'stretched', 'split', 'melt', 'misprint')),
-    (stamp, 'postage stamp', (*SMOOTH, 'smear', 'extra', 'fused', 'stretched', 'split', 'misprint')), (biscuit, 'biscuit', (*SMOOTH, 'smear', 'extra', 'fused', 'stretched', 'split', 'melt', 'misprint'))))
+# %% ../../nbs/rendered/novel.ipynb #2967db3b
+NOVEL = tuple(
+    Kind(f.__name__, noun, f, defects, True, (), alter_novel, mar_novel, (), contrast=0.1)
+    for f, noun, defects in (
+        (cork, 'cork board', (*SMOOTH, 'smear')),
+        (paving, 'paving', (*REPEATED, 'melt')),
+        (wicker, 'wicker', (*REPEATED, 'melt')),
+        (tread_plate, 'tread plate', (*SMOOTH, 'smear', 'melt')),
+    )
+) + tuple(
+    Kind(f.__name__, noun, f, defects, False, ASSEMBLY, alter_novel, mar_novel, (), contrast=0.14)
+    for f, noun, defects in (
+        (zip_fastener, 'zip fastener', (*SMOOTH, 'smear', 'extra', 'stretched', 'split', 'melt')),
+        (
+            toothbrush,
+            'toothbrush',
+            (
+                'burn',
+                'bubble',
+                'corrosion',
+                'smear',
+                'extra',
+                'fused',
+                'stretched',
+                'split',
+                'melt',
+            ),
+        ),
+        (almond, 'almond', (*SMOOTH, 'split', 'melt')),
+        (
+            light_bulb,
+            'light bulb',
+            ('burn', 'bubble', 'corrosion', 'extra', 'stretched', 'split', 'melt', 'misprint'),
+        ),
+        (
+            key,
+            'key',
+            (
+                'burn',
+                'bubble',
+                'fold',
+                'corrosion',
+                'extra',
+                'fused',
+                'stretched',
+                'split',
+                'misprint',
+            ),
+        ),
+        (padlock, 'padlock', (*SMOOTH, 'extra', 'fused', 'stretched', 'split', 'melt', 'misprint')),
+        (
+            stamp,
+            'postage stamp',
+            (*SMOOTH, 'smear', 'extra', 'fused', 'stretched', 'split', 'misprint'),
+        ),
+        (
+            biscuit,
+            'biscuit',
+            (*SMOOTH, 'smear', 'extra', 'fused', 'stretched', 'split', 'melt', 'misprint'),
+        ),
+    )
+)
 
-NOVEL_REV = 1     # raised when anything in this module changes the pixels of a rendered image
+# %% ../../nbs/rendered/novel.ipynb #fdeba3ab
+NOVEL_REV = 1  # raised when anything in this module changes the pixels of a rendered image
 
-def render_novel(**how)->Path:
+
+def render_novel(**how) -> Path:
     "Render the set of kinds that pretraining never sees (`render_set` takes the rest)."
-    return render_set('procad-novel', {k.name: design(k, 'novel') for k in NOVEL}, revs=dict(novel=NOVEL_REV), **how)
+    return render_set(
+        'procad-novel',
+        {k.name: design(k, 'novel') for k in NOVEL},
+        revs=dict(novel=NOVEL_REV),
+        **how,
+    )

@@ -7,36 +7,56 @@ __all__ = ['VALIDATION', 'PAIRS_REV', 'FILES', 'GOOD', 'BAD', 'SAID', 'FRAMES', 
            'fill_span', 'fill_pairs', 'open_pairs', 'render_pairs', 'captions']
 
 # %% ../../nbs/rendered/pairs.ipynb #e7f8eaee
-import json, time
+import json
+import time
 from dataclasses import dataclass
 from functools import partial
+
 import numpy as np
-from ..core.files import cache_dir, fill_folder, seeded_rng, parallel_map, safe_name, write_atomic
+
+from zsad.core.files import (
+    cache_dir,
+    fill_folder,
+    parallel_map,
+    safe_name,
+    seeded_rng,
+    write_atomic,
+)
 from ..core.identity import identity_key
 from .procad import KINDS, RENDER_REV, design, paint_pair, photograph, pick, uni
 
 # %% ../../nbs/rendered/pairs.ipynb #dfb4b407
 VALIDATION = ('button',)
 
+
 @dataclass(frozen=True)
 class Pair:
     "An instance, whole and with a defect."
-    images: np.ndarray     # [2,240,240,3] uint8: whole, defective
-    label: np.ndarray      # [15,15] uint8, share of each patch that the defect covers, x 255
-    inside: np.ndarray     # [15,15] uint8, share of each patch that lies on the object, x 255
+
+    images: np.ndarray  # [2,240,240,3] uint8: whole, defective
+    label: np.ndarray  # [15,15] uint8, share of each patch that the defect covers, x 255
+    inside: np.ndarray  # [15,15] uint8, share of each patch that lies on the object, x 255
     kind: str
     defect: str
 
-def draw_pair(n:int, world:str='pretrain', designs:int=1000, seed:int=0)->Pair:
+# %% ../../nbs/rendered/pairs.ipynb #cf47a84f
+def draw_pair(n: int, world: str = 'pretrain', designs: int = 1000, seed: int = 0) -> Pair:
     "Render pair `n` of a world in one of `designs` designs per kind; 'validation' draws every kind, 'pretrain' all but those of VALIDATION."
     rng = seeded_rng(seed, 'pair', world, n)
     kind = KINDS[pick(rng, tuple(k for k in KINDS if world == 'validation' or k not in VALIDATION))]
     for attempt in range(9):
         defect, dsg = pick(rng, kind.defects), design(kind, world, int(rng.integers(designs)))
-        try: clean, fore, bad, _, mask = paint_pair(dsg, n, defect, seed=seed)
-        except ValueError: continue      # a defect that this design hides (a stain of its own colour): draw another
-        images = np.stack([photograph(i, seeded_rng(seed, 'camera', world, n, k)) for k, i in enumerate((clean, bad))])
-        share = lambda m: np.ceil(m.reshape(15, 16, 15, 16).mean((1, 3))*255).astype('u1')
+        try:
+            clean, fore, bad, _, mask = paint_pair(dsg, n, defect, seed=seed)
+        except ValueError:
+            continue  # a defect that this design hides (a stain of its own colour): draw another
+        images = np.stack(
+            [
+                photograph(i, seeded_rng(seed, 'camera', world, n, k))
+                for k, i in enumerate((clean, bad))
+            ]
+        )
+        share = lambda m: np.ceil(m.reshape(15, 16, 15, 16).mean((1, 3)) * 255).astype('u1')
         return Pair(images, share(mask), share(fore > 0.5), kind.name, defect)
     raise RuntimeError(f'pair {n} of kind {kind.name!r}: nine designs in a row hide their defect')
 
@@ -44,23 +64,30 @@ def draw_pair(n:int, world:str='pretrain', designs:int=1000, seed:int=0)->Pair:
 @dataclass(frozen=True)
 class Pairs:
     "Rendered pairs in memory-mapped files."
-    images: np.ndarray     # [n,2,240,240,3] uint8
-    labels: np.ndarray     # [n,15,15] uint8
-    inside: np.ndarray     # [n,15,15] uint8
-    kinds: list            # [n]
-    defects: list          # [n]
 
-def gather_pairs(drawn)->Pairs:
+    images: np.ndarray  # [n,2,240,240,3] uint8
+    labels: np.ndarray  # [n,15,15] uint8
+    inside: np.ndarray  # [n,15,15] uint8
+    kinds: list  # [n]
+    defects: list  # [n]
+
+
+def gather_pairs(drawn) -> Pairs:
     "Join a list of Pair."
-    return Pairs(*(np.stack([getattr(p, k) for p in drawn]) for k in ('images', 'label', 'inside')), [p.kind for p in drawn], [p.defect for p in drawn])
+    return Pairs(
+        *(np.stack([getattr(p, k) for p in drawn]) for k in ('images', 'label', 'inside')),
+        [p.kind for p in drawn],
+        [p.defect for p in drawn],
+    )
 
 # %% ../../nbs/rendered/pairs.ipynb #af203c29
-PAIRS_REV = 1     # raised when anything in this module changes the pixels or words of a pair
+PAIRS_REV = 1  # raised when anything in this module changes the pixels or words of a pair
 FILES = dict(images=(2, 240, 240, 3), labels=(15, 15), inside=(15, 15))
 
-def fill_span(span:tuple, folder, world:str, designs:int, seed:int)->list:      # [(kind, defect)]
+
+def fill_span(span: tuple, folder, world: str, designs: int, seed: int) -> list:  # [(kind, defect)]
     "Render the pairs of a span (first, end) into the files of a folder."
-    images, labels, inside = (np.lib.format.open_memmap(folder/f'{k}.npy', 'r+') for k in FILES)
+    images, labels, inside = (np.lib.format.open_memmap(folder / f'{k}.npy', 'r+') for k in FILES)
     words = []
     for n in range(*span):
         p = draw_pair(n, world, designs, seed)
@@ -68,58 +95,137 @@ def fill_span(span:tuple, folder, world:str, designs:int, seed:int)->list:      
         words.append((p.kind, p.defect))
     return words
 
-def fill_pairs(folder, n:int, world:str, designs:int, seed:int, workers:int, report)->None:
+
+def fill_pairs(folder, n: int, world: str, designs: int, seed: int, workers: int, report) -> None:
     "Render `n` pairs into an empty folder."
     for k, shape in FILES.items():
-        np.lib.format.open_memmap(folder/f'{k}.npy', 'w+', 'u1', (n, *shape))
+        np.lib.format.open_memmap(folder / f'{k}.npy', 'w+', 'u1', (n, *shape))
     spans, words, start = [(i, min(i + 100, n)) for i in range(0, n, 100)], [], time.time()
     fill = partial(fill_span, folder=folder, world=world, designs=designs, seed=seed)
     for part in parallel_map(fill, spans, workers):
         words += part
         report(f'rendered {len(words)} of {n} pairs, {time.time() - start:.0f} s')
-    write_atomic(folder/'words.json', json.dumps(words))
+    write_atomic(folder / 'words.json', json.dumps(words))
 
 # %% ../../nbs/rendered/pairs.ipynb #da55a255
-def open_pairs(folder, n:int)->Pairs:
+def open_pairs(folder, n: int) -> Pairs:
     "Map the `n` pairs of a folder; a ValueError where a file is missing or has another size."
     try:
-        words = json.loads((folder/'words.json').read_text())
-        arrays = [np.load(folder/f'{k}.npy', mmap_mode='r') for k in FILES]
+        words = json.loads((folder / 'words.json').read_text())
+        arrays = [np.load(folder / f'{k}.npy', mmap_mode='r') for k in FILES]
     except (OSError, ValueError) as e:
-        raise ValueError(f'{folder}: not the pairs that were rendered there ({e}); remove the folder') from e
+        raise ValueError(
+            f'{folder}: not the pairs that were rendered there ({e}); remove the folder'
+        ) from e
     if [a.shape for a in arrays] != [(n, *shape) for shape in FILES.values()] or len(words) != n:
         raise ValueError(f'{folder}: holds {len(words)} pairs instead of {n}; remove the folder')
     return Pairs(*arrays, *map(list, zip(*words)))
 
-def render_pairs(n:int, world:str='pretrain', designs:int=1000, seed:int=0, workers:int=None, report=print)->Pairs:
+# %% ../../nbs/rendered/pairs.ipynb #55a07a98
+def render_pairs(
+    n: int,
+    world: str = 'pretrain',
+    designs: int = 1000,
+    seed: int = 0,
+    workers: int = None,
+    report=print,
+) -> Pairs:
     "Render `n` pairs once into the cache (all cores) and map them."
-    decides = dict(world=world, pairs=n, designs=designs, seed=seed, validation=VALIDATION,
-                   revs=dict(procad=RENDER_REV, pairs=PAIRS_REV))
-    folder = cache_dir('pairs')/f'{safe_name(world)}-{n}-{identity_key(decides, 12)}'
+    decides = dict(
+        world=world,
+        pairs=n,
+        designs=designs,
+        seed=seed,
+        validation=VALIDATION,
+        revs=dict(procad=RENDER_REV, pairs=PAIRS_REV),
+    )
+    folder = cache_dir('pairs') / f'{safe_name(world)}-{n}-{identity_key(decides, 12)}'
     if not folder.exists():
         with fill_folder(folder) as work:
             fill_pairs(work, n, world, designs, seed, workers, report)
     return open_pairs(folder, n)
 
 # %% ../../nbs/rendered/pairs.ipynb #12b654b3
-GOOD = ('{}', 'normal {}', 'flawless {}', 'perfect {}', 'unblemished {}', 'undamaged {}', 'intact {}', 'good {}', '{} without flaw', '{} without defect', '{} without damage',
-        '{} in perfect condition')
-BAD = ('damaged {}', 'abnormal {}', 'anomalous {}', 'imperfect {}', 'blemished {}', 'defective {}', 'broken {}', 'faulty {}', '{} with flaw', '{} with defect', '{} with damage')
-SAID = dict(scratch=('scratched {}', '{} with a scratch'), crack=('cracked {}', '{} with a crack'), cut=('cut {}', '{} with a cut'), hole=('{} with a hole', 'pierced {}'),
-            stain=('stained {}', '{} with a stain', '{} with a spot of color'), dent=('dented {}', '{} with a dent'), thread=('{} with a thread on it', 'contaminated {}'),
-            dirt=('dirty {}', '{} with dirt on it', 'contaminated {}'), missing=('incomplete {}', '{} with a missing part'), misplaced=('misassembled {}', '{} with a misplaced part'),
-            wrong_color=('{} with a part of the wrong color', 'miscolored {}'), flipped=('{} with a flipped part', 'wrongly assembled {}'), swapped=('{} with two parts swapped', 'wrongly assembled {}'), chip=('chipped {}', '{} with a piece broken off'))
-FRAMES = ('a photo of a {}.', 'a photo of the {}.', 'a cropped photo of the {}.', 'a close-up photo of a {}.', 'a bright photo of the {}.', 'a dark photo of a {}.', 'a blurry photo of a {}.',
-          'a jpeg corrupted photo of the {}.', 'a photo of the {} for visual inspection.', 'a photo of a {} for anomaly detection.', 'an industrial photo of a {}', 'a photo of a small {}',
-          'a photo of a large {}', 'a manufacturing image of the {}', 'a textural photo of a {}', 'an industrial image of the {}', '{}', 'a {}', 'the {}')
+GOOD = (
+    '{}',
+    'normal {}',
+    'flawless {}',
+    'perfect {}',
+    'unblemished {}',
+    'undamaged {}',
+    'intact {}',
+    'good {}',
+    '{} without flaw',
+    '{} without defect',
+    '{} without damage',
+    '{} in perfect condition',
+)
+
+# %% ../../nbs/rendered/pairs.ipynb #c9a3ad5b
+BAD = (
+    'damaged {}',
+    'abnormal {}',
+    'anomalous {}',
+    'imperfect {}',
+    'blemished {}',
+    'defective {}',
+    'broken {}',
+    'faulty {}',
+    '{} with flaw',
+    '{} with defect',
+    '{} with damage',
+)
+
+# %% ../../nbs/rendered/pairs.ipynb #3670b78e
+SAID = dict(
+    scratch=('scratched {}', '{} with a scratch'),
+    crack=('cracked {}', '{} with a crack'),
+    cut=('cut {}', '{} with a cut'),
+    hole=('{} with a hole', 'pierced {}'),
+    stain=('stained {}', '{} with a stain', '{} with a spot of color'),
+    dent=('dented {}', '{} with a dent'),
+    thread=('{} with a thread on it', 'contaminated {}'),
+    dirt=('dirty {}', '{} with dirt on it', 'contaminated {}'),
+    missing=('incomplete {}', '{} with a missing part'),
+    misplaced=('misassembled {}', '{} with a misplaced part'),
+    wrong_color=('{} with a part of the wrong color', 'miscolored {}'),
+    flipped=('{} with a flipped part', 'wrongly assembled {}'),
+    swapped=('{} with two parts swapped', 'wrongly assembled {}'),
+    chip=('chipped {}', '{} with a piece broken off'),
+)
+
+# %% ../../nbs/rendered/pairs.ipynb #e5f1200e
+FRAMES = (
+    'a photo of a {}.',
+    'a photo of the {}.',
+    'a cropped photo of the {}.',
+    'a close-up photo of a {}.',
+    'a bright photo of the {}.',
+    'a dark photo of a {}.',
+    'a blurry photo of a {}.',
+    'a jpeg corrupted photo of the {}.',
+    'a photo of the {} for visual inspection.',
+    'a photo of a {} for anomaly detection.',
+    'an industrial photo of a {}',
+    'a photo of a small {}',
+    'a photo of a large {}',
+    'a manufacturing image of the {}',
+    'a textural photo of a {}',
+    'an industrial image of the {}',
+    '{}',
+    'a {}',
+    'the {}',
+)
 
 # %% ../../nbs/rendered/pairs.ipynb #ad86d89b
-def captions(kinds, defects, rng, words, novel=0.15)->tuple:
+def captions(kinds, defects, rng, words, novel=0.15) -> tuple:
     "Write the step's sentences: per kind one good, one bad and one per defect seen; returns texts, their kinds, their states."
     texts, whose, state = [], [], []
     for kind in sorted(set(kinds)):
         noun = pick(rng, (kind, KINDS[kind].noun)) if uni(rng) >= novel else pick(rng, words)
         seen = sorted({d for k, d in zip(kinds, defects) if k == kind})
         for s, choices in (('good', GOOD), ('bad', BAD), *((d, SAID[d]) for d in seen)):
-            texts.append(pick(rng, FRAMES).format(pick(rng, choices).format(noun))); whose.append(kind); state.append(s)
+            texts.append(pick(rng, FRAMES).format(pick(rng, choices).format(noun)))
+            whose.append(kind)
+            state.append(s)
     return texts, whose, state

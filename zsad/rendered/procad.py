@@ -12,26 +12,38 @@ __all__ = ['FLIPS', 'SURFACE', 'STRUCTURE', 'CONTRAST', 'OBJECTS', 'TEXTURES', '
            'render_aux']
 
 # %% ../../nbs/rendered/procad.ipynb #08a63e2f
-import json, math
+import json
+import math
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from ..core.files import cache_dir, fill_folder, seeded_rng, parallel_map, safe_name, write_atomic
+
+from zsad.core.files import (
+    cache_dir,
+    fill_folder,
+    parallel_map,
+    safe_name,
+    seeded_rng,
+    write_atomic,
+)
 from ..core.identity import identity_key
 
 # %% ../../nbs/rendered/procad.ipynb #142e1b1e
 def wave(t):
     "Approximate sin(2 pi t) for `t` in turns by two parabolas (float or array; error below 0.0012)."
-    u = 2*(t - (math.floor(t) if isinstance(t, float) else np.floor(t))) - 1
-    s = -4*u*(1 - abs(u))
-    return s*(0.775 + 0.225*abs(s))
+    u = 2 * (t - (math.floor(t) if isinstance(t, float) else np.floor(t))) - 1
+    s = -4 * u * (1 - abs(u))
+    return s * (0.775 + 0.225 * abs(s))
 
-def uni(rng, a=0., b=1.)->float:
+
+def uni(rng, a=0.0, b=1.0) -> float:
     "Draw one uniform number in [a, b)."
-    return a + (b - a)*float(rng.random())
+    return a + (b - a) * float(rng.random())
+
 
 def pick(rng, seq):
     "Draw one element."
@@ -40,304 +52,532 @@ def pick(rng, seq):
 # %% ../../nbs/rendered/procad.ipynb #b2ae7915
 def grid(S):
     "Make pixel-centre coordinates X, Y in (-1, 1), float32 [S,S]."
-    c = ((np.arange(S, dtype='f4') + 0.5)*(2/S) - 1)
+    c = (np.arange(S, dtype='f4') + 0.5) * (2 / S) - 1
     return np.broadcast_to(c, (S, S)), np.broadcast_to(c[:, None], (S, S))
 
-def turn(X, Y, t:float):
+
+def turn(X, Y, t: float):
     "Rotate coordinates by `t` turns."
     c, s = wave(t + 0.25), wave(t)
-    return c*X + s*Y, c*Y - s*X
+    return c * X + s * Y, c * Y - s * X
 
-def rgb(h:float, s:float, v:float):
+
+def rgb(h: float, s: float, v: float):
     "Mix a colour from hue (turns), saturation and value, float32 [3]."
-    return np.array([v*(1 - s*(0.5 - 0.5*wave(h - k/3 + 0.25))) for k in range(3)], 'f4')
+    return np.array([v * (1 - s * (0.5 - 0.5 * wave(h - k / 3 + 0.25))) for k in range(3)], 'f4')
 
 # %% ../../nbs/rendered/procad.ipynb #d161d74d
 def noise(rng, S, cells, octaves=1, stretch=1):
     "Draw smooth noise in [0, 1], float32 [S,S]: `cells` lattice cells across, `stretch` times more down."
-    out, total = np.zeros((S, S), 'f4'), 0.
+    out, total = np.zeros((S, S), 'f4'), 0.0
     for o in range(octaves):
-        nx, ny = cells << o, max(1, int((cells << o)*stretch))
+        nx, ny = cells << o, max(1, int((cells << o) * stretch))
         L = rng.random((ny + 2, nx + 2), dtype='f4')
         for axis, n in ((0, ny), (1, nx)):
-            p = (np.arange(S, dtype='f4') + 0.5)*(n/S)
-            i = p.astype(int); f = p - i; f = f*f*(3 - 2*f)
+            p = (np.arange(S, dtype='f4') + 0.5) * (n / S)
+            i = p.astype(int)
+            f = p - i
+            f = f * f * (3 - 2 * f)
             f = f[:, None] if axis == 0 else f
-            L = L.take(i, axis)*(1 - f) + L.take(i + 1, axis)*f
-        out += L*0.5**o; total += 0.5**o
-    return out*(1/total)
+            L = L.take(i, axis) * (1 - f) + L.take(i + 1, axis) * f
+        out += L * 0.5**o
+        total += 0.5**o
+    return out * (1 / total)
 
 # %% ../../nbs/rendered/procad.ipynb #39db7956
-def disc(X, Y, r, x=0., y=0.):
+def disc(X, Y, r, x=0.0, y=0.0):
     "Distance to a disc."
-    return np.sqrt((X - x)*(X - x) + (Y - y)*(Y - y)) - r
+    return np.sqrt((X - x) * (X - x) + (Y - y) * (Y - y)) - r
 
-def box(X, Y, w, h, r=0.):
+
+def box(X, Y, w, h, r=0.0):
     "Distance to a box of half size w, h with corner radius r."
     qx, qy = abs(X) - (w - r), abs(Y) - (h - r)
     ax, ay = np.maximum(qx, 0), np.maximum(qy, 0)
-    return np.sqrt(ax*ax + ay*ay) + np.minimum(np.maximum(qx, qy), 0) - r
+    return np.sqrt(ax * ax + ay * ay) + np.minimum(np.maximum(qx, qy), 0) - r
+
 
 def rod(X, Y, x0, y0, x1, y1, r):
     "Distance to a segment with round ends."
     dx, dy = x1 - x0, y1 - y0
-    t = np.clip(((X - x0)*dx + (Y - y0)*dy)*(1/(dx*dx + dy*dy + 1e-9)), 0, 1)
-    return disc(X - t*dx, Y - t*dy, r, x0, y0)
+    t = np.clip(((X - x0) * dx + (Y - y0) * dy) * (1 / (dx * dx + dy * dy + 1e-9)), 0, 1)
+    return disc(X - t * dx, Y - t * dy, r, x0, y0)
 
-def ngon(X, Y, n, r, t=0.):
+
+def ngon(X, Y, n, r, t=0.0):
     "Distance to a regular polygon with `n` sides and inner radius `r`."
-    return np.max([X*wave(k/n + t + 0.25) + Y*wave(k/n + t) for k in range(n)], 0) - r
+    return np.max([X * wave(k / n + t + 0.25) + Y * wave(k / n + t) for k in range(n)], 0) - r
 
-def cover(d, soft=1.):
+
+def cover(d, soft=1.0):
     "Turn a distance into coverage [0, 1] with an edge `soft` pixels wide."
-    return np.clip(0.5 - d*(d.shape[0]/(2*soft)), 0, 1)
+    return np.clip(0.5 - d * (d.shape[0] / (2 * soft)), 0, 1)
 
 # %% ../../nbs/rendered/procad.ipynb #c0f65cbb
 @dataclass
 class Part:
     "One visible piece of an object."
-    name: str
-    d: np.ndarray            # [S,S] signed distance
-    color: np.ndarray        # [3] RGB in [0,1]
-    bevel: float = 0.1       # strength of the lit rim
-    pattern: np.ndarray = None  # [S,S] multiplies the colour
-    loose: bool = False      # may be missing, misplaced or of the wrong colour
-    void: bool = False       # a hole through the object: not foreground
 
+    name: str
+    d: np.ndarray  # [S,S] signed distance
+    color: np.ndarray  # [3] RGB in [0,1]
+    bevel: float = 0.1  # strength of the lit rim
+    pattern: np.ndarray = None  # [S,S] multiplies the colour
+    loose: bool = False  # may be missing, misplaced or of the wrong colour
+    void: bool = False  # a hole through the object: not foreground
+
+# %% ../../nbs/rendered/procad.ipynb #8410b6dc
 def paint(img, part, light=(-0.6, -0.8), width=0.05):
     "Draw one part over `img` [3,S,S]: flat colour, pattern, rim lit from `light`."
-    S = part.d.shape[0]; near = part.d < 2/S
-    at = tuple(slice(max(int(m.argmax()) - 1, 0), S + 1 - int(m[::-1].argmax())) if m.any() else slice(0) for m in (near.any(1), near.any(0)))  # where it is
+    S = part.d.shape[0]
+    near = part.d < 2 / S
+    at = tuple(
+        slice(max(int(m.argmax()) - 1, 0), S + 1 - int(m[::-1].argmax())) if m.any() else slice(0)
+        for m in (near.any(1), near.any(0))
+    )  # where it is
     d, out = part.d[at], img.copy()
-    a, h = np.clip(0.5 - d*(S/2), 0, 1), np.clip(d*(-1/width), 0, 1)
+    a, h = np.clip(0.5 - d * (S / 2), 0, 1), np.clip(d * (-1 / width), 0, 1)
     slope = np.zeros_like(h)
-    slope[:, 1:] += (h[:, 1:] - h[:, :-1])*light[0]
-    slope[1:] += (h[1:] - h[:-1])*light[1]
-    shade = 1 + np.clip(slope*(-part.bevel*width*S*0.5*4), -0.6, 0.6)
-    if part.pattern is not None: shade = shade*part.pattern[at]
-    out[:, at[0], at[1]] = img[:, at[0], at[1]]*(1 - a) + (part.color[:, None, None]*shade)*a
+    slope[:, 1:] += (h[:, 1:] - h[:, :-1]) * light[0]
+    slope[1:] += (h[1:] - h[:-1]) * light[1]
+    shade = 1 + np.clip(slope * (-part.bevel * width * S * 0.5 * 4), -0.6, 0.6)
+    if part.pattern is not None:
+        shade = shade * part.pattern[at]
+    out[:, at[0], at[1]] = img[:, at[0], at[1]] * (1 - a) + (part.color[:, None, None] * shade) * a
     return out
 
 # %% ../../nbs/rendered/procad.ipynb #471bc55b
 def bottle(X, Y, g, v, form, hue):
     "The mouth of a bottle, seen from above, with three lugs on its rim."
-    R, n = 0.72 + 0.12*form, 2 + int(3*form)
-    glass, base = rgb(hue, 0.45, 0.45 + 0.25*uni(g)), uni(g)
-    parts = [Part('glass', disc(X, Y, R), glass, 0.5), Part('neck', disc(X, Y, R*0.82), glass*0.7, 0.4)]
+    R, n = 0.72 + 0.12 * form, 2 + int(3 * form)
+    glass, base = rgb(hue, 0.45, 0.45 + 0.25 * uni(g)), uni(g)
+    parts = [
+        Part('glass', disc(X, Y, R), glass, 0.5),
+        Part('neck', disc(X, Y, R * 0.82), glass * 0.7, 0.4),
+    ]
     for k in range(3):
-        tx, ty = turn(X, Y, base + k/3)
-        parts.append(Part('lug', box(tx - R*0.9, ty, 0.06, 0.13, 0.03), glass*0.45, 0.6, None, True))
+        tx, ty = turn(X, Y, base + k / 3)
+        parts.append(
+            Part('lug', box(tx - R * 0.9, ty, 0.06, 0.13, 0.03), glass * 0.45, 0.6, None, True)
+        )
     for k in range(n):
-        r = R*(0.74 - 0.3*k/n)
-        parts.append(Part('ring', abs(disc(X, Y, r)) - 0.018, glass*(1.25 - 0.1*k), 0.2))
-    parts.append(Part('inside', disc(X, Y, R*(0.3 + 0.12*uni(g))), glass*0.3, 0.3))
-    (tx, ty), s = turn(X, Y, base + 0.16 + uni(v, -0.02, 0.02)), uni(v, 0.06, 0.14)    # the glint sits between two lugs
-    return parts + [Part('glint', rod(tx - R*0.62, ty, 0., -s, 0., s, 0.03), np.array([0.9, 0.93, 0.95], 'f4'), 0.)]
+        r = R * (0.74 - 0.3 * k / n)
+        parts.append(Part('ring', abs(disc(X, Y, r)) - 0.018, glass * (1.25 - 0.1 * k), 0.2))
+    parts.append(Part('inside', disc(X, Y, R * (0.3 + 0.12 * uni(g))), glass * 0.3, 0.3))
+    (tx, ty), s = (
+        turn(X, Y, base + 0.16 + uni(v, -0.02, 0.02)),
+        uni(v, 0.06, 0.14),
+    )  # the glint sits between two lugs
+    return parts + [
+        Part(
+            'glint',
+            rod(tx - R * 0.62, ty, 0.0, -s, 0.0, s, 0.03),
+            np.array([0.9, 0.93, 0.95], 'f4'),
+            0.0,
+        )
+    ]
 
+# %% ../../nbs/rendered/procad.ipynb #9254cc48
 def capsule(X, Y, g, v, form, hue):
     "A two-coloured gelatine capsule with a printed dot and two bars."
-    L, r = 0.4 + 0.12*form, 0.5 - 0.12*form
-    body = rod(X, Y, -L, 0., L, 0., r)
-    a, b = rgb(hue, 0.55, 0.8), rgb(hue + 0.3 + 0.2*uni(g), 0.35, 0.85)
-    lit = 1.12 - 0.5*np.clip(Y*(1/r), -1, 1)*np.clip(Y*(1/r) + 0.5, -1, 1)
-    parts = [Part('body', body, a, 0.3, lit), Part('cap', np.maximum(body - 0.015, X + 0.08 + 0.12*uni(g)), b, 0.3, lit)]
-    x, y = 0.05 + L*0.22 + uni(v, -0.03, 0.03), uni(v, -0.03, 0.03)                    # prints sit a little differently each time
-    marks = (disc(X, Y, 0.085, x, y), box(X - x - 0.2, Y - y, 0.04, r*0.45), box(X - x - 0.36, Y - y, 0.04, r*(0.2 + 0.15*uni(g))))
-    return parts + [Part('print', d, a*0.35, 0., None, True) for d in marks]
+    L, r = 0.4 + 0.12 * form, 0.5 - 0.12 * form
+    body = rod(X, Y, -L, 0.0, L, 0.0, r)
+    a, b = rgb(hue, 0.55, 0.8), rgb(hue + 0.3 + 0.2 * uni(g), 0.35, 0.85)
+    lit = 1.12 - 0.5 * np.clip(Y * (1 / r), -1, 1) * np.clip(Y * (1 / r) + 0.5, -1, 1)
+    parts = [
+        Part('body', body, a, 0.3, lit),
+        Part('cap', np.maximum(body - 0.015, X + 0.08 + 0.12 * uni(g)), b, 0.3, lit),
+    ]
+    x, y = (
+        0.05 + L * 0.22 + uni(v, -0.03, 0.03),
+        uni(v, -0.03, 0.03),
+    )  # prints sit a little differently each time
+    marks = (
+        disc(X, Y, 0.085, x, y),
+        box(X - x - 0.2, Y - y, 0.04, r * 0.45),
+        box(X - x - 0.36, Y - y, 0.04, r * (0.2 + 0.15 * uni(g))),
+    )
+    return parts + [Part('print', d, a * 0.35, 0.0, None, True) for d in marks]
 
 # %% ../../nbs/rendered/procad.ipynb #348832b9
 def screw(X, Y, g, v, form, hue):
     "A screw lying on its side: head with a slot, threaded shank, pointed tip."
-    w, metal = 0.28 + 0.05*form, rgb(hue, 0.18, 0.6 + 0.15*uni(g))
-    pitch, roll = 7 + 4*form, uni(v, -0.12, 0.12)                                      # it never lies turned quite the same way
-    ridge = (0.84 + 0.24*wave((X + 0.35*Y)*pitch*0.5 + roll))*(worn := 0.75 + 0.5*noise(v, X.shape[0], 7, 2))
-    edge = abs(Y) - w*(1 + 0.12*wave(X*pitch*0.5 + roll))
+    w, metal = 0.28 + 0.05 * form, rgb(hue, 0.18, 0.6 + 0.15 * uni(g))
+    pitch, roll = 7 + 4 * form, uni(v, -0.12, 0.12)  # it never lies turned quite the same way
+    ridge = (0.84 + 0.24 * wave((X + 0.35 * Y) * pitch * 0.5 + roll)) * (
+        worn := 0.75 + 0.5 * noise(v, X.shape[0], 7, 2)
+    )
+    edge = abs(Y) - w * (1 + 0.12 * wave(X * pitch * 0.5 + roll))
     shank = np.maximum(edge, np.maximum(-0.5 - X, X - 0.52))
-    tip = np.maximum(np.maximum(abs(Y) - (0.88 - X)*(w/0.34), 0.52 - X), X - 0.88)
-    head = np.maximum(box(X + 0.66, Y, 0.2, 0.5 + 0.08*form, 0.08), -0.84 - X)
-    slot = np.maximum(box(X + 0.8, Y, 0.16, 0.07 + 0.03*uni(g)), head)
-    return [Part('tip', tip, metal*0.95, 0.4, None, True), Part('shank', shank, metal, 0.3, ridge), Part('head', head, metal*1.05, 0.5, worn),
-            Part('slot', slot, metal*0.3, 0.2, None, True)]
+    tip = np.maximum(np.maximum(abs(Y) - (0.88 - X) * (w / 0.34), 0.52 - X), X - 0.88)
+    head = np.maximum(box(X + 0.66, Y, 0.2, 0.5 + 0.08 * form, 0.08), -0.84 - X)
+    slot = np.maximum(box(X + 0.8, Y, 0.16, 0.07 + 0.03 * uni(g)), head)
+    return [
+        Part('tip', tip, metal * 0.95, 0.4, None, True),
+        Part('shank', shank, metal, 0.3, ridge),
+        Part('head', head, metal * 1.05, 0.5, worn),
+        Part('slot', slot, metal * 0.3, 0.2, None, True),
+    ]
 
+# %% ../../nbs/rendered/procad.ipynb #fdbdf3de
 def metal_nut(X, Y, g, v, form, hue):
     "A nut with a threaded hole and a stamped dot and bar on its face."
-    n, R = (6, 8, 5, 4)[int(form*4) % 4], 0.68 + 0.08*uni(g)
-    metal, hole, base = rgb(hue, 0.15, 0.66), 0.22 + 0.1*form, uni(g)
-    brushed = 0.55 + 0.5*noise(v, X.shape[0], 3, 3, 8) + 0.36*noise(v, X.shape[0], 6, 2)
-    parts = [Part('nut', np.maximum(ngon(X, Y, n, R), disc(X, Y, R*1.1)), metal, 0.6, brushed), Part('face', disc(X, Y, R*0.88), metal*1.12, 0.3, brushed),
-             Part('thread', disc(X, Y, hole + 0.07), metal*0.6, 0.5), Part('hole', disc(X, Y, hole), metal*0.16, 0.2, void=True)]
-    at, (ux, uy), (wx, wy) = (hole + 0.07 + R*0.88)/2, turn(X, Y, base), turn(X, Y, base + 0.2)
-    return parts + [Part('stamp', d, metal*0.4, 0.3, None, True) for d in (disc(ux, uy, 0.075, at), box(wx - at, wy, 0.06, 0.1, 0.02))]
+    n, R = (6, 8, 5, 4)[int(form * 4) % 4], 0.68 + 0.08 * uni(g)
+    metal, hole, base = rgb(hue, 0.15, 0.66), 0.22 + 0.1 * form, uni(g)
+    brushed = 0.55 + 0.5 * noise(v, X.shape[0], 3, 3, 8) + 0.36 * noise(v, X.shape[0], 6, 2)
+    parts = [
+        Part('nut', np.maximum(ngon(X, Y, n, R), disc(X, Y, R * 1.1)), metal, 0.6, brushed),
+        Part('face', disc(X, Y, R * 0.88), metal * 1.12, 0.3, brushed),
+        Part('thread', disc(X, Y, hole + 0.07), metal * 0.6, 0.5),
+        Part('hole', disc(X, Y, hole), metal * 0.16, 0.2, void=True),
+    ]
+    at, (ux, uy), (wx, wy) = (hole + 0.07 + R * 0.88) / 2, turn(X, Y, base), turn(X, Y, base + 0.2)
+    return parts + [
+        Part('stamp', d, metal * 0.4, 0.3, None, True)
+        for d in (disc(ux, uy, 0.075, at), box(wx - at, wy, 0.06, 0.1, 0.02))
+    ]
 
 # %% ../../nbs/rendered/procad.ipynb #3fa1c3fa
 def pill(X, Y, g, v, form, hue):
     "A pressed pill with a score line and an imprint."
-    r = 0.76 + 0.08*uni(g)
-    body = disc(X, Y*(1 + 0.4*form), r) if form < 0.6 else box(X, Y, r*1.08, r*0.78, r*0.5)
-    c, S = rgb(hue, 0.25 + 0.25*uni(g), 0.85), X.shape[0]
-    speck = 1 - 0.42*np.clip(noise(v, S, 22, 2)*6 - 3.9, 0, 1) + 0.5*(noise(v, S, 5, 2) - 0.5)
-    parts = [Part('pill', body, c, 0.5, speck), Part('score', box(X, Y, 0.028, r*0.42), c*0.5, 0.3, None, True)]
-    return parts + [Part('imprint', abs(disc(X, Y, 0.1, s*r*0.52)) - 0.028, c*0.5, 0.2, None, True) for s in (-1, 1)]
+    r = 0.76 + 0.08 * uni(g)
+    body = (
+        disc(X, Y * (1 + 0.4 * form), r) if form < 0.6 else box(X, Y, r * 1.08, r * 0.78, r * 0.5)
+    )
+    c, S = rgb(hue, 0.25 + 0.25 * uni(g), 0.85), X.shape[0]
+    speck = 1 - 0.42 * np.clip(noise(v, S, 22, 2) * 6 - 3.9, 0, 1) + 0.5 * (noise(v, S, 5, 2) - 0.5)
+    parts = [
+        Part('pill', body, c, 0.5, speck),
+        Part('score', box(X, Y, 0.028, r * 0.42), c * 0.5, 0.3, None, True),
+    ]
+    return parts + [
+        Part('imprint', abs(disc(X, Y, 0.1, s * r * 0.52)) - 0.028, c * 0.5, 0.2, None, True)
+        for s in (-1, 1)
+    ]
 
 # %% ../../nbs/rendered/procad.ipynb #d3fbf63d
 def cable(X, Y, g, v, form, hue):
     "The cross-section of a cable with several insulated wires."
-    n, R = 3 + int(form*3), 0.84
-    parts = [Part('jacket', disc(X, Y, R), rgb(hue, 0.25, 0.35), 0.4), Part('filler', disc(X, Y, R*0.86), rgb(hue, 0.1, 0.7), 0.2, 0.88 + 0.24*noise(v, X.shape[0], 5, 2))]
-    ring, r = R*0.5, R*(0.4 - 0.03*n)
-    strands = 0.8 + 0.25*wave(X*16.)*wave(Y*16.)
+    n, R = 3 + int(form * 3), 0.84
+    parts = [
+        Part('jacket', disc(X, Y, R), rgb(hue, 0.25, 0.35), 0.4),
+        Part(
+            'filler',
+            disc(X, Y, R * 0.86),
+            rgb(hue, 0.1, 0.7),
+            0.2,
+            0.88 + 0.24 * noise(v, X.shape[0], 5, 2),
+        ),
+    ]
+    ring, r = R * 0.5, R * (0.4 - 0.03 * n)
+    strands = 0.8 + 0.25 * wave(X * 16.0) * wave(Y * 16.0)
     for k in range(n):
-        t = k/n + uni(v, -0.008, 0.008)
-        x, y = ring*wave(t + 0.25), ring*wave(t)
-        parts.append(Part('wire', disc(X, Y, r, x, y), rgb(hue + 0.15 + k/n, 0.6, 0.7), 0.3, None, True))
-        parts.append(Part('copper', disc(X, Y, r*0.62, x, y), np.array([0.82, 0.5, 0.28], 'f4'), 0.2, strands, True))
+        t = k / n + uni(v, -0.008, 0.008)
+        x, y = ring * wave(t + 0.25), ring * wave(t)
+        parts.append(
+            Part('wire', disc(X, Y, r, x, y), rgb(hue + 0.15 + k / n, 0.6, 0.7), 0.3, None, True)
+        )
+        parts.append(
+            Part(
+                'copper',
+                disc(X, Y, r * 0.62, x, y),
+                np.array([0.82, 0.5, 0.28], 'f4'),
+                0.2,
+                strands,
+                True,
+            )
+        )
     return parts
 
+# %% ../../nbs/rendered/procad.ipynb #c8ae46c5
 def transistor(X, Y, g, v, form, hue):
     "A transistor: metal tab with a hole, plastic body with a printed dot and bars, three legs on a board."
-    n, h = 3, 0.2 + 0.1*form
+    n, h = 3, 0.2 + 0.1 * form
     metal = np.array([0.68, 0.68, 0.66], 'f4')
-    parts = [Part('leg', box(X - (k - 1)*(0.26 + 0.06*form), Y - 0.5, 0.06, 0.36, 0.01), metal, 0.4, None, True) for k in range(n)]
-    tab = np.maximum(box(X, Y + 0.55, 0.5, 0.3, 0.04), -disc(X, Y, 0.1 + 0.05*uni(g), 0., -0.6))
-    parts += [Part('tab', tab, metal*0.9, 0.4), Part('body', box(X, Y + 0.08, 0.58, h + 0.08, 0.03), rgb(hue, 0.35, 0.32), 0.6)]
+    parts = [
+        Part(
+            'leg',
+            box(X - (k - 1) * (0.26 + 0.06 * form), Y - 0.5, 0.06, 0.36, 0.01),
+            metal,
+            0.4,
+            None,
+            True,
+        )
+        for k in range(n)
+    ]
+    tab = np.maximum(box(X, Y + 0.55, 0.5, 0.3, 0.04), -disc(X, Y, 0.1 + 0.05 * uni(g), 0.0, -0.6))
+    parts += [
+        Part('tab', tab, metal * 0.9, 0.4),
+        Part('body', box(X, Y + 0.08, 0.58, h + 0.08, 0.03), rgb(hue, 0.35, 0.32), 0.6),
+    ]
     x, y = uni(v, -0.04, 0.04), 0.08 + uni(v, -0.03, 0.03)
-    marks = disc(X, Y, 0.07, x - 0.33, -y), box(X - x + 0.05, Y + y, 0.1, 0.05), box(X - x - 0.28, Y + y, 0.1, 0.05)
-    return parts + [Part('mark', d, np.array([0.75, 0.75, 0.7], 'f4'), 0., None, True) for d in marks]
+    marks = (
+        disc(X, Y, 0.07, x - 0.33, -y),
+        box(X - x + 0.05, Y + y, 0.1, 0.05),
+        box(X - x - 0.28, Y + y, 0.1, 0.05),
+    )
+    return parts + [
+        Part('mark', d, np.array([0.75, 0.75, 0.7], 'f4'), 0.0, None, True) for d in marks
+    ]
 
 # %% ../../nbs/rendered/procad.ipynb #074e0918
 def button(X, Y, g, v, form, hue):
     "A sewing button."
-    R, n, c = 0.65 + 0.12*uni(g), (2, 4, 3)[int(form*3)], rgb(hue, 0.5, 0.7)
-    parts = [Part('disc', disc(X, Y, R), c, 0.5), Part('dish', disc(X, Y, R*(0.6 + 0.15*form)), c*0.88, -0.4)]
+    R, n, c = 0.65 + 0.12 * uni(g), (2, 4, 3)[int(form * 3)], rgb(hue, 0.5, 0.7)
+    parts = [
+        Part('disc', disc(X, Y, R), c, 0.5),
+        Part('dish', disc(X, Y, R * (0.6 + 0.15 * form)), c * 0.88, -0.4),
+    ]
     for k in range(n):
-        t = k/n + 0.125
-        parts.append(Part('hole', disc(X, Y, 0.08, 0.2*wave(t + 0.25), 0.2*wave(t)), c*0.2, 0.2, None, True, True))
+        t = k / n + 0.125
+        parts.append(
+            Part(
+                'hole',
+                disc(X, Y, 0.08, 0.2 * wave(t + 0.25), 0.2 * wave(t)),
+                c * 0.2,
+                0.2,
+                None,
+                True,
+                True,
+            )
+        )
     return parts
 
+# %% ../../nbs/rendered/procad.ipynb #d2a4b682
 def gear(X, Y, g, v, form, hue):
     "A toothed wheel with a keyway in its bore."
-    n, R, c = 8 + int(8*form), 0.64, rgb(hue, 0.2, 0.62)
-    parts, worn, bore = [], 0.85 + 0.3*noise(v, X.shape[0], 5, 2), R*(0.14 + 0.08*uni(g))
+    n, R, c = 8 + int(8 * form), 0.64, rgb(hue, 0.2, 0.62)
+    parts, worn, bore = [], 0.85 + 0.3 * noise(v, X.shape[0], 5, 2), R * (0.14 + 0.08 * uni(g))
     for k in range(n):
-        tx, ty = turn(X, Y, k/n)
-        parts.append(Part('tooth', box(tx - R - 0.07, ty, 0.12, 1.3/n, 0.02), c, 0.4, None, True))
-    parts += [Part('wheel', disc(X, Y, R), c, 0.4, worn), Part('web', disc(X, Y, R*0.78), c*0.85, -0.3, worn), Part('hub', disc(X, Y, R*0.42), c*1.1, 0.5, worn)]
+        tx, ty = turn(X, Y, k / n)
+        parts.append(Part('tooth', box(tx - R - 0.07, ty, 0.12, 1.3 / n, 0.02), c, 0.4, None, True))
+    parts += [
+        Part('wheel', disc(X, Y, R), c, 0.4, worn),
+        Part('web', disc(X, Y, R * 0.78), c * 0.85, -0.3, worn),
+        Part('hub', disc(X, Y, R * 0.42), c * 1.1, 0.5, worn),
+    ]
     tx, ty = turn(X, Y, uni(g))
-    return parts + [Part('bore', disc(X, Y, bore), c*0.15, 0.2, void=True), Part('key', box(tx - bore, ty, 0.09, 0.06), c*0.15, 0.2, None, True, True)]
+    return parts + [
+        Part('bore', disc(X, Y, bore), c * 0.15, 0.2, void=True),
+        Part('key', box(tx - bore, ty, 0.09, 0.06), c * 0.15, 0.2, None, True, True),
+    ]
 
 # %% ../../nbs/rendered/procad.ipynb #dcadc53d
 def connector(X, Y, g, v, form, hue):
     "A plug with two rows of pins and a coding notch on one side."
-    n = 3 + int(4*form)
-    w, c = 0.8, rgb(hue, 0.4, 0.4 + 0.25*uni(g))
-    parts = [Part('shell', box(X, Y, w, 0.54, 0.06), c, 0.5, 0.88 + 0.24*noise(v, X.shape[0], 6, 2)), Part('well', box(X, Y, w - 0.12, 0.38, 0.04), c*0.5, -0.3)]
-    x = pick(g, (-1, 1))*uni(g, 0.25, 0.5)
-    parts.append(Part('key', box(X - x, Y + 0.46, 0.13, 0.09, 0.01), c*0.4, 0.3, None, True))
-    for k in range(2*n):
-        x, y = (k % n - (n - 1)/2)*(2*(w - 0.2)/n), (k//n - 0.5)*0.36
+    n = 3 + int(4 * form)
+    w, c = 0.8, rgb(hue, 0.4, 0.4 + 0.25 * uni(g))
+    parts = [
+        Part('shell', box(X, Y, w, 0.54, 0.06), c, 0.5, 0.88 + 0.24 * noise(v, X.shape[0], 6, 2)),
+        Part('well', box(X, Y, w - 0.12, 0.38, 0.04), c * 0.5, -0.3),
+    ]
+    x = pick(g, (-1, 1)) * uni(g, 0.25, 0.5)
+    parts.append(Part('key', box(X - x, Y + 0.46, 0.13, 0.09, 0.01), c * 0.4, 0.3, None, True))
+    for k in range(2 * n):
+        x, y = (k % n - (n - 1) / 2) * (2 * (w - 0.2) / n), (k // n - 0.5) * 0.36
         shine = uni(v, 0.85, 1.12)
-        parts.append(Part('pin', box(X - x, Y - y, 0.06, 0.09, 0.01), np.array([0.8, 0.68, 0.36], 'f4')*shine, 0.5, None, True))
+        parts.append(
+            Part(
+                'pin',
+                box(X - x, Y - y, 0.06, 0.09, 0.01),
+                np.array([0.8, 0.68, 0.36], 'f4') * shine,
+                0.5,
+                None,
+                True,
+            )
+        )
     return parts
 
 # %% ../../nbs/rendered/procad.ipynb #06bb7e00
 def carpet(X, Y, g, v, form, hue):
     "Woven carpet: two crossing thread systems with fluff, and a lattice of diamonds, light and dark in turn."
-    S, f, a, b = X.shape[0], 9 + 10*form, rgb(hue, 0.35, 0.55), rgb(hue + 0.1, 0.3, 0.42)
-    c, e, P = rgb(hue + 0.4, 0.4, pick(g, (0.8, 0.9))), rgb(hue + 0.65, 0.45, pick(g, (0.25, 0.35))), 1/(0.5 + 0.15*uni(g))
+    S, f, a, b = X.shape[0], 9 + 10 * form, rgb(hue, 0.35, 0.55), rgb(hue + 0.1, 0.3, 0.42)
+    c, e, P = (
+        rgb(hue + 0.4, 0.4, pick(g, (0.8, 0.9))),
+        rgb(hue + 0.65, 0.45, pick(g, (0.25, 0.35))),
+        1 / (0.5 + 0.15 * uni(g)),
+    )
     x, y = uni(v), uni(v)
-    X, Y = X + 0.03*noise(v, S, 4) + 0.1*x, Y + 0.03*noise(v, S, 4) + 0.1*y
-    warp, weft = wave(X*f), wave(Y*f)
-    over = 0.5 + 0.5*np.clip(3*warp*weft, -1, 1)
-    rim = abs(X*P - np.floor(X*P) - 0.5) + abs(Y*P - np.floor(Y*P) - 0.5)
-    odd = (np.floor(X*P) + np.floor(Y*P)) % 2
-    motif = np.clip((0.12 - abs(rim - 0.12 - 0.06*form))*60, 0, 1)
-    fluff = np.clip(noise(v, S, 44)*7 - 5.2 + 3*(noise(v, S, 5) - 0.5), 0, 1)
-    shade = 0.6 + 0.2*np.maximum(warp*over, weft*(1 - over)) + 0.25*noise(v, S, 60, 1) + 0.4*fluff + 0.55*noise(v, S, 5, 2) - 0.12
-    ground = a[:, None, None]*over + b[:, None, None]*(1 - over)
-    return (ground*(1 - motif) + (c[:, None, None]*odd + e[:, None, None]*(1 - odd))*(0.7 + 0.3*over)*motif)*shade
+    X, Y = X + 0.03 * noise(v, S, 4) + 0.1 * x, Y + 0.03 * noise(v, S, 4) + 0.1 * y
+    warp, weft = wave(X * f), wave(Y * f)
+    over = 0.5 + 0.5 * np.clip(3 * warp * weft, -1, 1)
+    rim = abs(X * P - np.floor(X * P) - 0.5) + abs(Y * P - np.floor(Y * P) - 0.5)
+    odd = (np.floor(X * P) + np.floor(Y * P)) % 2
+    motif = np.clip((0.12 - abs(rim - 0.12 - 0.06 * form)) * 60, 0, 1)
+    fluff = np.clip(noise(v, S, 44) * 7 - 5.2 + 3 * (noise(v, S, 5) - 0.5), 0, 1)
+    shade = (
+        0.6
+        + 0.2 * np.maximum(warp * over, weft * (1 - over))
+        + 0.25 * noise(v, S, 60, 1)
+        + 0.4 * fluff
+        + 0.55 * noise(v, S, 5, 2)
+        - 0.12
+    )
+    ground = a[:, None, None] * over + b[:, None, None] * (1 - over)
+    return (
+        ground * (1 - motif)
+        + (c[:, None, None] * odd + e[:, None, None] * (1 - odd)) * (0.7 + 0.3 * over) * motif
+    ) * shade
 
+# %% ../../nbs/rendered/procad.ipynb #132a75dd
 def tile(X, Y, g, v, form, hue):
     "Polished stone tile with speckles of three sizes and pale veins."
     S, base, dark = X.shape[0], rgb(hue, 0.12, 0.72), rgb(hue + 0.4, 0.25, 0.35)
-    n = 10 + int(10*form)
-    fine = 0.7*np.clip(noise(v, S, 2*n)*6 - 3.6, 0, 1) + np.clip(noise(v, S, n)*6 - 3.6, 0, 1)
-    speck = np.clip(fine + np.clip(noise(v, S, n//2)*9 - 5.4, 0, 1), 0, 1)*(0.7 + 0.25*uni(g))
-    vein = np.clip(1 - abs(noise(v, S, 3, 3) - 0.5)*22, 0, 1)*np.clip(noise(v, S, 4)*5 - 2.3, 0, 1)
-    stone = base[:, None, None]*(1 - speck) + dark[:, None, None]*speck
-    return (stone*(1 - 0.7*vein) + 0.62*vein)*(0.9 + 0.2*noise(v, S, 4, 2))
+    n = 10 + int(10 * form)
+    fine = 0.7 * np.clip(noise(v, S, 2 * n) * 6 - 3.6, 0, 1) + np.clip(
+        noise(v, S, n) * 6 - 3.6, 0, 1
+    )
+    speck = np.clip(fine + np.clip(noise(v, S, n // 2) * 9 - 5.4, 0, 1), 0, 1) * (
+        0.7 + 0.25 * uni(g)
+    )
+    vein = np.clip(1 - abs(noise(v, S, 3, 3) - 0.5) * 22, 0, 1) * np.clip(
+        noise(v, S, 4) * 5 - 2.3, 0, 1
+    )
+    stone = base[:, None, None] * (1 - speck) + dark[:, None, None] * speck
+    return (stone * (1 - 0.7 * vein) + 0.62 * vein) * (0.9 + 0.2 * noise(v, S, 4, 2))
 
 # %% ../../nbs/rendered/procad.ipynb #0f4d4f78
 def wood(X, Y, g, v, form, hue):
     "Two planed boards with rings, pores, streaks and knots."
-    S, f, joint = X.shape[0], 2.2 + 3*form, uni(g, -0.5, 0.5) + uni(v, -0.03, 0.03)
-    right, warp, dark = np.clip((X - joint)*S, 0, 1), noise(v, S, 2, 2, 0.5)*0.6 + uni(v), np.zeros_like(X)
-    for _ in range(3 + int(4*uni(v))):
+    S, f, joint = X.shape[0], 2.2 + 3 * form, uni(g, -0.5, 0.5) + uni(v, -0.03, 0.03)
+    right, warp, dark = (
+        np.clip((X - joint) * S, 0, 1),
+        noise(v, S, 2, 2, 0.5) * 0.6 + uni(v),
+        np.zeros_like(X),
+    )
+    for _ in range(3 + int(4 * uni(v))):
         x, y, r = uni(v, -0.95, 0.95), uni(v, -0.95, 0.95), uni(v, 0.05, 0.14)
-        d = disc(X - x, (Y - y)*0.6, 0.)*(1/r) + 0.3*(noise(v, S, 10) - 0.5)
-        fall = 1/(1 + d*d)
-        warp, dark = warp + fall*2*r*pick(v, (-1, 1)), np.maximum(dark, np.clip(fall*3 - 1, 0, 1)*(0.8 + 0.2*wave(d*2.5)))
-    ring = 0.5 + 0.5*wave((X + warp + 0.37*right)*f + 0.6*noise(v, S, 5, 2, 0.4))
-    pores, streak = np.clip(noise(v, S, 70, 1, 0.08)*1.6 - 0.3, 0, 1), np.clip(noise(v, S, 6, 2, 0.15)*7 - 3.7, 0, 1)
-    a, b, c = rgb(0.07 + 0.06*hue, 0.45, 0.8), rgb(0.05 + 0.06*hue, 0.6, 0.48), rgb(0.04 + 0.04*hue, 0.6, 0.24)
-    dark = np.maximum(np.maximum(dark, 0.7*streak), 0.9*np.clip(1 - abs(X - joint)*60, 0, 1))
-    img = (a[:, None, None]*ring + b[:, None, None]*(1 - ring))*(1 - np.array([0.1, 0.3, 0.4], 'f4')[:, None, None]*right)
-    return (img*(1 - dark) + c[:, None, None]*dark)*(0.95 + (pores - 0.4)*(0.15 + 0.5*np.clip(noise(v, S, 4, 1, 0.5)*4 - 1.6, 0, 1)))
+        d = disc(X - x, (Y - y) * 0.6, 0.0) * (1 / r) + 0.3 * (noise(v, S, 10) - 0.5)
+        fall = 1 / (1 + d * d)
+        warp, dark = (
+            warp + fall * 2 * r * pick(v, (-1, 1)),
+            np.maximum(dark, np.clip(fall * 3 - 1, 0, 1) * (0.8 + 0.2 * wave(d * 2.5))),
+        )
+    ring = 0.5 + 0.5 * wave((X + warp + 0.37 * right) * f + 0.6 * noise(v, S, 5, 2, 0.4))
+    pores, streak = (
+        np.clip(noise(v, S, 70, 1, 0.08) * 1.6 - 0.3, 0, 1),
+        np.clip(noise(v, S, 6, 2, 0.15) * 7 - 3.7, 0, 1),
+    )
+    a, b, c = (
+        rgb(0.07 + 0.06 * hue, 0.45, 0.8),
+        rgb(0.05 + 0.06 * hue, 0.6, 0.48),
+        rgb(0.04 + 0.04 * hue, 0.6, 0.24),
+    )
+    dark = np.maximum(np.maximum(dark, 0.7 * streak), 0.9 * np.clip(1 - abs(X - joint) * 60, 0, 1))
+    img = (a[:, None, None] * ring + b[:, None, None] * (1 - ring)) * (
+        1 - np.array([0.1, 0.3, 0.4], 'f4')[:, None, None] * right
+    )
+    return (img * (1 - dark) + c[:, None, None] * dark) * (
+        0.95 + (pores - 0.4) * (0.15 + 0.5 * np.clip(noise(v, S, 4, 1, 0.5) * 4 - 1.6, 0, 1))
+    )
 
 # %% ../../nbs/rendered/procad.ipynb #eaa27997
 def leather(X, Y, g, v, form, hue):
     "Grained leather, lit from one side, with creases and a stitched seam."
-    S, n, c = X.shape[0], 14 + int(14*form), rgb(hue, 0.45, 0.55)
-    h = np.minimum(3*abs(noise(v, S, n) - noise(v, S, n)) + 1.5*abs(noise(v, S, 2*n) - noise(v, S, 2*n)), 1)
-    slope = np.zeros_like(h); slope[1:, 1:] = h[1:, 1:] - h[:-1, :-1]
-    crease = np.clip(1.3 - abs(noise(v, S, 3, 2) - 0.5)*30, 0, 1)*np.clip(noise(v, S, 5)*6 - 2.4, 0, 1)
-    img = c[:, None, None]*(0.44 + 0.3*h + 1.6*slope*np.clip(noise(v, S, 4)*2 - 0.5, 0.1, 1) + 0.64*noise(v, S, 5, 2) - 0.36*crease)
-    x = X + 0.04*(noise(v, S, 2) - 0.5) - pick(g, (-1, 1))*uni(g, 0.2, 0.6) - uni(v, -0.03, 0.03)
-    t = Y*5 + uni(v)
-    stitch = np.max([cover(box(x - q, (t - np.floor(t) - 0.5)*0.2, 0.018, 0.062, 0.014)) for q in (-0.12, 0.12)], 0)
-    img = img*(1 - 0.7*np.clip(1.3 - abs(x)*22, 0, 1))*(1 + 0.25*np.clip(1 - abs(x - 0.05)*20, 0, 1))
-    return img*(1 - stitch) + rgb(hue + 0.05, 0.2, 0.85)[:, None, None]*stitch*(0.8 + 0.3*noise(v, S, 60))
+    S, n, c = X.shape[0], 14 + int(14 * form), rgb(hue, 0.45, 0.55)
+    h = np.minimum(
+        3 * abs(noise(v, S, n) - noise(v, S, n))
+        + 1.5 * abs(noise(v, S, 2 * n) - noise(v, S, 2 * n)),
+        1,
+    )
+    slope = np.zeros_like(h)
+    slope[1:, 1:] = h[1:, 1:] - h[:-1, :-1]
+    crease = np.clip(1.3 - abs(noise(v, S, 3, 2) - 0.5) * 30, 0, 1) * np.clip(
+        noise(v, S, 5) * 6 - 2.4, 0, 1
+    )
+    img = c[:, None, None] * (
+        0.44
+        + 0.3 * h
+        + 1.6 * slope * np.clip(noise(v, S, 4) * 2 - 0.5, 0.1, 1)
+        + 0.64 * noise(v, S, 5, 2)
+        - 0.36 * crease
+    )
+    x = (
+        X
+        + 0.04 * (noise(v, S, 2) - 0.5)
+        - pick(g, (-1, 1)) * uni(g, 0.2, 0.6)
+        - uni(v, -0.03, 0.03)
+    )
+    t = Y * 5 + uni(v)
+    stitch = np.max(
+        [
+            cover(box(x - q, (t - np.floor(t) - 0.5) * 0.2, 0.018, 0.062, 0.014))
+            for q in (-0.12, 0.12)
+        ],
+        0,
+    )
+    img = (
+        img
+        * (1 - 0.7 * np.clip(1.3 - abs(x) * 22, 0, 1))
+        * (1 + 0.25 * np.clip(1 - abs(x - 0.05) * 20, 0, 1))
+    )
+    return img * (1 - stitch) + rgb(hue + 0.05, 0.2, 0.85)[:, None, None] * stitch * (
+        0.8 + 0.3 * noise(v, S, 60)
+    )
 
 # %% ../../nbs/rendered/procad.ipynb #7b1a1dc4
 def mesh(X, Y, g, v, form, hue):
     "Wire grid over a dark ground, every third wire thicker, welded at the crossings, rusty in places."
-    f, c, back, rusty = 2.4 + 2.2*form, rgb(hue, 0.2, 0.72), rgb(hue + 0.5, 0.25, 0.28), rgb(0.06, 0.6, 0.55)
-    X, Y = turn(X + uni(v, -.02, .02) + 3, Y + uni(v, -.02, .02) + 3, 0.01*uni(g, -1, 1))
-    w, S = 0.1 + 0.05*uni(g), X.shape[0]
-    rust = 0.9*np.clip(noise(v, S, 6, 2)*5 - 2.7, 0, 1)
-    wire = c[:, None, None]*(1 - rust) + rusty[:, None, None]*rust
-    img = back[:, None, None]*(0.3 + 1.3*noise(v, S, 7, 2))
-    U, V = X*f - np.floor(X*f) - 0.5, Y*f - np.floor(Y*f) - 0.5
-    wx, wy = (w*(1 + 0.7*(np.floor(T*f) % 3 == 0)) for T in (X, Y))
+    f, c, back, rusty = (
+        2.4 + 2.2 * form,
+        rgb(hue, 0.2, 0.72),
+        rgb(hue + 0.5, 0.25, 0.28),
+        rgb(0.06, 0.6, 0.55),
+    )
+    X, Y = turn(X + uni(v, -0.02, 0.02) + 3, Y + uni(v, -0.02, 0.02) + 3, 0.01 * uni(g, -1, 1))
+    w, S = 0.1 + 0.05 * uni(g), X.shape[0]
+    rust = 0.9 * np.clip(noise(v, S, 6, 2) * 5 - 2.7, 0, 1)
+    wire = c[:, None, None] * (1 - rust) + rusty[:, None, None] * rust
+    img = back[:, None, None] * (0.3 + 1.3 * noise(v, S, 7, 2))
+    U, V = X * f - np.floor(X * f) - 0.5, Y * f - np.floor(Y * f) - 0.5
+    wx, wy = (w * (1 + 0.7 * (np.floor(T * f) % 3 == 0)) for T in (X, Y))
     for U_, w_, T in ((U, wx, Y), (V, wy, X)):
-        a, lit = cover((abs(U_) - w_)*(1/f)), 0.7 + 0.4*np.clip(1 - abs(U_)*(1/w_), 0, 1) + 0.1*wave(T*f)
-        img = img*(1 - a) + wire*lit*a
-    weld = cover((disc(U, V, 0.) - 1.3*np.minimum(wx, wy))*(1/f))
-    return img*(1 - weld) + wire*(0.95 + 0.4*U + 0.4*V)*weld
+        a, lit = (
+            cover((abs(U_) - w_) * (1 / f)),
+            0.7 + 0.4 * np.clip(1 - abs(U_) * (1 / w_), 0, 1) + 0.1 * wave(T * f),
+        )
+        img = img * (1 - a) + wire * lit * a
+    weld = cover((disc(U, V, 0.0) - 1.3 * np.minimum(wx, wy)) * (1 / f))
+    return img * (1 - weld) + wire * (0.95 + 0.4 * U + 0.4 * V) * weld
 
 # %% ../../nbs/rendered/procad.ipynb #a3aaa621
 def fabric(X, Y, g, v, form, hue):
     "Tartan: coloured stripes in warp and weft, woven as twill."
-    S, f, p = X.shape[0], 14 + 10*form, 1 + 0.7*uni(g)
+    S, f, p = X.shape[0], 14 + 10 * form, 1 + 0.7 * uni(g)
     a, b, c = rgb(hue, 0.4, 0.55), rgb(hue + 0.45, 0.4, 0.4), rgb(hue + 0.2, 0.3, 0.85)
-    X, Y = X + 0.02*noise(v, S, 5) + uni(v, -0.05, 0.05), Y + 0.02*noise(v, S, 5) + uni(v, -0.05, 0.05)
+    X, Y = (
+        X + 0.02 * noise(v, S, 5) + uni(v, -0.05, 0.05),
+        Y + 0.02 * noise(v, S, 5) + uni(v, -0.05, 0.05),
+    )
+
     def dyed(t):
-        wide, fine = (np.clip(wave(t + s)*n - m, 0, 1) for s, n, m in ((0., 8, 3), (0.5, 30, 28)))
-        return a[:, None, None]*(1 - wide - fine) + b[:, None, None]*wide + c[:, None, None]*fine
-    over = 0.5 + 0.5*np.clip(wave((X + Y)*f)*2, -1, 1)
-    slub = np.clip(noise(v, S, 50, 1, 0.2)*6 - 4.4 + 2*(noise(v, S, 4) - 0.5), 0, 1)
-    return (dyed(X*p)*over + dyed(Y*p)*(1 - over))*(0.9 + 0.12*noise(v, S, 60) + 0.3*slub)
+        wide, fine = (
+            np.clip(wave(t + s) * n - m, 0, 1) for s, n, m in ((0.0, 8, 3), (0.5, 30, 28))
+        )
+        return (
+            a[:, None, None] * (1 - wide - fine) + b[:, None, None] * wide + c[:, None, None] * fine
+        )
+
+    over = 0.5 + 0.5 * np.clip(wave((X + Y) * f) * 2, -1, 1)
+    slub = np.clip(noise(v, S, 50, 1, 0.2) * 6 - 4.4 + 2 * (noise(v, S, 4) - 0.5), 0, 1)
+    return (dyed(X * p) * over + dyed(Y * p) * (1 - over)) * (
+        0.9 + 0.12 * noise(v, S, 60) + 0.3 * slub
+    )
 
 # %% ../../nbs/rendered/procad.ipynb #fd39d307
-def roll(d, dy:int, dx:int):
+def roll(d, dy: int, dx: int):
     "Shift a distance field by whole pixels (what enters is outside)."
     return ndimage.shift(d, (dy, dx), order=0, mode='nearest')
 
-def spin(d, quarters:int, y:int, x:int):
+
+def spin(d, quarters: int, y: int, x: int):
     "Turn a distance field by quarter turns about pixel (y, x)."
     i, j = np.indices(d.shape)
     i, j = i - y, j - x
-    for _ in range(quarters): i, j = j, -i
+    for _ in range(quarters):
+        i, j = j, -i
     return d[np.clip(i + y, 0, d.shape[0] - 1), np.clip(j + x, 0, d.shape[1] - 1)]
+
 
 def notch(parts, rng, X, Y):
     "Break a piece off the outline, not so deep that the object falls apart."
@@ -345,35 +585,61 @@ def notch(parts, rng, X, Y):
     whole, edge = ndimage.label(body < 0)[1], np.flatnonzero((body < 0) & (body > -0.02))
     for _ in range(30):
         i = int(pick(rng, edge))
-        bite = ngon(X - float(X.flat[i]), Y - float(Y.flat[i]), 5, uni(rng, 0.09, 0.17), uni(rng)) + 0.05*noise(rng, X.shape[0], 24) - 0.025
-        if ndimage.label(np.maximum(body, -bite) < 0)[1] == whole: break
+        bite = (
+            ngon(X - float(X.flat[i]), Y - float(Y.flat[i]), 5, uni(rng, 0.09, 0.17), uni(rng))
+            + 0.05 * noise(rng, X.shape[0], 24)
+            - 0.025
+        )
+        if ndimage.label(np.maximum(body, -bite) < 0)[1] == whole:
+            break
     return [replace(p, d=np.maximum(p.d, -bite)) for p in parts]
 
 # %% ../../nbs/rendered/procad.ipynb #067c8ba3
-FLIPS = dict(key=(2,), stamp=(2,), tip=(2,), mark=(2,), imprint=(1,), score=(1,), leg=(), lug=(), slot=())   # quarter turns that show; else one or two
+FLIPS = dict(
+    key=(2,), stamp=(2,), tip=(2,), mark=(2,), imprint=(1,), score=(1,), leg=(), lug=(), slot=()
+)  # quarter turns that show; else one or two
 
+# %% ../../nbs/rendered/procad.ipynb #282c642f
 def break_parts(parts, kind, rng, X, Y):
     "Apply a defect to the parts themselves."
-    if kind == 'chip': return notch(parts, rng, X, Y)
-    fits = lambda name: kind != 'flipped' or FLIPS.get(name, (1, 2)) and sum(p.name == name for p in parts) <= 4
-    loose, px = [k for k, p in enumerate(parts) if p.loose and fits(p.name)], X.shape[0]/240
+    if kind == 'chip':
+        return notch(parts, rng, X, Y)
+    fits = lambda name: (
+        kind != 'flipped' or FLIPS.get(name, (1, 2)) and sum(p.name == name for p in parts) <= 4
+    )
+    loose, px = [k for k, p in enumerate(parts) if p.loose and fits(p.name)], X.shape[0] / 240
     at = pick(rng, loose)
-    both = (at, at + 1) if parts[at].name == 'wire' else (at,)          # a wire takes its copper along
-    if kind == 'missing': return [p for k, p in enumerate(parts) if k not in both]
+    both = (at, at + 1) if parts[at].name == 'wire' else (at,)  # a wire takes its copper along
+    if kind == 'missing':
+        return [p for k, p in enumerate(parts) if k not in both]
     if kind == 'misplaced':
-        dy, dx = (int(pick(rng, (-1, 1))*uni(rng, 15, 27)*px) for _ in range(2))
+        dy, dx = (int(pick(rng, (-1, 1)) * uni(rng, 15, 27) * px) for _ in range(2))
         return [replace(p, d=roll(p.d, dy, dx)) if k in both else p for k, p in enumerate(parts)]
     if kind == 'flipped':
         group = [k for k in loose if parts[k].name == parts[at].name]
-        turns, own = pick(rng, FLIPS.get(parts[at].name, (1, 2))), np.nonzero(np.min([parts[k].d for k in group], 0) < 0)
-        y, x = np.unravel_index(int((X*X + Y*Y).argmin()), X.shape) if parts[at].name in ('key', 'stamp') else (a.mean() + 0.5 for a in own)
-        return [replace(p, d=spin(p.d, turns, int(y), int(x))) if k in group else p for k, p in enumerate(parts)]
+        turns, own = (
+            pick(rng, FLIPS.get(parts[at].name, (1, 2))),
+            np.nonzero(np.min([parts[k].d for k in group], 0) < 0),
+        )
+        y, x = (
+            np.unravel_index(int((X * X + Y * Y).argmin()), X.shape)
+            if parts[at].name in ('key', 'stamp')
+            else (a.mean() + 0.5 for a in own)
+        )
+        return [
+            replace(p, d=spin(p.d, turns, int(y), int(x))) if k in group else p
+            for k, p in enumerate(parts)
+        ]
     old = parts[at].color
     if kind == 'swapped':
         other = pick(rng, [k for k in loose if parts[k].name == parts[at].name])
-        return [replace(p, color=parts[at + other - k].color) if k in (at, other) else p for k, p in enumerate(parts)]
+        return [
+            replace(p, color=parts[at + other - k].color) if k in (at, other) else p
+            for k, p in enumerate(parts)
+        ]
     shade = old
-    while abs(shade - old).max() < 0.4: shade = rgb(uni(rng), 0.75, uni(rng, 0.4, 0.9))
+    while abs(shade - old).max() < 0.4:
+        shade = rgb(uni(rng), 0.75, uni(rng, 0.4, 0.9))
     return [replace(p, color=shade) if k == at else p for k, p in enumerate(parts)]
 
 # %% ../../nbs/rendered/procad.ipynb #acef9fa9
@@ -382,129 +648,230 @@ def path(rng, X, Y, x, y, step, n, bend, width):
     t, d = uni(rng), None
     for _ in range(n):
         t += uni(rng, -bend, bend)
-        nx, ny = x + step*wave(t + 0.25), y + step*wave(t)
+        nx, ny = x + step * wave(t + 0.25), y + step * wave(t)
         r = rod(X, Y, x, y, nx, ny, width)
         d, x, y = r if d is None else np.minimum(d, r), nx, ny
     return d
 
+
 def blob(rng, X, Y, x, y, r, rough=0.6):
     "Distance to a round spot with a noisy outline."
-    return disc(X, Y*uni(rng, 0.7, 1.4), r, x, y*1.) + rough*r*(noise(rng, X.shape[0], 12, 2) - 0.5)
+    return disc(X, Y * uni(rng, 0.7, 1.4), r, x, y * 1.0) + rough * r * (
+        noise(rng, X.shape[0], 12, 2) - 0.5
+    )
 
 # %% ../../nbs/rendered/procad.ipynb #2a3aaa77
 def mar(img, kind, rng, X, Y, x, y):
     "Draw a surface defect of `kind` at (x, y) over `img` [3,S,S]."
-    mix, tint, S = (lambda a, c: img*(1 - a) + c*a), (lambda c: c[:, None, None]), X.shape[0]
-    i, j = int((y + 1)*S/2), int((x + 1)*S/2)
-    ground = float(img[:, max(i - 5, 0):i + 6, max(j - 5, 0):j + 6].mean())
-    mark, lip = (img*uni(rng, 0.22, 0.45), img*0.5 + 0.42) if ground > 0.3 else (img*0.4 + uni(rng, 0.4, 0.55), img*0.3)   # dark on light, light on dark
+    mix, tint, S = (lambda a, c: img * (1 - a) + c * a), (lambda c: c[:, None, None]), X.shape[0]
+    i, j = int((y + 1) * S / 2), int((x + 1) * S / 2)
+    ground = float(img[:, max(i - 5, 0) : i + 6, max(j - 5, 0) : j + 6].mean())
+    mark, lip = (
+        (img * uni(rng, 0.22, 0.45), img * 0.5 + 0.42)
+        if ground > 0.3
+        else (img * 0.4 + uni(rng, 0.4, 0.55), img * 0.3)
+    )  # dark on light, light on dark
     if kind in ('scratch', 'cut'):
-        d = path(rng, X, Y, x, y, uni(rng, 0.1, 0.18), int(rng.integers(3, 6)), 0.04, uni(rng, 0.009, 0.014)) if kind == 'scratch' else path(
-            rng, X, Y, x, y, uni(rng, 0.12, 0.2), 2, 0.02, uni(rng, 0.022, 0.036))
-        img = mix(cover(roll(d, 2, 1))*0.8, lip); return mix(cover(d), mark)
-    if kind == 'crack': return mix(cover(path(rng, X, Y, x, y, uni(rng, 0.06, 0.1), int(rng.integers(5, 10)), 0.14, uni(rng, 0.01, 0.017))), mark)
+        d = (
+            path(
+                rng,
+                X,
+                Y,
+                x,
+                y,
+                uni(rng, 0.1, 0.18),
+                int(rng.integers(3, 6)),
+                0.04,
+                uni(rng, 0.009, 0.014),
+            )
+            if kind == 'scratch'
+            else path(rng, X, Y, x, y, uni(rng, 0.12, 0.2), 2, 0.02, uni(rng, 0.022, 0.036))
+        )
+        img = mix(cover(roll(d, 2, 1)) * 0.8, lip)
+        return mix(cover(d), mark)
+    if kind == 'crack':
+        return mix(
+            cover(
+                path(
+                    rng,
+                    X,
+                    Y,
+                    x,
+                    y,
+                    uni(rng, 0.06, 0.1),
+                    int(rng.integers(5, 10)),
+                    0.14,
+                    uni(rng, 0.01, 0.017),
+                )
+            ),
+            mark,
+        )
     if kind == 'thread':
-        d, c = path(rng, X, Y, x, y, uni(rng, 0.07, 0.11), int(rng.integers(6, 11)), 0.09, uni(rng, 0.014, 0.02)), rgb(uni(rng), uni(rng, 0.2, 0.8), uni(rng, 0.5, 0.95))
-        return mix(cover(d), tint(c)*(0.7 + 0.6*np.clip(d*-60, 0, 1)))
+        d, c = (
+            path(
+                rng,
+                X,
+                Y,
+                x,
+                y,
+                uni(rng, 0.07, 0.11),
+                int(rng.integers(6, 11)),
+                0.09,
+                uni(rng, 0.014, 0.02),
+            ),
+            rgb(uni(rng), uni(rng, 0.2, 0.8), uni(rng, 0.5, 0.95)),
+        )
+        return mix(cover(d), tint(c) * (0.7 + 0.6 * np.clip(d * -60, 0, 1)))
     if kind == 'dirt':
-        a = cover(disc(X, Y, uni(rng, 0.16, 0.26), x, y), 12.)*np.clip(noise(rng, S, 44, 1)*9 - 5, 0, 1)
+        a = cover(disc(X, Y, uni(rng, 0.16, 0.26), x, y), 12.0) * np.clip(
+            noise(rng, S, 44, 1) * 9 - 5, 0, 1
+        )
         return mix(a, tint(rgb(uni(rng), 0.3, pick(rng, (0.2, 0.85)))))
     r = uni(rng, 0.09, 0.17)
-    d = blob(rng, X, Y - y, x, 0., r, 0.3 if kind in ('hole', 'dent') else 0.9)
-    lit = ((X - x)*-0.6 + (Y - y)*-0.8)*(0.9/r)
-    if kind == 'hole': return mix(cover(d), img*np.clip(uni(rng, 0.2, 0.4) - 0.2*lit, 0.1, 0.55))
-    if kind == 'stain': return mix(cover(d, 3.)*uni(rng, 0.5, 0.8), tint(rgb(uni(rng), uni(rng, 0.4, 0.8), uni(rng, 0.25, 0.85))))
-    a = cover(d, 6.)*np.clip(lit*1.3, -0.65, 0.65)
-    return img*(1 + a) + 0.25*np.maximum(a, 0)
+    d = blob(rng, X, Y - y, x, 0.0, r, 0.3 if kind in ('hole', 'dent') else 0.9)
+    lit = ((X - x) * -0.6 + (Y - y) * -0.8) * (0.9 / r)
+    if kind == 'hole':
+        return mix(cover(d), img * np.clip(uni(rng, 0.2, 0.4) - 0.2 * lit, 0.1, 0.55))
+    if kind == 'stain':
+        return mix(
+            cover(d, 3.0) * uni(rng, 0.5, 0.8),
+            tint(rgb(uni(rng), uni(rng, 0.4, 0.8), uni(rng, 0.25, 0.85))),
+        )
+    a = cover(d, 6.0) * np.clip(lit * 1.3, -0.65, 0.65)
+    return img * (1 + a) + 0.25 * np.maximum(a, 0)
 
 # %% ../../nbs/rendered/procad.ipynb #00c2a4f7
 SURFACE = ('scratch', 'crack', 'cut', 'hole', 'stain', 'dent', 'thread', 'dirt')
 STRUCTURE = ('missing', 'misplaced', 'wrong_color', 'chip', 'flipped', 'swapped')
 
+
 @dataclass(frozen=True)
 class Kind:
     "A kind of thing."
+
     name: str
     noun: str
-    paint: object                 # objects: (X, Y, g, v, form, hue) -> parts; textures: -> image [3,S,S]
+    paint: object  # objects: (X, Y, g, v, form, hue) -> parts; textures: -> image [3,S,S]
     defects: tuple
     texture: bool = False
-    structure: tuple = STRUCTURE  # those of the defects that change parts; the others are drawn over the surface
-    alter: object = break_parts   # (parts, defect, rng, X, Y) -> parts
-    mar: object = mar             # (image, defect, rng, X, Y, x, y) -> image
-    over: tuple = ('thread',)     # defects that may reach over the outline of an object
-    contrast: float = 0.          # least mean change of the strongest colour channel inside a mask
+    structure: tuple = (
+        STRUCTURE  # those of the defects that change parts; the others are drawn over the surface
+    )
+    alter: object = break_parts  # (parts, defect, rng, X, Y) -> parts
+    mar: object = mar  # (image, defect, rng, X, Y, x, y) -> image
+    over: tuple = ('thread',)  # defects that may reach over the outline of an object
+    contrast: float = 0.0  # least mean change of the strongest colour channel inside a mask
 
 # %% ../../nbs/rendered/procad.ipynb #f40743e8
-def without(names, *gone)->tuple:
+def without(names, *gone) -> tuple:
     "Leave names out."
     return tuple(n for n in names if n not in gone)
 
+
 CONTRAST = 0.22
-OBJECTS = tuple(Kind(f.__name__, noun, f, defects, contrast=CONTRAST) for f, noun, defects in (
-    (bottle, 'bottle', (*SURFACE, 'missing', 'misplaced', 'chip')), (cable, 'cable', (*without(SURFACE, 'scratch', 'dent'), *without(STRUCTURE, 'flipped'))),
-    (capsule, 'capsule', (*SURFACE, *without(STRUCTURE, 'swapped'))), (metal_nut, 'metal nut', (*SURFACE, *without(STRUCTURE, 'wrong_color', 'swapped'))),
-    (pill, 'pill', (*SURFACE, *without(STRUCTURE, 'swapped'))), (screw, 'screw', (*SURFACE, *without(STRUCTURE, 'swapped'))),
-    (transistor, 'transistor', (*SURFACE, *without(STRUCTURE, 'swapped'))), (button, 'button', (*SURFACE, *without(STRUCTURE, 'flipped', 'swapped'))),
-    (gear, 'gear wheel', (*SURFACE, *without(STRUCTURE, 'swapped'))), (connector, 'connector', (*SURFACE, *without(STRUCTURE, 'swapped')))))
-TEXTURES = tuple(Kind(name, noun, f, defects, True, contrast=CONTRAST) for name, noun, f, defects in (
-    ('carpet', 'carpet', carpet, SURFACE), ('grid', 'wire grid', mesh, without(SURFACE, 'scratch', 'dent')), ('leather', 'leather', leather, SURFACE), ('tile', 'stone tile', tile, SURFACE),
-    ('wood', 'wood', wood, SURFACE), ('fabric', 'fabric', fabric, SURFACE)))
+OBJECTS = tuple(
+    Kind(f.__name__, noun, f, defects, contrast=CONTRAST)
+    for f, noun, defects in (
+        (bottle, 'bottle', (*SURFACE, 'missing', 'misplaced', 'chip')),
+        (cable, 'cable', (*without(SURFACE, 'scratch', 'dent'), *without(STRUCTURE, 'flipped'))),
+        (capsule, 'capsule', (*SURFACE, *without(STRUCTURE, 'swapped'))),
+        (metal_nut, 'metal nut', (*SURFACE, *without(STRUCTURE, 'wrong_color', 'swapped'))),
+        (pill, 'pill', (*SURFACE, *without(STRUCTURE, 'swapped'))),
+        (screw, 'screw', (*SURFACE, *without(STRUCTURE, 'swapped'))),
+        (transistor, 'transistor', (*SURFACE, *without(STRUCTURE, 'swapped'))),
+        (button, 'button', (*SURFACE, *without(STRUCTURE, 'flipped', 'swapped'))),
+        (gear, 'gear wheel', (*SURFACE, *without(STRUCTURE, 'swapped'))),
+        (connector, 'connector', (*SURFACE, *without(STRUCTURE, 'swapped'))),
+    )
+)
+
+# %% ../../nbs/rendered/procad.ipynb #b846af82
+TEXTURES = tuple(
+    Kind(name, noun, f, defects, True, contrast=CONTRAST)
+    for name, noun, f, defects in (
+        ('carpet', 'carpet', carpet, SURFACE),
+        ('grid', 'wire grid', mesh, without(SURFACE, 'scratch', 'dent')),
+        ('leather', 'leather', leather, SURFACE),
+        ('tile', 'stone tile', tile, SURFACE),
+        ('wood', 'wood', wood, SURFACE),
+        ('fabric', 'fabric', fabric, SURFACE),
+    )
+)
 KINDS = {k.name: k for k in OBJECTS + TEXTURES}
 
 # %% ../../nbs/rendered/procad.ipynb #d3087acc
 @dataclass(frozen=True)
 class Design:
     "One product line: what all images of a category share."
+
     kind: Kind
-    world: str      # 'pretrain', 'validation', 'procad', or another set's name
+    world: str  # 'pretrain', 'validation', 'procad', or another set's name
     index: int
-    form: float     # proportions, [0,1)
-    hue: float      # colours, turns
+    form: float  # proportions, [0,1)
+    hue: float  # colours, turns
 
-def held_out(form:float, hue:float)->bool:
+
+def held_out(form: float, hue: float) -> bool:
     "Tell whether the (form, hue) cell is kept from every training set."
-    return (int(form*8) + int(hue*6)) % 4 == 3
+    return (int(form * 8) + int(hue * 6)) % 4 == 3
 
-def design(kind, world:str, index:int=0)->Design:
+
+def design(kind, world: str, index: int = 0) -> Design:
     "Draw design number `index` of a Kind (or of the name of one of KINDS) from the cells that `world` may use."
     kind = KINDS[kind] if isinstance(kind, str) else kind
     rng = seeded_rng(0, 'design', world, kind.name, index)
     while True:
         form, hue = uni(rng), uni(rng)
-        if held_out(form, hue) == (world == 'procad'): return Design(kind, world, index, form, hue)
+        if held_out(form, hue) == (world == 'procad'):
+            return Design(kind, world, index, form, hue)
 
 # %% ../../nbs/rendered/procad.ipynb #f1f87414
 @dataclass(frozen=True)
 class Shot:
     "One rendered image with everything known of it."
-    image: np.ndarray       # [S,S,3] uint8
-    mask: np.ndarray        # [S,S] bool, where it differs from its clean twin
-    foreground: np.ndarray  # [S,S] bool, the object (textures: all True)
-    defect: str             # kind of defect or 'good'
 
-def scene(dsg:Design, v, X, Y, defect=None, rng=None):
+    image: np.ndarray  # [S,S,3] uint8
+    mask: np.ndarray  # [S,S] bool, where it differs from its clean twin
+    foreground: np.ndarray  # [S,S] bool, the object (textures: all True)
+    defect: str  # kind of defect or 'good'
+
+# %% ../../nbs/rendered/procad.ipynb #787b3790
+def scene(dsg: Design, v, X, Y, defect=None, rng=None):
     "Paint background and kind; returns image [3,S,S] and coverage of the object [S,S]."
     g, S, kind = seeded_rng(0, 'look', dsg.world, dsg.kind.name, dsg.index), X.shape[0], dsg.kind
-    if kind.texture: return kind.paint(X, Y, g, v, dsg.form, dsg.hue), np.ones_like(X)
-    back = rgb(dsg.hue + uni(g, 0.3, 0.7), uni(g, 0., 0.25), pick(g, (0.12, 0.3, 0.82, 0.92)))
-    img = back[:, None, None]*(0.92 + 0.12*noise(v, S, 3, 2))
+    if kind.texture:
+        return kind.paint(X, Y, g, v, dsg.form, dsg.hue), np.ones_like(X)
+    back = rgb(dsg.hue + uni(g, 0.3, 0.7), uni(g, 0.0, 0.25), pick(g, (0.12, 0.3, 0.82, 0.92)))
+    img = back[:, None, None] * (0.92 + 0.12 * noise(v, S, 3, 2))
     z = 0.98 + uni(v, -0.02, 0.02)
-    U, V = turn((X + uni(v, -0.025, 0.025))*z, (Y + uni(v, -0.025, 0.025))*z, uni(g, -0.03, 0.03) + uni(v, -0.008, 0.008))
+    U, V = turn(
+        (X + uni(v, -0.025, 0.025)) * z,
+        (Y + uni(v, -0.025, 0.025)) * z,
+        uni(g, -0.03, 0.03) + uni(v, -0.008, 0.008),
+    )
     parts = kind.paint(U, V, g, v, dsg.form, dsg.hue)
-    if defect in kind.structure: parts = kind.alter(parts, defect, rng, U, V)
-    for p in parts: img = paint(img, p)
-    solid, void = (cover(reduce(np.minimum, [p.d for p in parts if p.void == w], 1 + 0*X)) for w in (False, True))
-    return img, solid*(1 - void)
+    if defect in kind.structure:
+        parts = kind.alter(parts, defect, rng, U, V)
+    for p in parts:
+        img = paint(img, p)
+    solid, void = (
+        cover(reduce(np.minimum, [p.d for p in parts if p.void == w], 1 + 0 * X))
+        for w in (False, True)
+    )
+    return img, solid * (1 - void)
 
 # %% ../../nbs/rendered/procad.ipynb #d09d9fd0
 def photograph(img, rng):
     "Light falloff, gain and sensor noise, then 8 bits: float [3,S,S] -> uint8 [S,S,3]."
-    S = img.shape[-1]; X, Y = grid(S)
+    S = img.shape[-1]
+    X, Y = grid(S)
     t = uni(rng)
-    img = img*(uni(rng, 0.96, 1.04)*(1 + 0.06*(X*wave(t + 0.25) + Y*wave(t))))
+    img = img * (uni(rng, 0.96, 1.04) * (1 + 0.06 * (X * wave(t + 0.25) + Y * wave(t))))
     grain = rng.random(img.shape, dtype='f4') + rng.random(img.shape, dtype='f4') - 1
-    return np.ascontiguousarray(np.clip(np.floor((img + 0.02*grain)*255 + 0.5), 0, 255).astype('u1').transpose(1, 2, 0))
+    return np.ascontiguousarray(
+        np.clip(np.floor((img + 0.02 * grain) * 255 + 0.5), 0, 255).astype('u1').transpose(1, 2, 0)
+    )
+
 
 def difference(a, b, threshold=0.07):
     "Mask where two paintings differ visibly: closed, without specks of fewer than 12 pixels."
@@ -513,114 +880,168 @@ def difference(a, b, threshold=0.07):
     return np.isin(lab, 1 + np.flatnonzero(np.bincount(lab.ravel())[1:] >= 12)) if n else m
 
 # %% ../../nbs/rendered/procad.ipynb #526475c1
-def paint_pair(dsg:Design, number:int, defect:str, size:int=240, seed:int=0):
+def paint_pair(dsg: Design, number: int, defect: str, size: int = 240, seed: int = 0):
     "Paint an instance without and with its defect: (clean, its foreground, defective, its foreground, mask)."
     kind, key = dsg.kind, (dsg.world, dsg.kind.name, dsg.index, number, defect)
-    if defect not in ('good', *kind.defects): raise ValueError(f'defect={defect!r} does not occur on {kind.name!r}; choose from {kind.defects}')
+    if defect not in ('good', *kind.defects):
+        raise ValueError(
+            f'defect={defect!r} does not occur on {kind.name!r}; choose from {kind.defects}'
+        )
     X, Y = grid(size)
     clean, fore = scene(dsg, seeded_rng(seed, 'instance', *key), X, Y)
-    if defect == 'good': return clean, fore, clean, fore, np.zeros((size, size), bool)
-    inside = np.flatnonzero(ndimage.binary_erosion(fore > 0.5, iterations=max(1, size//(12 if kind.texture else 40))))
+    if defect == 'good':
+        return clean, fore, clean, fore, np.zeros((size, size), bool)
+    inside = np.flatnonzero(
+        ndimage.binary_erosion(fore > 0.5, iterations=max(1, size // (12 if kind.texture else 40)))
+    )
     for attempt in range(60):
         rng = seeded_rng(seed, 'defect', *key, attempt)
-        if defect in kind.structure: img, f = scene(dsg, seeded_rng(seed, 'instance', *key), X, Y, defect, rng)
+        if defect in kind.structure:
+            img, f = scene(dsg, seeded_rng(seed, 'instance', *key), X, Y, defect, rng)
         else:
             i, f = int(pick(rng, inside)), fore
             img = kind.mar(clean, defect, rng, X, Y, float(X.flat[i]), float(Y.flat[i]))
-            img = clean + (img - clean)*(1 if kind.texture or defect in kind.over else fore)
+            img = clean + (img - clean) * (1 if kind.texture or defect in kind.over else fore)
         mask = difference(clean, img)
-        if 0.003 <= mask.mean() <= 0.1 and abs(img - clean).max(0)[mask].mean() > kind.contrast: return clean, fore, img, np.maximum(f, fore), mask
-    raise ValueError(f'defect={defect!r} cannot be drawn visibly on design {dsg.index} of {kind.name!r} in {dsg.world!r}, number {number}')
+        if 0.003 <= mask.mean() <= 0.1 and abs(img - clean).max(0)[mask].mean() > kind.contrast:
+            return clean, fore, img, np.maximum(f, fore), mask
+    raise ValueError(
+        f'defect={defect!r} cannot be drawn visibly on design {dsg.index} of {kind.name!r} in {dsg.world!r}, number {number}'
+    )
 
 # %% ../../nbs/rendered/procad.ipynb #116e2ced
-def render(dsg:Design,            # product line
-           number:int,            # which instance
-           defect:str='good',     # kind of defect
-           size:int=240,          # pixels
-           seed:int=0             # seed of the benchmark
-          )->Shot:
+def render(
+    dsg: Design,  # product line
+    number: int,  # which instance
+    defect: str = 'good',  # kind of defect
+    size: int = 240,  # pixels
+    seed: int = 0,  # seed of the benchmark
+) -> Shot:
     "Render one image with its mask; a pure function of its arguments."
     _, _, img, fore, mask = paint_pair(dsg, number, defect, size, seed)
     rng = seeded_rng(seed, 'camera', dsg.world, dsg.kind.name, dsg.index, number, defect)
     return Shot(photograph(img, rng), mask, fore > 0.5, defect)
 
 # %% ../../nbs/rendered/procad.ipynb #da6b0b6c
-def plan(kind:Kind, good:int, bad:int, train:int)->list:
+def plan(kind: Kind, good: int, bad: int, train: int) -> list:
     "List (defect, split, number, name) of a category: defects take turns, numbers run per folder."
-    rows = [('good', 'train', i, f'{i:03}') for i in range(train)] + [('good', 'test', 1000 + i, f'{i:03}') for i in range(good)]
-    return rows + [(kind.defects[i % len(kind.defects)], 'test', 2000 + i, f'{i//len(kind.defects):03}') for i in range(bad)]
+    rows = [('good', 'train', i, f'{i:03}') for i in range(train)] + [
+        ('good', 'test', 1000 + i, f'{i:03}') for i in range(good)
+    ]
+    return rows + [
+        (kind.defects[i % len(kind.defects)], 'test', 2000 + i, f'{i // len(kind.defects):03}')
+        for i in range(bad)
+    ]
+
 
 def write_shot(job):
     "Render one image of a category and write it with its masks; `job` is (category folder, design, defect, split, number, name, seed, size)."
     folder, dsg, defect, split, number, name, seed, size = job
     s = render(dsg, number, defect, size, seed)
+
     def save(a, *parts):
-        p = folder.joinpath(*parts); p.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(a).save(p, compress_level=1)
+        p = folder.joinpath(*parts)
+        p.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(a).save(p, compress_level=1)
+
     save(s.image, split, defect, f'{name}.png')
-    if split == 'test' and defect != 'good': save(s.mask.astype('u1')*255, 'ground_truth', defect, f'{name}_mask.png')
-    if split == 'test' and not dsg.kind.texture: save(s.foreground.astype('u1')*255, 'foreground', defect, f'{name}_fg.png')
+    if split == 'test' and defect != 'good':
+        save(s.mask.astype('u1') * 255, 'ground_truth', defect, f'{name}_mask.png')
+    if split == 'test' and not dsg.kind.texture:
+        save(s.foreground.astype('u1') * 255, 'foreground', defect, f'{name}_fg.png')
 
 # %% ../../nbs/rendered/procad.ipynb #11c82ae7
-RENDER_REV = 1     # raised when anything in this module changes the pixels of a rendered image
+RENDER_REV = 1  # raised when anything in this module changes the pixels of a rendered image
 
-def set_spec(name:str, designs:dict, sizes:dict, revs:dict)->str:
+
+def set_spec(name: str, designs: dict, sizes: dict, revs: dict) -> str:
     "Hash what decides the pixels of a set: its designs {category: Design}, sizes and seed, and the revisions of the modules that paint."
     drawn = {c: (d.world, d.kind.name, d.index, d.form, d.hue) for c, d in designs.items()}
     return identity_key(dict(name=name, designs=drawn, order=list(drawn), revs=revs, **sizes), 12)
 
-def standing_set(root:Path, spec:str)->Path:
+
+def standing_set(root: Path, spec: str) -> Path:
     "Give the folder of a set that is there already; a ValueError if it holds another one."
     try:
-        found = json.loads((root/'dataset.json').read_text()).get('spec')
+        found = json.loads((root / 'dataset.json').read_text()).get('spec')
     except (OSError, ValueError, AttributeError):
         found = None
     if found != spec:
-        raise ValueError(f'{root}: holds something else than was asked for (dataset.json says {found}, '
-                         f'not {spec}); choose an empty place, or remove the folder')
+        raise ValueError(
+            f'{root}: holds something else than was asked for (dataset.json says {found}, '
+            f'not {spec}); choose an empty place, or remove the folder'
+        )
     return root
 
 # %% ../../nbs/rendered/procad.ipynb #6265ba16
-def fill_set(folder, designs:dict, sizes:dict, workers:int=None)->None:
+def fill_set(folder, designs: dict, sizes: dict, workers: int = None) -> None:
     "Render the images of a set into a folder, on `workers` processes (None: all cores)."
     counts = [sizes[k] for k in ('good', 'bad', 'train')]
-    jobs = [(folder/c, d, *row, sizes['seed'], sizes['size'])
-            for c, d in designs.items() for row in plan(d.kind, *counts)]
+    jobs = [
+        (folder / c, d, *row, sizes['seed'], sizes['size'])
+        for c, d in designs.items()
+        for row in plan(d.kind, *counts)
+    ]
     for _ in parallel_map(write_shot, jobs, workers, 16):
         pass
 
 # %% ../../nbs/rendered/procad.ipynb #540a9c5c
-def render_set(name:str,          # of the set
-               designs:dict,      # {category: Design}
-               good:int=40,       # test images per category without a defect
-               bad:int=50,        # and with one
-               train:int=20,      # training images per category
-               seed:int=0, size:int=240,
-               root=None,         # folder; None: in the cache
-               workers:int=None,
-               revs:dict=None     # {module: revision} of the modules that paint beside this one
-              )->Path:
+def render_set(
+    name: str,  # of the set
+    designs: dict,  # {category: Design}
+    good: int = 40,  # test images per category without a defect
+    bad: int = 50,  # and with one
+    train: int = 20,  # training images per category
+    seed: int = 0,
+    size: int = 240,
+    root=None,  # folder; None: in the cache
+    workers: int = None,
+    revs: dict = None,  # {module: revision} of the modules that paint beside this one
+) -> Path:
     "Render a set unless it is there, and give its folder; a ValueError where the folder holds something else."
     sizes = dict(good=good, bad=bad, train=train, seed=seed, size=size)
     spec = set_spec(name, designs, sizes, {'procad': RENDER_REV, **(revs or {})})
     for c in (name, *designs):
         if safe_name(c) != c:
-            raise ValueError(f'{c!r} is the name of a folder; use letters, digits, ".", "_" and "-"')
-    root = Path(root or cache_dir(name)/spec)
+            raise ValueError(
+                f'{c!r} is the name of a folder; use letters, digits, ".", "_" and "-"'
+            )
+    root = Path(root or cache_dir(name) / spec)
     if root.exists():
         return standing_set(root, spec)
     with fill_folder(root) as work:
         fill_set(work, designs, sizes, workers)
         kinds = {c: 'texture' if d.kind.texture else 'object' for c, d in designs.items()}
-        write_atomic(work/'dataset.json', json.dumps(dict(name=name, spec=spec, kinds=kinds), indent=1))
+        write_atomic(
+            work / 'dataset.json', json.dumps(dict(name=name, spec=spec, kinds=kinds), indent=1)
+        )
     return standing_set(root, spec)
 
 # %% ../../nbs/rendered/procad.ipynb #4a1902dc
-PROCAD = ('bottle', 'cable', 'capsule', 'carpet', 'connector', 'fabric', 'gear', 'grid', 'leather', 'metal_nut', 'pill', 'screw', 'tile', 'transistor', 'wood')
+PROCAD = (
+    'bottle',
+    'cable',
+    'capsule',
+    'carpet',
+    'connector',
+    'fabric',
+    'gear',
+    'grid',
+    'leather',
+    'metal_nut',
+    'pill',
+    'screw',
+    'tile',
+    'transistor',
+    'wood',
+)
 
-def render_procad(categories:tuple=PROCAD, **how)->Path:
+
+def render_procad(categories: tuple = PROCAD, **how) -> Path:
     "Render the benchmark: one held-out design per category (`render_set` takes the rest)."
     return render_set('procad', {c: design(c, 'procad') for c in categories}, **how)
 
-def render_aux(**how)->Path:
+
+def render_aux(**how) -> Path:
     "Render `procad-aux`, the auxiliary set that prompts and heads are trained on: every kind in one more open design (`render_set` takes the rest)."
     return render_set('procad-aux', {k: design(k, 'aux') for k in KINDS}, **how)

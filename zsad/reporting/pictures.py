@@ -14,286 +14,539 @@ import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
-from torch import Tensor
+
 from ..bench.jobs import Job, Model, all_tokens, open_model, plan_jobs, predict_job, reference_of
-from ..encoder.clip import Encoder, Tokens, anomaly_score
 from ..datasets.layouts import load_image, load_mask
-from ..papers.exhibits import EXHIBITS, PICTURES, Picture
-from ..pipeline.detector import TERMS, Detector, Reference, ScoringInputs, adapted_tokens, build, class_score, patches_of, run_terms, synthetic_images
+from ..encoder.clip import Encoder, Tokens, anomaly_score
 from ..evaluation.metrics import auroc, sorted_counts
 from ..methods.synthesis import patch_mask
-from .viz import map_range, outline, overlay, picture_grid
 from ..methods.windows import harmonic
+from ..papers.exhibits import EXHIBITS, PICTURES, Picture
+from zsad.pipeline.detector import (
+    TERMS,
+    Detector,
+    Reference,
+    ScoringInputs,
+    adapted_tokens,
+    build,
+    class_score,
+    patches_of,
+    run_terms,
+    synthetic_images,
+)
+
+# %% ../../nbs/reporting/pictures.ipynb #a95f732a
+from .viz import map_range, outline, overlay, picture_grid
 
 # %% ../../nbs/reporting/pictures.ipynb #4f0799da
 TURNS = 'Images are chosen by name, whatever their scores: of each category the first of one kind of defect, kinds taking turns.'
 NAMED = 'The kinds of defects are those that the paper names or what stands for them here, and of each the first image by id, whatever its score.'
 
-def choose_categories(ds, names=(), count:int=1)->tuple:
+
+def choose_categories(ds, names=(), count: int = 1) -> tuple:
     "Name the categories to draw: those of `names` that the set has, then its objects, then the rest; without `names` all in their order. Those without a defect are passed over."
     have = [c for c in ds.categories if any(s.label for s in ds.of(c))]
     rest = sorted(have, key=lambda c: ds.kinds[c] != 'object') if names else have
     return tuple(dict.fromkeys([c for c in names if c in have] + rest))[:count]
 
-def first_of_kinds(samples)->dict:      # kind of defect -> number of its first sample by id
+
+def first_of_kinds(samples) -> dict:  # kind of defect -> number of its first sample by id
     "Find the first image of every kind of defect, kinds in the order of their names."
     out = {}
-    for kind, _, i in sorted((s.defect, s.id, i) for i, s in enumerate(samples) if s.label): out.setdefault(kind, i)
+    for kind, _, i in sorted((s.defect, s.id, i) for i, s in enumerate(samples) if s.label):
+        out.setdefault(kind, i)
     return out
 
-def in_turn(jobs)->list:                # of each job the number of one sample
-    "Choose one image of each category, kinds taking turns."
-    return [list(at.values())[3*i % len(at)] for i, at in enumerate(first_of_kinds(j.samples) for j in jobs)]
 
-def of_kinds(job, *kinds)->list:        # of each tuple of names the number of one sample
+def in_turn(jobs) -> list:  # of each job the number of one sample
+    "Choose one image of each category, kinds taking turns."
+    return [
+        list(at.values())[3 * i % len(at)]
+        for i, at in enumerate(first_of_kinds(j.samples) for j in jobs)
+    ]
+
+# %% ../../nbs/reporting/pictures.ipynb #4ab0aff8
+def of_kinds(job, *kinds) -> list:  # of each tuple of names the number of one sample
     "Give the first image of kinds of defects by name; where a category has none of the names, its kinds in their order."
-    at = first_of_kinds(job.samples); other = [i for kind, i in at.items() if kind not in sum(kinds, ())] or list(at.values())
-    return [next((at[n] for n in names if n in at), other[k % len(other)]) for k, names in enumerate(kinds)]
+    at = first_of_kinds(job.samples)
+    other = [i for kind, i in at.items() if kind not in sum(kinds, ())] or list(at.values())
+    return [
+        next((at[n] for n in names if n in at), other[k % len(other)])
+        for k, names in enumerate(kinds)
+    ]
 
 # %% ../../nbs/reporting/pictures.ipynb #9b2febfa
 @dataclass(frozen=True, eq=False)
 class Look:
     "Some images of a category before a row."
-    job: Job                   # with these images alone
+
+    job: Job  # with these images alone
     det: Detector
     tokens: Tokens
-    reference: Reference       # None for rows without
-    partners: tuple            # the image each is compared with (the first, if several), where it is another one of the category
+    reference: Reference  # None for rows without
+    partners: tuple  # the image each is compared with (the first, if several), where it is another one of the category
 
-def tokens_at(job:Job, encoder:Encoder, m, numbers)->Tokens:
+
+def tokens_at(job: Job, encoder: Encoder, m, numbers) -> Tokens:
     "Recall the tokens of some images of a job, encoding what the store lacks."
-    return all_tokens(job, encoder, m, [job.pixels[i] for i in numbers], {job.pixels[i]: str(job.samples[i].path) for i in numbers})
+    return all_tokens(
+        job,
+        encoder,
+        m,
+        [job.pixels[i] for i in numbers],
+        {job.pixels[i]: str(job.samples[i].path) for i in numbers},
+    )
 
-def look(job:Job, row:str, at, texts:dict=None)->Look:      # None where the row cannot be run
+# %% ../../nbs/reporting/pictures.ipynb #e942b495
+def look(job: Job, row: str, at, texts: dict = None) -> Look:  # None where the row cannot be run
     "Bring images of a job, by their numbers `at`, before the row of a label; `texts` remembers sentences."
     key, m = next(((key, r.method) for key, r in job.rows if r.label == row), (None, None))
-    if m is None: return None
+    if m is None:
+        return None
     encoder, some = open_model(job.model), lambda what: tuple(what[i] for i in at)
     ref, partners = reference_of(job, key, m, encoder, None), ()
-    if ref is not None: ref = replace(ref, rows=ref.rows[list(at)])
+    if ref is not None:
+        ref = replace(ref, rows=ref.rows[list(at)])
     if ref is not None and ref.tokens is None:
-        partners = tuple(job.samples[i] for i in ref.rows[:, 0]); used, place = ref.rows.unique(return_inverse=True)
+        partners = tuple(job.samples[i] for i in ref.rows[:, 0])
+        used, place = ref.rows.unique(return_inverse=True)
         ref = Reference(tokens_at(job, encoder, m, used.tolist()), place)
     own = replace(job, samples=some(job.samples), pixels=some(job.pixels))
-    return Look(own, build(m, {job.category: job.kind}, encoder, texts), tokens_at(job, encoder, m, at), ref, partners)
+    return Look(
+        own,
+        build(m, {job.category: job.kind}, encoder, texts),
+        tokens_at(job, encoder, m, at),
+        ref,
+        partners,
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #297a274c
-def maps_of(l:Look)->np.ndarray:        # [B,S,S]
+def maps_of(l: Look) -> np.ndarray:  # [B,S,S]
     "Compute the maps of a look."
     return predict_job(l.job, l.det, l.tokens, l.reference).map.numpy()
 
 # %% ../../nbs/reporting/pictures.ipynb #4fc447f3
-def scene(l:Look)->ScoringInputs:
+def scene(l: Look) -> ScoringInputs:
     "Collect the scoring inputs that the terms of a look's row get."
     m, prep = l.det.method, l.det.encoder.preprocess
-    x = replace(prep, interpolation=m.interpolation)([load_image(s.path) for s in l.job.samples]) if m.needs_images else None
-    return l.det.scoring_inputs(l.job.category, l.tokens, l.reference, x, tuple(s.id for s in l.job.samples))
+    x = (
+        replace(prep, interpolation=m.interpolation)([load_image(s.path) for s in l.job.samples])
+        if m.needs_images
+        else None
+    )
+    return l.det.scoring_inputs(
+        l.job.category, l.tokens, l.reference, x, tuple(s.id for s in l.job.samples)
+    )
 
-def walked(l:Look)->ScoringInputs:
+
+def walked(l: Look) -> ScoringInputs:
     "Collect the scoring inputs of a look with the maps of all terms of its row, in their order."
     return run_terms(l.det.method, scene(l))
 
 # %% ../../nbs/reporting/pictures.ipynb #81393f41
-def photo(l:Look, sample)->np.ndarray:        # [S,S,3] uint8
+def photo(l: Look, sample) -> np.ndarray:  # [S,S,3] uint8
     "Show an image as the encoder sees it, its ground truth as a green contour."
     S = l.det.encoder.preprocess
     return outline(S.square(load_image(sample.path)), load_mask(sample.mask, S.size))
 
-def plain(l:Look, sample)->np.ndarray:        # [S,S,3] uint8
+
+def plain(l: Look, sample) -> np.ndarray:  # [S,S,3] uint8
     "Show an image as the encoder sees it."
     return l.det.encoder.preprocess.square(load_image(sample.path))
 
-def on_image(l:Look, sample, a, scale)->np.ndarray:
+
+def on_image(l: Look, sample, a, scale) -> np.ndarray:
     "Lay a map of any size over an image, enlarged without smoothing."
-    size = l.det.encoder.preprocess.size; at = np.arange(size)*np.array([[a.shape[0]], [a.shape[1]]])//size
+    size = l.det.encoder.preprocess.size
+    at = np.arange(size) * np.array([[a.shape[0]], [a.shape[1]]]) // size
     return overlay(plain(l, sample), np.asarray(a)[at[0][:, None], at[1][None]], scale)
 
-def named(samples)->str:
+
+def named(samples) -> str:
     "Name images in a caption."
     return ', '.join(f"{s.category} {s.defect.replace('_', ' ')}" for s in samples)
 
 # %% ../../nbs/reporting/pictures.ipynb #bbb8d6bb
 ONE_SCALE = 'All maps of one method share one scale, their 1st to 99.5th percentile.'
 
-def redden(image, a, scale, alpha:float=.75)->np.ndarray:        # [S,S,3] uint8
-    "Colour an image red where a map is high."
-    w = alpha*np.clip((np.asarray(a) - scale[0])/(scale[1] - scale[0]), 0, 1)[..., None]
-    return (image*(1 - w) + np.array((230, 20, 30))*w).astype('u1')
 
-def draw_localisation(p:Picture, jobs, texts)->tuple:
+def redden(image, a, scale, alpha: float = 0.75) -> np.ndarray:  # [S,S,3] uint8
+    "Colour an image red where a map is high."
+    w = alpha * np.clip((np.asarray(a) - scale[0]) / (scale[1] - scale[0]), 0, 1)[..., None]
+    return (image * (1 - w) + np.array((230, 20, 30)) * w).astype('u1')
+
+# %% ../../nbs/reporting/pictures.ipynb #704e52e1
+def draw_localisation(p: Picture, jobs, texts) -> tuple:
     "Draw one image per category with contour and prediction, data set by data set (AnoCLIP, Fig. 4)."
     label = p.rows[0].label
-    looks = [look(j, label, [i], texts) for j, i in zip(jobs, in_turn(jobs))]; maps = [maps_of(l)[0] for l in looks]; scale = (float(np.median(maps)), map_range(maps)[1])
+    looks = [look(j, label, [i], texts) for j, i in zip(jobs, in_turn(jobs))]
+    maps = [maps_of(l)[0] for l in looks]
+    scale = (float(np.median(maps)), map_range(maps)[1])
     lines, labels, said = [], [], []
     for dataset in dict.fromkeys(j.dataset for j in jobs):
         mine = [(l, a) for l, a in zip(looks, maps) if l.job.dataset == dataset]
-        lines += [[plain(l, l.job.samples[0]) for l, _ in mine], [outline(redden(plain(l, (s := l.job.samples[0])), a, scale), load_mask(s.mask, a.shape[0])) for l, a in mine]]
-        labels += [dataset, label]; said.append(f"{dataset}: {named([l.job.samples[0] for l, _ in mine])}")
-    return picture_grid(lines, labels=labels, size=1.3), f"From left to right, {'; '.join(said)}. Green: ground truth; red: {label}, from the median of all pixels shown (no red) to their 99.5th percentile, one scale for all images. {TURNS}"
+        lines += [
+            [plain(l, l.job.samples[0]) for l, _ in mine],
+            [
+                outline(
+                    redden(plain(l, (s := l.job.samples[0])), a, scale),
+                    load_mask(s.mask, a.shape[0]),
+                )
+                for l, a in mine
+            ],
+        ]
+        labels += [dataset, label]
+        said.append(f"{dataset}: {named([l.job.samples[0] for l, _ in mine])}")
+    return (
+        picture_grid(lines, labels=labels, size=1.3),
+        f"From left to right, {'; '.join(said)}. Green: ground truth; red: {label}, from the median of all pixels shown (no red) to their 99.5th percentile, one scale for all images. {TURNS}",
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #fac5027e
-def flatten_tokens(p, seed:int=0)->np.ndarray:        # [N,2]
+def flatten_tokens(p, seed: int = 0) -> np.ndarray:  # [N,2]
     "Lay out tokens [N,C] in the plane by t-SNE."
     from sklearn.manifold import TSNE
-    return TSNE(2, perplexity=min(30, (len(p) - 1)/3), init='pca', random_state=seed).fit_transform(np.asarray(p))
 
-def scatter(ax, xy, score, truth, half:float):
+    return TSNE(
+        2, perplexity=min(30, (len(p) - 1) / 3), init='pca', random_state=seed
+    ).fit_transform(np.asarray(p))
+
+
+def scatter(ax, xy, score, truth, half: float):
     "Draw tokens, red above 0.5 and blue below, those of the ground truth with a black rim."
-    ax.scatter(*xy.T, c=score, cmap='coolwarm', vmin=.5 - half, vmax=.5 + half, s=18, lw=np.where(truth, 1.1, .2), edgecolors=np.where(truth, 'black', '#999999'))
+    ax.scatter(
+        *xy.T,
+        c=score,
+        cmap='coolwarm',
+        vmin=0.5 - half,
+        vmax=0.5 + half,
+        s=18,
+        lw=np.where(truth, 1.1, 0.2),
+        edgecolors=np.where(truth, 'black', '#999999'),
+    )
     ax.set(xticks=[], yticks=[], aspect='equal', adjustable='datalim')
 
 # %% ../../nbs/reporting/pictures.ipynb #7f0abc19
-def draw_tokens(p:Picture, jobs, texts)->tuple:
+def draw_tokens(p: Picture, jobs, texts) -> tuple:
     "Draw the tokens of two images before and after adaptation (AnoCLIP, Fig. 6)."
-    job = jobs[0]; at = of_kinds(job, ('bent_wire', 'misplaced'), ('missing_wire', 'missing'))
-    looks = [look(job, r.label, at, texts) for r in p.rows]; samples = looks[0].job.samples
+    job = jobs[0]
+    at = of_kinds(job, ('bent_wire', 'misplaced'), ('missing_wire', 'missing'))
+    looks = [look(job, r.label, at, texts) for r in p.rows]
+    samples = looks[0].job.samples
     before, after = (scene(l) for l in looks)
-    tokens = patches_of(before.tokens, 0, -1), adapted_tokens(after, **dict(looks[1].det.method.terms)['adapted'])
-    score = [anomaly_score(t, before.class_embeddings, 1.) for t in tokens]; half = [float((s - .5).abs().quantile(.99)) for s in score]
-    truth = patch_mask(np.stack([load_mask(s.mask, looks[0].det.encoder.preprocess.size) for s in samples]), before.tokens.grid).numpy()
-    fig, axes = plt.subplots(len(at), 3, figsize=(6.6, 2.15*len(at)), squeeze=False, dpi=72)
+    tokens = (
+        patches_of(before.tokens, 0, -1),
+        adapted_tokens(after, **dict(looks[1].det.method.terms)['adapted']),
+    )
+    score = [anomaly_score(t, before.class_embeddings, 1.0) for t in tokens]
+    half = [float((s - 0.5).abs().quantile(0.99)) for s in score]
+    truth = patch_mask(
+        np.stack([load_mask(s.mask, looks[0].det.encoder.preprocess.size) for s in samples]),
+        before.tokens.grid,
+    ).numpy()
+    fig, axes = plt.subplots(len(at), 3, figsize=(6.6, 2.15 * len(at)), squeeze=False, dpi=72)
     for n, line in enumerate(axes):
-        line[0].imshow(photo(looks[0], samples[n])); line[0].set(xticks=[], yticks=[], ylabel=samples[n].defect.replace('_', ' '))
-        for k, ax in enumerate(line[1:]): scatter(ax, flatten_tokens(tokens[k][n]), score[k][n], truth[n], half[k])
-    for ax, r, h in zip(axes[0, 1:], p.rows, half): ax.set_title(f'{r.label}, 0.5 ± {h:.2g}', fontsize=9)
+        line[0].imshow(photo(looks[0], samples[n]))
+        line[0].set(xticks=[], yticks=[], ylabel=samples[n].defect.replace('_', ' '))
+        for k, ax in enumerate(line[1:]):
+            scatter(ax, flatten_tokens(tokens[k][n]), score[k][n], truth[n], half[k])
+    for ax, r, h in zip(axes[0, 1:], p.rows, half):
+        ax.set_title(f'{r.label}, 0.5 ± {h:.2g}', fontsize=9)
     fig.tight_layout()
-    return fig, f'Images: {named(samples)}, the first of their kinds. Every dot is a patch, black rims: ground truth; red above 0.5, blue below, each method on one scale for both images; t-SNE with a fixed seed. {NAMED}'
+    return (
+        fig,
+        f'Images: {named(samples)}, the first of their kinds. Every dot is a patch, black rims: ground truth; red above 0.5, blue below, each method on one scale for both images; t-SNE with a fixed seed. {NAMED}',
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #df5cce71
-def map_lines(p:Picture, jobs, at, texts)->tuple:        # lines, their samples, titles
+def map_lines(p: Picture, jobs, at, texts) -> tuple:  # lines, their samples, titles
     "Collect lines of pictures: image, reference of the last row that has one, maps of all rows, one scale per row over all lines."
-    looks = [[look(j, r.label, [i], texts) for r in p.rows] for j, i in zip(jobs, at)]; lines = []
+    looks = [[look(j, r.label, [i], texts) for r in p.rows] for j, i in zip(jobs, at)]
+    lines = []
     maps = [[l and maps_of(l)[0] for l in line] for line in looks]
-    scales = [map_range([m[k] for m in maps if m[k] is not None] or [0]) for k in range(len(p.rows))]
-    partners = [next((l.partners[0] for l in reversed(line) if l and l.partners), None) for line in looks]
+    scales = [
+        map_range([m[k] for m in maps if m[k] is not None] or [0]) for k in range(len(p.rows))
+    ]
+    partners = [
+        next((l.partners[0] for l in reversed(line) if l and l.partners), None) for line in looks
+    ]
     for line, m, other in zip(looks, maps, partners):
-        l = next(l for l in line if l); s = l.job.samples[0]
-        lines.append([photo(l, s), *([other and photo(l, other)] if any(partners) else []), *(a if a is None else overlay(plain(l, s), a, scale) for a, scale in zip(m, scales))])
-    return lines, [j.samples[i] for j, i in zip(jobs, at)], ['image', *(['reference'] if any(partners) else []), *(r.label for r in p.rows)]
+        l = next(l for l in line if l)
+        s = l.job.samples[0]
+        lines.append(
+            [
+                photo(l, s),
+                *([other and photo(l, other)] if any(partners) else []),
+                *(
+                    a if a is None else overlay(plain(l, s), a, scale)
+                    for a, scale in zip(m, scales)
+                ),
+            ]
+        )
+    return (
+        lines,
+        [j.samples[i] for j, i in zip(jobs, at)],
+        ['image', *(['reference'] if any(partners) else []), *(r.label for r in p.rows)],
+    )
 
-def draw_maps(p:Picture, jobs, texts)->tuple:
+# %% ../../nbs/reporting/pictures.ipynb #f66c89bd
+def draw_maps(p: Picture, jobs, texts) -> tuple:
     "Draw the maps of all rows beside the image, and the reference if there is one (Dual-Image, Fig. 3; WinCLIP, Fig. 7)."
     lines, samples, titles = map_lines(p, jobs, in_turn(jobs), texts)
-    fig = picture_grid(lines, titles, [f"{s.category}\n{s.defect.replace('_', ' ')}" for s in samples], 1.4)
-    return fig, ' '.join(['Green: ground truth.', *(['The reference is the one that is drawn for the tables, good or not.'] if 'reference' in titles else []), TURNS, ONE_SCALE])
+    fig = picture_grid(
+        lines, titles, [f"{s.category}\n{s.defect.replace('_', ' ')}" for s in samples], 1.4
+    )
+    return fig, ' '.join(
+        [
+            'Green: ground truth.',
+            *(
+                ['The reference is the one that is drawn for the tables, good or not.']
+                if 'reference' in titles
+                else []
+            ),
+            TURNS,
+            ONE_SCALE,
+        ]
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #eb46f192
-def draw_references(p:Picture, jobs, texts)->tuple:
+def draw_references(p: Picture, jobs, texts) -> tuple:
     "Draw the same image beside a normal and an anomalous reference (Dual-Image, Fig. 5b)."
-    ways = list(dict.fromkeys(r.label.split(', ')[0] for r in p.rows)); policies = list(dict.fromkeys(r.label.split(', ')[1] for r in p.rows))
+    ways = list(dict.fromkeys(r.label.split(', ')[0] for r in p.rows))
+    policies = list(dict.fromkeys(r.label.split(', ')[1] for r in p.rows))
     at, lines, labels = in_turn(jobs), [], []
-    looks = {(n, q, w): look(j, f'{w}, {q}', [i], texts) for n, (j, i) in enumerate(zip(jobs, at)) for q in policies for w in ways}
-    looks = {k: l for k, l in looks.items() if l}; maps = {k: maps_of(l)[0] for k, l in looks.items()}
+    looks = {
+        (n, q, w): look(j, f'{w}, {q}', [i], texts)
+        for n, (j, i) in enumerate(zip(jobs, at))
+        for q in policies
+        for w in ways
+    }
+    looks = {k: l for k, l in looks.items() if l}
+    maps = {k: maps_of(l)[0] for k, l in looks.items()}
     scales = {w: map_range([a for k, a in maps.items() if k[2] == w] or [0]) for w in ways}
     for n, q in [(n, q) for n in range(len(jobs)) for q in policies if (n, q, ways[0]) in looks]:
-        l = looks[n, q, ways[0]]; s = l.job.samples[0]; labels.append(f"{s.category}\n{s.defect.replace('_', ' ')}\n({q} ref.)")
-        lines.append([photo(l, s), photo(l, l.partners[0]), *(overlay(plain(l, s), maps[n, q, w], scales[w]) for w in ways)])
+        l = looks[n, q, ways[0]]
+        s = l.job.samples[0]
+        labels.append(f"{s.category}\n{s.defect.replace('_', ' ')}\n({q} ref.)")
+        lines.append(
+            [
+                photo(l, s),
+                photo(l, l.partners[0]),
+                *(overlay(plain(l, s), maps[n, q, w], scales[w]) for w in ways),
+            ]
+        )
     fig = picture_grid(lines, ['image', 'reference', *ways], labels, 1.4)
-    return fig, f"Each image twice: beside a {' and an '.join(policies)} reference. Green: ground truth, of the reference too. References are drawn by image id. {TURNS} {ONE_SCALE}"
+    return (
+        fig,
+        f"Each image twice: beside a {' and an '.join(policies)} reference. Green: ground truth, of the reference too. References are drawn by image id. {TURNS} {ONE_SCALE}",
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #6ac1cfb5
-def text_before_after(l:Look)->tuple:        # [B,N] twice
+def text_before_after(l: Look) -> tuple:  # [B,N] twice
     "Score patches on the sentences before and after adaptation to a synthetic anomaly (Dual-Image, Eq. 2 and 9)."
     s, tau = walked(l), dict(l.det.method.terms)['synthetic_adapted'].get('tau', 0.07)
     return TERMS['text'](s, tau=tau), s.maps['synthetic_adapted']
 
-def draw_adaptation(p:Picture, jobs, texts)->tuple:
+# %% ../../nbs/reporting/pictures.ipynb #079fe120
+def draw_adaptation(p: Picture, jobs, texts) -> tuple:
     "Draw image, synthetic image, changed patches, text score before and after (Dual-Image, Fig. 4)."
-    looks = [look(j, p.rows[0].label, [i], texts) for j, i in zip(jobs, in_turn(jobs))]; lines = []
-    scores = [[t.unflatten(1, l.tokens.grid)[0].numpy() for t in text_before_after(l)] for l in looks]; scale = map_range(scores)
+    looks = [look(j, p.rows[0].label, [i], texts) for j, i in zip(jobs, in_turn(jobs))]
+    lines = []
+    scores = [
+        [t.unflatten(1, l.tokens.grid)[0].numpy() for t in text_before_after(l)] for l in looks
+    ]
+    scale = map_range(scores)
     for l, pair in zip(looks, scores):
-        s = l.job.samples[0]; made, mask = synthetic_images(scene(l))[0]
-        coverage = TERMS['synthetic_adapted'].resolve(dict(l.det.method.terms)['synthetic_adapted'])['coverage']
+        s = l.job.samples[0]
+        made, mask = synthetic_images(scene(l))[0]
+        coverage = TERMS['synthetic_adapted'].resolve(
+            dict(l.det.method.terms)['synthetic_adapted']
+        )['coverage']
         changed = patch_mask(mask, l.tokens.grid, coverage).view(l.tokens.grid).numpy()
         lines.append([photo(l, s), made, changed, *(on_image(l, s, a, scale) for a in pair)])
     samples = [l.job.samples[0] for l in looks]
-    fig = picture_grid(lines, ['image', 'synthetic image', 'changed patches', 'text before', 'text after'], [f"{s.category}\n{s.defect.replace('_', ' ')}" for s in samples], 1.4)
+    fig = picture_grid(
+        lines,
+        ['image', 'synthetic image', 'changed patches', 'text before', 'text after'],
+        [f"{s.category}\n{s.defect.replace('_', ' ')}" for s in samples],
+        1.4,
+    )
     return fig, f'Green: ground truth. Text before and after share one scale. {TURNS}'
 
 # %% ../../nbs/reporting/pictures.ipynb #e7a7b86c
-def split_patches(l:Look)->tuple:        # [B,N] bool twice
+def split_patches(l: Look) -> tuple:  # [B,N] bool twice
     "Tell which patches are marked by more than half (of a small defect: the most covered one), and which are without a marked pixel."
     masks = np.stack([load_mask(s.mask, l.det.encoder.preprocess.size) for s in l.job.samples])
-    return (patch_mask(masks, l.tokens.grid).numpy(), ~patch_mask(masks, l.tokens.grid, 0.).numpy())
+    return (
+        patch_mask(masks, l.tokens.grid).numpy(),
+        ~patch_mask(masks, l.tokens.grid, 0.0).numpy(),
+    )
+
 
 def densities(ax, good, bad, bins):
     "Draw the scores of normal and of anomalous patches as histograms of equal area; gives their AUROC in percent."
-    for v, color, label in [(v, c, l) for v, c, l in ((good, '#31688e', 'normal'), (bad, '#d1495b', 'anomalous')) if len(v)]: ax.hist(np.clip(v, bins[0], bins[-1]), bins, density=True, color=color, alpha=.6, label=label)
-    ax.set(yticks=[], xlabel='text score of a patch'); ax.tick_params(labelsize=8)
-    return 100*auroc(sorted_counts(np.concatenate([good, bad]), np.repeat([0, 1], [len(good), len(bad)])))
+    for v, color, label in [
+        (v, c, l)
+        for v, c, l in ((good, '#31688e', 'normal'), (bad, '#d1495b', 'anomalous'))
+        if len(v)
+    ]:
+        ax.hist(
+            np.clip(v, bins[0], bins[-1]), bins, density=True, color=color, alpha=0.6, label=label
+        )
+    ax.set(yticks=[], xlabel='text score of a patch')
+    ax.tick_params(labelsize=8)
+    return 100 * auroc(
+        sorted_counts(np.concatenate([good, bad]), np.repeat([0, 1], [len(good), len(bad)]))
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #58233d82
-def draw_densities(p:Picture, jobs, texts)->tuple:
+def draw_densities(p: Picture, jobs, texts) -> tuple:
     "Draw a missing part and the scores of all patches before and after adaptation (Dual-Image, Fig. 6a)."
-    job = jobs[0]; at = [i for i, s in enumerate(job.samples) if s.label]; first = at.index(of_kinds(job, ('missing_cable', 'missing'))[0])
-    l = look(job, p.rows[0].label, at, texts); s = l.job.samples[first]; bad, good = split_patches(l)
-    scores = [t.numpy() for t in text_before_after(l)]; scale = map_range(scores); bins = np.linspace(*scale, 40)
-    fig, axes = plt.subplots(1, 5, figsize=(10, 2.1), dpi=72, gridspec_kw=dict(width_ratios=(1, 1, 1, 1.5, 1.5)))
+    job = jobs[0]
+    at = [i for i, s in enumerate(job.samples) if s.label]
+    first = at.index(of_kinds(job, ('missing_cable', 'missing'))[0])
+    l = look(job, p.rows[0].label, at, texts)
+    s = l.job.samples[first]
+    bad, good = split_patches(l)
+    scores = [t.numpy() for t in text_before_after(l)]
+    scale = map_range(scores)
+    bins = np.linspace(*scale, 40)
+    fig, axes = plt.subplots(
+        1, 5, figsize=(10, 2.1), dpi=72, gridspec_kw=dict(width_ratios=(1, 1, 1, 1.5, 1.5))
+    )
     shown = [photo(l, s), *(on_image(l, s, a[first].reshape(l.tokens.grid), scale) for a in scores)]
-    for ax, image, title in zip(axes, shown, (s.defect.replace('_', ' '), 'before', 'after')): ax.imshow(image); ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9)
+    for ax, image, title in zip(axes, shown, (s.defect.replace('_', ' '), 'before', 'after')):
+        ax.imshow(image)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title, fontsize=9)
     apart = [densities(ax, a[good], a[bad], bins) for ax, a in zip(axes[3:], scores)]
     apart = ['not defined' if v != v else f'{v:.1f}' for v in apart]
-    for ax, v, title in zip(axes[3:], apart, ('before', 'after')): ax.set_title(f'{title}: AUROC {v}', fontsize=9)
-    axes[3].legend(fontsize=7, frameon=False); fig.tight_layout()
-    return fig, (f'Left: the first {named([s])}; right: patches of all {len(at)} defective images, {bad.sum()} anomalous (by more than half, or the most covered of a small defect) and {good.sum()} without any mark. '
-                 f'AUROC of patches {apart[0]} before and {apart[1]} after. All share one scale. {NAMED}')
+    for ax, v, title in zip(axes[3:], apart, ('before', 'after')):
+        ax.set_title(f'{title}: AUROC {v}', fontsize=9)
+    axes[3].legend(fontsize=7, frameon=False)
+    fig.tight_layout()
+    return fig, (
+        f'Left: the first {named([s])}; right: patches of all {len(at)} defective images, {bad.sum()} anomalous (by more than half, or the most covered of a small defect) and {good.sum()} without any mark. '
+        f'AUROC of patches {apart[0]} before and {apart[1]} after. All share one scale. {NAMED}'
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #a986cd7d
-def window_steps(s:ScoringInputs, tau:float)->list:        # [(title, [rows, columns])]
+def window_steps(s: ScoringInputs, tau: float) -> list:  # [(title, [rows, columns])]
     "Score the windows of the first image and walk their harmonic means (WinCLIP, Eq. 1)."
     (h, w), out = s.tokens.grid, []
     for k, f in s.tokens.windows.items():
-        one = anomaly_score(f[:1], s.class_embeddings, tau); side = (h - k + 1, w - k + 1)
-        out += [(f'{side[0]} x {side[1]} windows\nof {k} x {k} patches', one[0].view(side)), ('harmonic mean\nof each patch', harmonic(one, s.tokens.grid, k)[0])]
-    return [(title, a.numpy()) for title, a in [*out, (f'all, with class\ntoken {float(class_score(s, tau)[0]):.2f}', TERMS['windows'](s, tau).view(-1, h, w)[0])]]
+        one = anomaly_score(f[:1], s.class_embeddings, tau)
+        side = (h - k + 1, w - k + 1)
+        out += [
+            (f'{side[0]} x {side[1]} windows\nof {k} x {k} patches', one[0].view(side)),
+            ('harmonic mean\nof each patch', harmonic(one, s.tokens.grid, k)[0]),
+        ]
+    return [
+        (title, a.numpy())
+        for title, a in [
+            *out,
+            (
+                f'all, with class\ntoken {float(class_score(s, tau)[0]):.2f}',
+                TERMS['windows'](s, tau).view(-1, h, w)[0],
+            ),
+        ]
+    ]
 
 # %% ../../nbs/reporting/pictures.ipynb #98f8b395
-def draw_windows(p:Picture, jobs, texts)->tuple:
+def draw_windows(p: Picture, jobs, texts) -> tuple:
     "Draw the scores of windows and their harmonic means (WinCLIP, Fig. 6)."
     l = look(jobs[0], p.rows[0].label, in_turn(jobs[:1]), texts)
-    steps, s = window_steps(scene(l), l.det.method.score[1]['tau']), l.job.samples[0]; low, high = min(a.min() for _, a in steps), max(a.max() for _, a in steps)
-    fig, axes = plt.subplots(1, 1 + len(steps), figsize=(1.6*(1 + len(steps)) + .5, 2.1), dpi=72, layout='constrained')
-    axes[0].imshow(photo(l, s)); axes[0].set_title(f"{s.category}\n{s.defect.replace('_', ' ')}", fontsize=9); cell = l.det.encoder.preprocess.size/l.tokens.grid[0]
+    steps, s = window_steps(scene(l), l.det.method.score[1]['tau']), l.job.samples[0]
+    low, high = min(a.min() for _, a in steps), max(a.max() for _, a in steps)
+    fig, axes = plt.subplots(
+        1, 1 + len(steps), figsize=(1.6 * (1 + len(steps)) + 0.5, 2.1), dpi=72, layout='constrained'
+    )
+    axes[0].imshow(photo(l, s))
+    axes[0].set_title(f"{s.category}\n{s.defect.replace('_', ' ')}", fontsize=9)
+    cell = l.det.encoder.preprocess.size / l.tokens.grid[0]
     for (k, f), (_, a), color in zip(l.tokens.windows.items(), steps[::2], ('#ff2020', '#ffd000')):
-        row, col = np.unravel_index(a.argmax(), a.shape); axes[0].add_patch(plt.Rectangle((col*cell - .5, row*cell - .5), k*cell, k*cell, fc='none', ec=color, lw=2))
-    for ax, (title, a) in zip(axes[1:], steps): drawn = ax.imshow(a, cmap='inferno', vmin=low, vmax=high); ax.set_title(title, fontsize=9)
-    for ax in axes: ax.set(xticks=[], yticks=[])
-    fig.colorbar(drawn, ax=axes, shrink=.7, aspect=12, pad=.01).ax.tick_params(labelsize=7)
-    return fig, f'Left: green the ground truth, red and yellow the 2 x 2 and the 3 x 3 window of the highest score. All maps share one scale, from the lowest to the highest value shown. {TURNS}'
+        row, col = np.unravel_index(a.argmax(), a.shape)
+        axes[0].add_patch(
+            plt.Rectangle(
+                (col * cell - 0.5, row * cell - 0.5), k * cell, k * cell, fc='none', ec=color, lw=2
+            )
+        )
+    for ax, (title, a) in zip(axes[1:], steps):
+        drawn = ax.imshow(a, cmap='inferno', vmin=low, vmax=high)
+        ax.set_title(title, fontsize=9)
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+    fig.colorbar(drawn, ax=axes, shrink=0.7, aspect=12, pad=0.01).ax.tick_params(labelsize=7)
+    return (
+        fig,
+        f'Left: green the ground truth, red and yellow the 2 x 2 and the 3 x 3 window of the highest score. All maps share one scale, from the lowest to the highest value shown. {TURNS}',
+    )
 
 # %% ../../nbs/reporting/pictures.ipynb #1d8d07e7
-DRAWINGS = {'anoclip-f4': draw_localisation, 'anoclip-f6': draw_tokens, 'dual-f3': draw_maps, 'dual-f4': draw_adaptation, 'dual-f5b': draw_references, 'dual-f6a': draw_densities,
-            'winclip-f6': draw_windows, 'winclip-f7': draw_maps}
+DRAWINGS = {
+    'anoclip-f4': draw_localisation,
+    'anoclip-f6': draw_tokens,
+    'dual-f3': draw_maps,
+    'dual-f4': draw_adaptation,
+    'dual-f5b': draw_references,
+    'dual-f6a': draw_densities,
+    'winclip-f6': draw_windows,
+    'winclip-f7': draw_maps,
+}
 
-def jobs_of(p:Picture, sets:dict, model:Model)->list:
+# %% ../../nbs/reporting/pictures.ipynb #c00f110a
+def jobs_of(p: Picture, sets: dict, model: Model) -> list:
     "List the jobs of a picture's categories on data sets ({role: Survey}), in the order they are drawn."
-    jobs = {(j.dataset, j.category): j for j in plan_jobs((p,), {r: s for r, s in sets.items() if r in p.roles}, model).jobs}
-    drawn = [jobs.get((s.dataset.name, c)) for r, s in sets.items() if r in p.roles for c in choose_categories(s.dataset, p.categories, p.count)]
-    if not any(drawn): raise ValueError(f'{p.name}: nothing to draw; it needs a data set for one of {list(p.roles)} with defective images, and an encoder that its rows run on')
+    jobs = {
+        (j.dataset, j.category): j
+        for j in plan_jobs((p,), {r: s for r, s in sets.items() if r in p.roles}, model).jobs
+    }
+    drawn = [
+        jobs.get((s.dataset.name, c))
+        for r, s in sets.items()
+        if r in p.roles
+        for c in choose_categories(s.dataset, p.categories, p.count)
+    ]
+    if not any(drawn):
+        raise ValueError(
+            f'{p.name}: nothing to draw; it needs a data set for one of {list(p.roles)} with defective images, and an encoder that its rows run on'
+        )
     return [j for j in drawn if j]
 
-def picture(name:str, sets:dict, model:Model, texts:dict=None)->tuple:        # Figure, caption
+# %% ../../nbs/reporting/pictures.ipynb #a36a8ecd
+def picture(name: str, sets: dict, model: Model, texts: dict = None) -> tuple:  # Figure, caption
     "Draw a figure of a paper on data sets {role: Survey}; `texts` remembers sentences from picture to picture."
-    if name not in PICTURES: raise ValueError(f'picture {name!r}: choose from {list(PICTURES)}')
-    p = PICTURES[name]; jobs, enc = jobs_of(p, sets, model), open_model(model)
+    if name not in PICTURES:
+        raise ValueError(f'picture {name!r}: choose from {list(PICTURES)}')
+    p = PICTURES[name]
+    jobs, enc = jobs_of(p, sets, model), open_model(model)
     fig, said = DRAWINGS[name](p, jobs, {} if texts is None else texts)
     told = f"{enc.backbone} (weights {enc.weights}, {enc.source}) on {', '.join(dict.fromkeys(j.dataset for j in jobs))}, zsad {version('zsad')}"
     return fig, f'{p.title}. {told}. {said} The paper: {p.claim}'
 
 # %% ../../nbs/reporting/pictures.ipynb #66bea0e0
-def file_of(name:str)->str:
+def file_of(name: str) -> str:
     "Name a picture's file; a figure that also has numbers keeps its own name for them."
     return f'{name}-pictures' if name in EXHIBITS else name
 
-def write_pictures(names, sets:dict, model:Model, out)->tuple:        # ((file below figures, title, caption), ...)
+
+def write_pictures(
+    names, sets: dict, model: Model, out
+) -> tuple:  # ((file below figures, title, caption), ...)
     "Draw pictures below `out`/figures as PNG and SVG; those that cannot be drawn are named."
-    folder, texts, done = Path(out)/'figures', {}, []
+    folder, texts, done = Path(out) / 'figures', {}, []
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        try: fig, said = picture(name, sets, model, texts)
-        except ValueError as e: print(f'left out: {e}', file=sys.stderr); continue
-        for kind in ('png', 'svg'): fig.savefig(folder/f'{file_of(name)}.{kind}', dpi=100)
-        plt.close(fig); done.append((f'{file_of(name)}.png', PICTURES[name].title, said))
+        try:
+            fig, said = picture(name, sets, model, texts)
+        except ValueError as e:
+            print(f'left out: {e}', file=sys.stderr)
+            continue
+        for kind in ('png', 'svg'):
+            fig.savefig(folder / f'{file_of(name)}.{kind}', dpi=100)
+        plt.close(fig)
+        done.append((f'{file_of(name)}.png', PICTURES[name].title, said))
     return tuple(done)

@@ -15,23 +15,39 @@ __all__ = ['UNACCEPTED', 'NOTHING', 'NAMES', 'ENCODERS', 'PRINT_STATES', 'BUILT_
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+
 from ..core.files import write_atomic
-from ..papers.exhibits import COLUMNS, CONTROLS, EXHIBITS, ROLES, STAND_INS, Exhibit, Row, datasets_of, printed, reported
+from zsad.papers.exhibits import (
+    COLUMNS,
+    CONTROLS,
+    EXHIBITS,
+    ROLES,
+    STAND_INS,
+    Exhibit,
+    Row,
+    datasets_of,
+    printed,
+    reported,
+)
 
 # %% ../../nbs/reporting/tables.ipynb #01567c78
-UNACCEPTED = 'NOT_ACCEPTED'      # list of exhibits beside the project's own results
+UNACCEPTED = 'NOT_ACCEPTED'  # list of exhibits beside the project's own results
+
 
 @dataclass(frozen=True)
 class ExhibitResults:
     "The results files of one exhibit."
+
     runs: pd.DataFrame
     metrics: pd.DataFrame
     contrasts: pd.DataFrame
     defects: pd.DataFrame
+
 
 NOTHING = ExhibitResults(*(pd.DataFrame(columns=c) for c in COLUMNS.values()))
 
@@ -39,223 +55,411 @@ NOTHING = ExhibitResults(*(pd.DataFrame(columns=c) for c in COLUMNS.values()))
 @dataclass(frozen=True)
 class Results:
     "What a results folder holds: exhibits by name, and costs where they were measured."
+
     exhibits: dict = field(default_factory=dict)
     cost: pd.DataFrame = None
-    accepted: bool = False           # the project's own results
+    accepted: bool = False  # the project's own results
 
-    def of(self, e)->ExhibitResults:
+    def of(self, e) -> ExhibitResults:
         "Give the results of an exhibit; empty tables where it was not run."
         return self.exhibits.get(e if isinstance(e, str) else e.name, NOTHING)
 
-    def all(self, file:str)->pd.DataFrame:
+    def all(self, file: str) -> pd.DataFrame:
         "Put one file of all exhibits together, the exhibit's name in front."
         parts = [getattr(found, file).assign(exhibit=name) for name, found in self.exhibits.items()]
-        t = pd.concat(parts, ignore_index=True) if parts else getattr(NOTHING, file).assign(exhibit='')
+        t = (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else getattr(NOTHING, file).assign(exhibit='')
+        )
         return t[['exhibit', *(c for c in t if c != 'exhibit')]]
 
 # %% ../../nbs/reporting/tables.ipynb #c1c2d301
-def read_exhibit(folder)->ExhibitResults:
+def read_exhibit(folder) -> ExhibitResults:
     "Read the four files of an exhibit's folder."
-    text = {n: pd.read_csv(Path(folder)/f'{n}.csv', dtype=str, keep_default_na=False) for n in COLUMNS}
-    numbers = dict(metrics=('value', 'low', 'high', 'spread', 'seeds', 'n'), contrasts=('difference', 'low', 'high'), defects=('value', 'categories', 'n'))
+    text = {
+        n: pd.read_csv(Path(folder) / f'{n}.csv', dtype=str, keep_default_na=False) for n in COLUMNS
+    }
+    numbers = dict(
+        metrics=('value', 'low', 'high', 'spread', 'seeds', 'n'),
+        contrasts=('difference', 'low', 'high'),
+        defects=('value', 'categories', 'n'),
+    )
     for n, columns in numbers.items():
         lacks = [c for c in (*columns, 'dataset') if c not in text[n]]
-        if lacks: raise ValueError(f'{folder}/{n}.csv has no columns {lacks}: another version wrote it; write the results again with `zsad reproduce`')
+        if lacks:
+            raise ValueError(
+                f'{folder}/{n}.csv has no columns {lacks}: another version wrote it; write the results again with `zsad reproduce`'
+            )
         text[n][list(columns)] = text[n][list(columns)].apply(pd.to_numeric)
     return ExhibitResults(**text)
 
-def read_results(folder, exhibits=None)->Results:
+# %% ../../nbs/reporting/tables.ipynb #7e29ae3e
+def read_results(folder, exhibits=None) -> Results:
     "Read a results folder: all its exhibits, or those that are named."
     folder = Path(folder)
     found = {p.parent.name: p.parent for p in sorted(folder.glob('*/runs.csv'))}
-    accepted = (folder/UNACCEPTED).exists()
+    accepted = (folder / UNACCEPTED).exists()
     if not found and not accepted:
-        raise FileNotFoundError(f'{folder}: no results of an exhibit here; make them with `zsad reproduce --out DIR` and point to DIR/results')
-    names = [n for n in (*(n for n in EXHIBITS if n in found), *(n for n in found if n not in EXHIBITS)) if exhibits is None or n in exhibits]
-    cost = folder/'cost.csv'
-    return Results({n: read_exhibit(found[n]) for n in names}, pd.read_csv(cost) if cost.exists() else None, accepted)
+        raise FileNotFoundError(
+            f'{folder}: no results of an exhibit here; make them with `zsad reproduce --out DIR` and point to DIR/results'
+        )
+    names = [
+        n
+        for n in (*(n for n in EXHIBITS if n in found), *(n for n in found if n not in EXHIBITS))
+        if exhibits is None or n in exhibits
+    ]
+    cost = folder / 'cost.csv'
+    return Results(
+        {n: read_exhibit(found[n]) for n in names},
+        pd.read_csv(cost) if cost.exists() else None,
+        accepted,
+    )
 
-def as_results(results, *exhibits)->Results:
+# %% ../../nbs/reporting/tables.ipynb #dc5056f7
+def as_results(results, *exhibits) -> Results:
     "Accept Results or the folder of some; of a folder only the named exhibits are read."
-    return results if isinstance(results, Results) else read_results(results, [e.name for e in exhibits] or None)
+    return (
+        results
+        if isinstance(results, Results)
+        else read_results(results, [e.name for e in exhibits] or None)
+    )
 
 # %% ../../nbs/reporting/tables.ipynb #8c4a6441
-def as_exhibit(exhibit)->Exhibit:
+def as_exhibit(exhibit) -> Exhibit:
     "Accept an Exhibit or the name of one."
     return EXHIBITS[exhibit] if isinstance(exhibit, str) else exhibit
 
 # %% ../../nbs/reporting/tables.ipynb #5b221d49
-def dataset_of(res:Results, e:Exhibit, role:str)->str:
+def dataset_of(res: Results, e: Exhibit, role: str) -> str:
     "Name the data set of a role in an exhibit's results, '' if there is none."
     have = set(res.of(e).runs.dataset)
     return next((d for d in datasets_of(role) if d in have), '')
 
-def gap(res:Results, e:Exhibit, role:str)->str:
+
+def gap(res: Results, e: Exhibit, role: str) -> str:
     "Give the reason why a role has no data set, '' if it has one."
-    if dataset_of(res, e, role): return ''
+    if dataset_of(res, e, role):
+        return ''
     have = set(res.of(e).runs.dataset)
-    if not have: return 'not accepted yet' if res.accepted else 'missing'
-    if not have & set(STAND_INS.values()): return 'no data'
+    if not have:
+        return 'not accepted yet' if res.accepted else 'missing'
+    if not have & set(STAND_INS.values()):
+        return 'no data'
     return 'missing' if role in STAND_INS else 'no stand-in'
 
-def runs_of(res:Results, e:Exhibit, row:Row, role:str)->pd.DataFrame:
+
+def runs_of(res: Results, e: Exhibit, row: Row, role: str) -> pd.DataFrame:
     "Give the runs of an exhibit's row on the data set of a role, one per seed."
     r = res.of(e).runs
     return r[(r.row == row.label) & (r.dataset == dataset_of(res, e, role))]
 
-def why_empty(res:Results, e:Exhibit, row:Row, role:str)->str:
+# %% ../../nbs/reporting/tables.ipynb #f4b193ae
+def why_empty(res: Results, e: Exhibit, row: Row, role: str) -> str:
     "Say in words why a row was not run on a role, '' if it was."
-    own = row.method and row.method.artifact.endswith(f'-{dataset_of(res, e, role)}-s{{seed}}')      # a set is not asked about what was learned from it
-    return row.state or gap(res, e, role) or ('' if len(runs_of(res, e, row, role)) else 'learned from' if own else 'missing')
+    own = row.method and row.method.artifact.endswith(
+        f'-{dataset_of(res, e, role)}-s{{seed}}'
+    )  # a set is not asked about what was learned from it
+    return (
+        row.state
+        or gap(res, e, role)
+        or ('' if len(runs_of(res, e, row, role)) else 'learned from' if own else 'missing')
+    )
 
-def untimed(res:Results, row:Row)->str:
+
+def untimed(res: Results, row: Row) -> str:
     "Say in words why a row has no time, '' if it has one or is a control."
-    return row.state or ('' if row.control or time_of(res, row)[0] == time_of(res, row)[0] else 'not measured')
+    return row.state or (
+        '' if row.control or time_of(res, row)[0] == time_of(res, row)[0] else 'not measured'
+    )
 
 # %% ../../nbs/reporting/tables.ipynb #b7a0659f
-def known_as(dataset:str)->str:
+def known_as(dataset: str) -> str:
     "Give the usual name of a data set."
     return ROLES.get(dataset, dataset)
 
 # %% ../../nbs/reporting/tables.ipynb #1bd5ead2
-NAMES = dict(image_auroc='image AUROC', image_f1max='image F1max', image_ap='image AP', pixel_auroc='pixel AUROC', pixel_f1max='pixel F1max', pixel_ap='pixel AP', pro='PRO', pro_field='PRO (field)',
-             pixel_auroc_within='pixel AUROC within object', time_ms='ms per image')
+NAMES = dict(
+    image_auroc='image AUROC',
+    image_f1max='image F1max',
+    image_ap='image AP',
+    pixel_auroc='pixel AUROC',
+    pixel_f1max='pixel F1max',
+    pixel_ap='pixel AP',
+    pro='PRO',
+    pro_field='PRO (field)',
+    pixel_auroc_within='pixel AUROC within object',
+    time_ms='ms per image',
+)
 
-def cell(res:Results, e:Exhibit, label:str, role:str, metric:str, span:str='mean', columns=('value', 'low', 'high'))->tuple:      # one number per column, NaN where absent
+# %% ../../nbs/reporting/tables.ipynb #817052a1
+def cell(
+    res: Results,
+    e: Exhibit,
+    label: str,
+    role: str,
+    metric: str,
+    span: str = 'mean',
+    columns=('value', 'low', 'high'),
+) -> tuple:  # one number per column, NaN where absent
     "Look up a value of an exhibit's row on a role, in percent."
     m = res.of(e).metrics
-    r = m[(m.row == label) & (m.dataset == dataset_of(res, e, role)) & (m.metric == metric) & (m.category == span)]
-    return (np.nan,)*len(columns) if r.empty else tuple(float(r.iloc[0][k]) for k in columns)
+    r = m[
+        (m.row == label)
+        & (m.dataset == dataset_of(res, e, role))
+        & (m.metric == metric)
+        & (m.category == span)
+    ]
+    return (np.nan,) * len(columns) if r.empty else tuple(float(r.iloc[0][k]) for k in columns)
 
-def time_of(res:Results, row:Row, how:str='alone')->tuple:      # median, lowest, highest; NaN where not measured
+# %% ../../nbs/reporting/tables.ipynb #36344401
+def time_of(
+    res: Results, row: Row, how: str = 'alone'
+) -> tuple:  # median, lowest, highest; NaN where not measured
     "Look up the time per image of a row in milliseconds: of images that come 'alone', or 'together'."
-    d = res.cost; r = [] if d is None or row.control or not row.method else d[(d.part == 'rows') & (d.what == f'{row.method.name}, {how}')]
-    return tuple(float(r.iloc[0][k]) for k in ('value', 'lo', 'hi')) if len(r) else (np.nan,)*3
+    d = res.cost
+    r = (
+        []
+        if d is None or row.control or not row.method
+        else d[(d.part == 'rows') & (d.what == f'{row.method.name}, {how}')]
+    )
+    return tuple(float(r.iloc[0][k]) for k in ('value', 'lo', 'hi')) if len(r) else (np.nan,) * 3
 
-ENCODERS = dict(      # paper -> backbones, tags and pixels per side it used
+
+ENCODERS = dict(  # paper -> backbones, tags and pixels per side it used
     anoclip=(('ViT-B-16-plus-240',), ('laion400m_e32',), 240),
     dual=(('ViT-B-16-plus-240',), ('laion400m_e32',), 240),
     winclip=(('ViT-B-16-plus-240',), ('laion400m_e31', 'laion400m_e32'), 240),
-    kanoclip=(('ViT-L-14-336', 'ViT-L-14-336-quickgelu'), ('openai',), 518))
+    kanoclip=(('ViT-L-14-336', 'ViT-L-14-336-quickgelu'), ('openai',), 518),
+)
 
-def comparable(res:Results, e:Exhibit, row:Row, role:str)->bool:
+# %% ../../nbs/reporting/tables.ipynb #409f83da
+def comparable(res: Results, e: Exhibit, row: Row, role: str) -> bool:
     "Tell whether a row used the paper's own data, whole, with its encoder, weights and input size, so that a difference to the printed value means something."
     r = runs_of(res, e, row, role)
-    if r.empty or e.paper not in ENCODERS: return False
+    if r.empty or e.paper not in ENCODERS:
+        return False
     backbones, tags, size = ENCODERS[e.paper]
-    same = (r.dataset == role) & (r.complete == 'yes') & r.encoder.isin(backbones) & r.source.isin(tags) & (r['size'].astype(str) == str(size))
+    same = (
+        (r.dataset == role)
+        & (r.complete == 'yes')
+        & r.encoder.isin(backbones)
+        & r.source.isin(tags)
+        & (r['size'].astype(str) == str(size))
+    )
     return bool(same.all())
 
 # %% ../../nbs/reporting/tables.ipynb #a2cd0f2d
-def head(e:Exhibit, role:str, metric:str)->str:
+def head(e: Exhibit, role: str, metric: str) -> str:
     "Name a metric's columns, with the data set in front if the exhibit has several."
     return NAMES[metric] if len(e.roles) == 1 else f'{ROLES[role]}: {NAMES[metric]}'
 
-def metric_cells(e:Exhibit, res:Results, row:Row, role:str, metric:str)->dict:
+
+def metric_cells(e: Exhibit, res: Results, row: Row, role: str, metric: str) -> dict:
     "Collect what one row has of one metric: ours, low, high, spread, paper, delta (percent, NaN where absent)."
-    if row.state: ours = low = high = spread = np.nan
-    elif metric == 'time_ms': (ours, low, high), spread = time_of(res, row), np.nan
-    else: ours, low, high, spread = cell(res, e, row.label, role, metric, columns=('value', 'low', 'high', 'spread'))
+    if row.state:
+        ours = low = high = spread = np.nan
+    elif metric == 'time_ms':
+        (ours, low, high), spread = time_of(res, row), np.nan
+    else:
+        ours, low, high, spread = cell(
+            res, e, row.label, role, metric, columns=('value', 'low', 'high', 'spread')
+        )
     paper = float(printed(e, row.label, role, metric) or 'nan')
     delta = ours - paper if metric != 'time_ms' and comparable(res, e, row, role) else np.nan
     return dict(ours=ours, low=low, high=high, spread=spread, paper=paper, delta=delta)
 
-def row_cells(e:Exhibit, res:Results, row:Row, role:str)->dict:
+# %% ../../nbs/reporting/tables.ipynb #1cc3549d
+def row_cells(e: Exhibit, res: Results, row: Row, role: str) -> dict:
     "Collect what one row has on one role: {(metric's name, what): percent}."
-    at = lambda metric, span: np.nan if row.state else cell(res, e, row.label, role, metric, span)[0]
-    out = {(head(e, role, m), k): v for m in e.metrics for k, v in metric_cells(e, res, row, role, m).items()}
+    at = lambda metric, span: (
+        np.nan if row.state else cell(res, e, row.label, role, metric, span)[0]
+    )
+    out = {
+        (head(e, role, m), k): v
+        for m in e.metrics
+        for k, v in metric_cells(e, res, row, role, m).items()
+    }
     for m in [m for m in e.metrics if m in ('image_auroc', 'pixel_auroc')]:
         out |= {(head(e, role, m), f'{k}s'): at(m, f'mean {k}s') for k in ('object', 'texture')}
-    if 'pixel_auroc' in e.metrics: out[head(e, role, 'pixel_auroc'), 'within object'] = at('pixel_auroc_within', 'mean')
+    if 'pixel_auroc' in e.metrics:
+        out[head(e, role, 'pixel_auroc'), 'within object'] = at('pixel_auroc_within', 'mean')
     return out
 
 # %% ../../nbs/reporting/tables.ipynb #64da4ff7
-def table(exhibit, results)->pd.DataFrame:
+def table(exhibit, results) -> pd.DataFrame:
     "Pivot results to an exhibit's table: columns (metric, ours / low / high / paper, spread over seeds where there are several, delta where it means something), values in percent; `attrs['words']` says why cells are empty."
-    e = as_exhibit(exhibit); res = as_results(results, e)
-    run = [r for r in e.rows if e.form != 'curve' or any(len(runs_of(res, e, r, role)) for role in e.roles)]     # a curve leaves out depths this encoder does not have
-    rows = run or e.rows                                                                                          # but shows that nothing was run
-    cells = {r.label: {k: v for role in e.roles for k, v in row_cells(e, res, r, role).items()} for r in rows}
-    t = pd.DataFrame.from_dict(cells, orient='index').pipe(lambda d: d.set_axis(pd.MultiIndex.from_tuples(d.columns), axis=1))
-    optional = ('delta', 'spread', *(('objects', 'textures', 'within object') if len(e.roles) > 1 else ()))
+    e = as_exhibit(exhibit)
+    res = as_results(results, e)
+    run = [
+        r
+        for r in e.rows
+        if e.form != 'curve' or any(len(runs_of(res, e, r, role)) for role in e.roles)
+    ]  # a curve leaves out depths this encoder does not have
+    rows = run or e.rows  # but shows that nothing was run
+    cells = {
+        r.label: {k: v for role in e.roles for k, v in row_cells(e, res, r, role).items()}
+        for r in rows
+    }
+    t = pd.DataFrame.from_dict(cells, orient='index').pipe(
+        lambda d: d.set_axis(pd.MultiIndex.from_tuples(d.columns), axis=1)
+    )
+    optional = (
+        'delta',
+        'spread',
+        *(('objects', 'textures', 'within object') if len(e.roles) > 1 else ()),
+    )
     t = t[[c for c in t if c[1] not in optional or t[c].notna().any()]]
-    t.attrs['words'] = {head(e, role, m): {r.label: why_empty(res, e, r, role) if m != 'time_ms' else untimed(res, r) for r in rows} for role in e.roles for m in e.metrics}
+    t.attrs['words'] = {
+        head(e, role, m): {
+            r.label: why_empty(res, e, r, role) if m != 'time_ms' else untimed(res, r) for r in rows
+        }
+        for role in e.roles
+        for m in e.metrics
+    }
     return t
 
 # %% ../../nbs/reporting/tables.ipynb #58be1194
-def by_category(exhibit, results, metric:str, role:str=None)->pd.DataFrame:      # categories and their mean x rows, percent
+def by_category(
+    exhibit, results, metric: str, role: str = None
+) -> pd.DataFrame:  # categories and their mean x rows, percent
     "Pivot one metric of an exhibit's rows over the categories of a role; rows that are only reported join where the papers' own categories were run."
-    e = as_exhibit(exhibit); res = as_results(results, e); role = role or e.roles[0]
+    e = as_exhibit(exhibit)
+    res = as_results(results, e)
+    role = role or e.roles[0]
     m = res.of(e).metrics
-    m = m[(m.metric == metric) & (m.dataset == dataset_of(res, e, role)) & ~m.category.str.startswith('mean ')]
+    m = m[
+        (m.metric == metric)
+        & (m.dataset == dataset_of(res, e, role))
+        & ~m.category.str.startswith('mean ')
+    ]
     ours = {label: g.set_index('category').value for label, g in m.groupby('row')}
-    said = {r.label: pd.Series({x['category']: float(x['value']) for x in reported() if (x['exhibit'], x['row'], x['dataset'], x['metric']) == (e.name, r.label, role, metric)}) for r in e.rows if r.state == 'reported only'} if dataset_of(res, e, role) == role else {}
+    said = (
+        {
+            r.label: pd.Series(
+                {
+                    x['category']: float(x['value'])
+                    for x in reported()
+                    if (x['exhibit'], x['row'], x['dataset'], x['metric'])
+                    == (e.name, r.label, role, metric)
+                }
+            )
+            for r in e.rows
+            if r.state == 'reported only'
+        }
+        if dataset_of(res, e, role) == role
+        else {}
+    )
     t = pd.DataFrame({r.label: (ours | said)[r.label] for r in e.rows if r.label in ours | said})
-    return t.reindex([*sorted(c for c in t.index if c != 'mean'), *(c for c in ('mean',) if c in t.index)])
+    return t.reindex(
+        [*sorted(c for c in t.index if c != 'mean'), *(c for c in ('mean',) if c in t.index)]
+    )
 
-def readable(t:pd.DataFrame)->pd.DataFrame:
+# %% ../../nbs/reporting/tables.ipynb #41bcc991
+def readable(t: pd.DataFrame) -> pd.DataFrame:
     "Format a table for people: 'ours [low, high]', one decimal, a word or '' instead of NaN."
-    f, out = (lambda v: '' if v != v else f'{round(v, 1) + 0.:.1f}'), {}
-    span = lambda r: '–' if r.ours != r.ours else f(r.ours) + (f' [{f(r.low)}, {f(r.high)}]' if r.low == r.low else '') + (f' ±{f(r.spread)}' if r.spread == r.spread else '')
+    f, out = (lambda v: '' if v != v else f'{round(v, 1) + 0.0:.1f}'), {}
+    span = lambda r: (
+        '–'
+        if r.ours != r.ours
+        else f(r.ours)
+        + (f' [{f(r.low)}, {f(r.high)}]' if r.low == r.low else '')
+        + (f' ±{f(r.spread)}' if r.spread == r.spread else '')
+    )
     for m in dict.fromkeys(t.columns.get_level_values(0)):
         g, words = t[m], t.attrs.get('words', {}).get(m, {})
         say = lambda texts: [words.get(i) or v for i, v in zip(t.index, texts)]
-        out[m] = say(span(r) for r in g.reindex(columns=['ours', 'low', 'high', 'spread']).itertuples())
+        out[m] = say(
+            span(r) for r in g.reindex(columns=['ours', 'low', 'high', 'spread']).itertuples()
+        )
         for extra in ('objects', 'textures', 'within object'):
-            if extra in g: out[f'{extra} ({m})'] = say(g[extra].map(f))
-        if g.paper.notna().any(): out[f'paper: {m}'] = g.paper.map(f).tolist()
-        if 'delta' in g: out[f'ours - paper: {m}'] = say(g.delta.map(lambda v: '' if v != v else f'{v:+.1f}'))
+            if extra in g:
+                out[f'{extra} ({m})'] = say(g[extra].map(f))
+        if g.paper.notna().any():
+            out[f'paper: {m}'] = g.paper.map(f).tolist()
+        if 'delta' in g:
+            out[f'ours - paper: {m}'] = say(g.delta.map(lambda v: '' if v != v else f'{v:+.1f}'))
     return pd.DataFrame(out, index=t.index)
 
 # %% ../../nbs/reporting/tables.ipynb #0a7dc89c
-def contrast_sentence(row, e:Exhibit=None)->str:
+def contrast_sentence(row, e: Exhibit = None) -> str:
     "Say one paired contrast in words; the data set is named unless the exhibit `e` (or the row's own) has one role."
-    how = 'is less than a table shows' if max(abs(row.low), abs(row.high)) < 0.05 else 'holds' if row.low > 0 else 'is reversed' if row.high < 0 else 'is not shown'
+    how = (
+        'is less than a table shows'
+        if max(abs(row.low), abs(row.high)) < 0.05
+        else 'holds'
+        if row.low > 0
+        else 'is reversed'
+        if row.high < 0
+        else 'is not shown'
+    )
     e = e or EXHIBITS.get(getattr(row, 'exhibit', ''))
-    where = ' of '.join(([] if row.over == 'all' else [row.over]) + ([known_as(row.dataset)] if e is None or len(e.roles) > 1 else []))
+    where = ' of '.join(
+        ([] if row.over == 'all' else [row.over])
+        + ([known_as(row.dataset)] if e is None or len(e.roles) > 1 else [])
+    )
     return f"{row.better} over {row.worse} in {NAMES[row.metric]}{where and ' on '}{where}: {row.difference:+.1f} points [{row.low:.1f}, {row.high:.1f}], {how}"
 
-def contrasts(exhibit, results)->pd.DataFrame:
+
+def contrasts(exhibit, results) -> pd.DataFrame:
     "Give the paired contrasts of an exhibit on the data sets that play its roles."
-    e = as_exhibit(exhibit); res = as_results(results, e)
+    e = as_exhibit(exhibit)
+    res = as_results(results, e)
     c = res.of(e).contrasts
     return c[c.dataset.isin([dataset_of(res, e, role) for role in e.roles])]
 
-def sentences_table(sentences:dict, name:str):
+# %% ../../nbs/reporting/tables.ipynb #47dd915e
+def sentences_table(sentences: dict, name: str):
     "Show columns of sentences as a table for a page; their text is escaped."
     style = pd.DataFrame(sentences).style.set_uuid(name).hide(axis='index').format(escape='html')
     return style.set_properties(**{'text-align': 'left', 'white-space': 'normal'})
 
+
 def contrast_sentences(exhibit, results):
     "Show what the contrasts of an exhibit come to, one sentence each, as a table for a page."
-    e = as_exhibit(exhibit); res = as_results(results, e)
+    e = as_exhibit(exhibit)
+    res = as_results(results, e)
     none = gap(res, e, e.roles[0]) or 'missing'
-    return sentences_table({'finding': [contrast_sentence(r, e) for r in contrasts(e, res).itertuples()] or [none]}, e.name)
+    return sentences_table(
+        {'finding': [contrast_sentence(r, e) for r in contrasts(e, res).itertuples()] or [none]},
+        e.name,
+    )
 
 # %% ../../nbs/reporting/tables.ipynb #04f7bf2c
-def data_says(r:pd.DataFrame)->str:
+def data_says(r: pd.DataFrame) -> str:
     "Name a data set from its runs: its hash, and how many of its files were left out."
     n = pd.to_numeric(r.get('left_out', pd.Series(dtype=float)), errors='coerce').max()
     left = f", {n:.0f} {'file' if n == 1 else 'files'} left out" if n > 0 else ''
     return f"{r.iloc[0].dataset} (data {', '.join(dict.fromkeys(r.data))}{left})"
 
-def provenance(results, exhibits=None, control:str='', datasets=None)->str:
+
+def provenance(results, exhibits=None, control: str = '', datasets=None) -> str:
     "Name encoder, weights, data sets (all, or the given ones) and versions of the exhibits of a results folder, all or the given ones."
     res = as_results(results)
     r = pd.concat([res.of(e).runs for e in exhibits]) if exhibits else res.all('runs')
     r = r[r.control == control]
-    if r.empty: return 'nothing was accepted yet' if res.accepted else 'nothing was run'
-    sets = [data_says(g) for name, g in r.groupby('dataset', sort=False) if datasets is None or name in datasets]
+    if r.empty:
+        return 'nothing was accepted yet' if res.accepted else 'nothing was run'
+    sets = [
+        data_says(g)
+        for name, g in r.groupby('dataset', sort=False)
+        if datasets is None or name in datasets
+    ]
     of = lambda k: ', '.join(dict.fromkeys(map(str, r[k])))
     return f"{of('encoder')} (weights {of('weights')}, {of('dtype')}, {of('size')} px) on {', '.join(sets) or 'no data'}, zsad {of('zsad')}, torch {of('torch')}, {of('device')}"
 
 # %% ../../nbs/reporting/tables.ipynb #af139b74
-def outline_says(e:Exhibit, res:Results)->str:
+def outline_says(e: Exhibit, res: Results) -> str:
     "Say how far the row of the claim gets on objects, against the bare outline, and within the object."
     fg, said = next((r for r in e.rows if r.control == 'foreground mask'), None), ''
-    if fg is None or not e.contrasts or 'pixel_auroc' not in e.metrics: return said
+    if fg is None or not e.contrasts or 'pixel_auroc' not in e.metrics:
+        return said
     own = next(r for r in e.rows if r.label == e.contrasts[0][0])
-    for role in [role for role in e.roles if len(runs_of(res, e, fg, role)) and len(runs_of(res, e, own, role))]:
+    for role in [
+        role
+        for role in e.roles
+        if len(runs_of(res, e, fg, role)) and len(runs_of(res, e, own, role))
+    ]:
         at = lambda row, metric, span='mean': cell(res, e, row.label, role, metric, span)[0]
         where = f' of {known_as(dataset_of(res, e, role))}' if len(e.roles) > 1 else ''
         within = at(own, 'pixel_auroc_within')
@@ -263,139 +467,283 @@ def outline_says(e:Exhibit, res:Results)->str:
         said += f'; within the object {within:.1f} (chance 50).' if within == within else '.'
     return said
 
-def roles_say(e:Exhibit, res:Results)->str:
+# %% ../../nbs/reporting/tables.ipynb #cbcd99d1
+def roles_say(e: Exhibit, res: Results) -> str:
     "List the data set of each role of an exhibit with several, and which rows have a state."
     sets = {role: dataset_of(res, e, role) for role in e.roles} if len(e.roles) > 1 else {}
-    played = [f'{ROLES[role]} is played by {d}' if d else f'{ROLES[role]}: {gap(res, e, role)}' for role, d in sets.items() if d != role]
-    states = [f"{s.capitalize()}: {', '.join(r.label for r in e.rows if r.state == s)}" for s in dict.fromkeys(r.state for r in e.rows if r.state)]
+    played = [
+        f'{ROLES[role]} is played by {d}' if d else f'{ROLES[role]}: {gap(res, e, role)}'
+        for role, d in sets.items()
+        if d != role
+    ]
+    states = [
+        f"{s.capitalize()}: {', '.join(r.label for r in e.rows if r.state == s)}"
+        for s in dict.fromkeys(r.state for r in e.rows if r.state)
+    ]
     return ''.join(f' {p}.' for p in played + states)
 
 # %% ../../nbs/reporting/tables.ipynb #980199dd
-def times_say(e:Exhibit, res:Results)->str:
+def times_say(e: Exhibit, res: Results) -> str:
     "Say where times were taken, and what rows take when images come together."
-    if 'time_ms' not in e.metrics: return ''
-    timed = {r.label: time_of(res, r, 'together')[0] for r in e.rows if time_of(res, r)[0] == time_of(res, r)[0]}
-    if not timed: return ' Times are not measured here; `zsad reproduce cost` does it.'
+    if 'time_ms' not in e.metrics:
+        return ''
+    timed = {
+        r.label: time_of(res, r, 'together')[0]
+        for r in e.rows
+        if time_of(res, r)[0] == time_of(res, r)[0]
+    }
+    if not timed:
+        return ' Times are not measured here; `zsad reproduce cost` does it.'
     c = res.cost[res.cost.part == 'rows'].iloc[0]
     return f" Times: {c.encoder} in {c['dtype']} on {c.cpu if c.device == 'cpu' else c.device}, {c.threads} threads, one image at a time, median and range of passes; in batches {', '.join(f'{l} {v:.3g} ms' for l, v in timed.items())}. The paper's: RTX 3090."
 
-def intervals_say(e:Exhibit, res:Results)->str:
+# %% ../../nbs/reporting/tables.ipynb #c8cd2bbc
+def intervals_say(e: Exhibit, res: Results) -> str:
     "Say what the intervals cover: images, and seeds where a row has several."
-    count = res.of(e).runs.groupby(['row', 'dataset']).size().groupby('row').max() if len(res.of(e).runs) else {}
+    count = (
+        res.of(e).runs.groupby(['row', 'dataset']).size().groupby('row').max()
+        if len(res.of(e).runs)
+        else {}
+    )
     several = {r.label: count[r.label] for r in e.rows if r.label in count and count[r.label] > 1}
-    single = [r.label for r in e.rows if r.label in count and count[r.label] == 1 and r.method and r.method.stochastic]
+    single = [
+        r.label
+        for r in e.rows
+        if r.label in count and count[r.label] == 1 and r.method and r.method.stochastic
+    ]
     said = '95 % intervals by bootstrap over images'
-    if several: said += f", and over seeds where a row has several ({', '.join(f'{l}: {n}' for l, n in several.items())}); values are means over seeds, ± their standard deviation"
-    if single: said += f". One seed, so that the interval covers images alone: {', '.join(single)}"
+    if several:
+        said += f", and over seeds where a row has several ({', '.join(f'{l}: {n}' for l, n in several.items())}); values are means over seeds, ± their standard deviation"
+    if single:
+        said += f". One seed, so that the interval covers images alone: {', '.join(single)}"
     return said + '.'
 
 # %% ../../nbs/reporting/tables.ipynb #c1c2d302
-PRINT_STATES = dict(printed='', own='', lost=" The paper's values are lost in its text.", drawing=' The paper shows a drawing without values.')
+PRINT_STATES = dict(
+    printed='',
+    own='',
+    lost=" The paper's values are lost in its text.",
+    drawing=' The paper shows a drawing without values.',
+)
 BUILT_IN = ' The mini encoder was trained with defect masks on its V-V path, so the attention contrast is built in and no evidence for the claim.'
 
-def caption(exhibit, results)->str:
+# %% ../../nbs/reporting/tables.ipynb #c5136392
+def caption(exhibit, results) -> str:
     "Compute an exhibit's caption from results."
-    e = as_exhibit(exhibit); res = as_results(results, e)
-    said = PRINT_STATES[e.print_state] + (f" Claim{' of the paper' if e.paper else ''}: {e.claim}" if e.claim else '')
+    e = as_exhibit(exhibit)
+    res = as_results(results, e)
+    said = PRINT_STATES[e.print_state] + (
+        f" Claim{' of the paper' if e.paper else ''}: {e.claim}" if e.claim else ''
+    )
     notes = ''.join(f' {r.label}: {r.note}.' for r in e.rows if r.note and r not in CONTROLS)
     runs = res.of(e).runs
-    if runs.empty: return f"{e.title}. {gap(res, e, e.roles[0]).capitalize()}; `zsad reproduce {e.name}` makes it.{said}{notes}"
-    found = '; '.join(contrast_sentence(r, e) for r in contrasts(e, res).itertuples()) if e.claim else ''
+    if runs.empty:
+        return f"{e.title}. {gap(res, e, e.roles[0]).capitalize()}; `zsad reproduce {e.name}` makes it.{said}{notes}"
+    found = (
+        '; '.join(contrast_sentence(r, e) for r in contrasts(e, res).itertuples())
+        if e.claim
+        else ''
+    )
     twin = e.rows[0].control if e.rows[0].method else ''
-    built = BUILT_IN if (runs[runs.control == twin].encoder == 'mini').any() and any(m.startswith(('pixel', 'pro')) for m in e.metrics) else ''
+    built = (
+        BUILT_IN
+        if (runs[runs.control == twin].encoder == 'mini').any()
+        and any(m.startswith(('pixel', 'pro')) for m in e.metrics)
+        else ''
+    )
     made = provenance(res, [e], twin, {dataset_of(res, e, role) for role in e.roles})
     return f"{e.title}. {made}; {intervals_say(e, res)}{roles_say(e, res)}{said}{found and f' Here: {found}.'}{outline_says(e, res)}{times_say(e, res)}{built}{notes}"
 
 # %% ../../nbs/reporting/tables.ipynb #8f6c08f3
 def figure(exhibit, results):
     "Draw an exhibit."
-    e = as_exhibit(exhibit); res = as_results(results, e); t = table(e, res)
+    e = as_exhibit(exhibit)
+    res = as_results(results, e)
+    t = table(e, res)
     return curve(e, t, res) if e.form == 'curve' else bars(e, t, res)
 
-def panel(ax, g:pd.DataFrame, words:dict, own:dict):
+# %% ../../nbs/reporting/tables.ipynb #0e146e50
+def panel(ax, g: pd.DataFrame, words: dict, own: dict):
     "Draw one metric as horizontal bars: controls grey, the paper's value a grey word at the right edge, a grey word instead of a bar that is not there."
     y, grey = np.arange(len(g)), dict(va='center', fontsize=7, color='#777777')
     ax.barh(y, g.ours, color=['#31688e' if own[l] else '#bbbbbb' for l in g.index], height=0.62)
-    ax.errorbar(g.ours, y, xerr=[np.clip(g.ours - g.low, 0, None), np.clip(g.high - g.ours, 0, None)], fmt='none', ecolor='black', lw=1)
+    ax.errorbar(
+        g.ours,
+        y,
+        xerr=[np.clip(g.ours - g.low, 0, None), np.clip(g.high - g.ours, 0, None)],
+        fmt='none',
+        ecolor='black',
+        lw=1,
+    )
     for yi, (label, row) in zip(y, g.iterrows()):
-        if row.paper == row.paper: ax.text(138, yi, f'paper {row.paper:.1f}', ha='right', **grey)
-        if row.ours != row.ours: ax.text(2, yi, words.get(label) or 'not defined', bbox=dict(fc='white', ec='none', pad=0.5), **grey)
-    ax.set(xlim=(0, 140), ylim=(len(g) - 0.4, -0.6), xticks=range(0, 101, 25), yticks=y, yticklabels=g.index)
-    ax.grid(axis='x', alpha=0.3); ax.set_axisbelow(True); ax.tick_params(labelsize=8)
+        if row.paper == row.paper:
+            ax.text(138, yi, f'paper {row.paper:.1f}', ha='right', **grey)
+        if row.ours != row.ours:
+            ax.text(
+                2,
+                yi,
+                words.get(label) or 'not defined',
+                bbox=dict(fc='white', ec='none', pad=0.5),
+                **grey,
+            )
+    ax.set(
+        xlim=(0, 140),
+        ylim=(len(g) - 0.4, -0.6),
+        xticks=range(0, 101, 25),
+        yticks=y,
+        yticklabels=g.index,
+    )
+    ax.grid(axis='x', alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=8)
 
 # %% ../../nbs/reporting/tables.ipynb #762237e7
-def played(e:Exhibit, role:str, res:Results, between:str=' ')->str:
+def played(e: Exhibit, role: str, res: Results, between: str = ' ') -> str:
     "Name a role and, where it has another name, its data set."
     d = dataset_of(res, e, role)
     return ROLES[role] + ('' if d in ('', role) else f'{between}({d})')
 
-def absent(fig, e:Exhibit, drawn, res:Results):
+
+def absent(fig, e: Exhibit, drawn, res: Results):
     "Name above a figure the roles that are not `drawn`, and lay it out."
-    empty = [f"{ROLES[role]}: {gap(res, e, role) or 'missing'}" for role in e.roles if role not in drawn]
+    empty = [
+        f"{ROLES[role]}: {gap(res, e, role) or 'missing'}" for role in e.roles if role not in drawn
+    ]
     fig.text(0.99, 0.985, '; '.join(empty), fontsize=8, color='#777777', ha='right', va='top')
-    fig.tight_layout(rect=(0, 0, 1, 1 - (0.2/fig.get_figheight() if empty else 0)))
+    fig.tight_layout(rect=(0, 0, 1, 1 - (0.2 / fig.get_figheight() if empty else 0)))
 
 # %% ../../nbs/reporting/tables.ipynb #aa0e0f94
-def bars(e:Exhibit, t:pd.DataFrame, res:Results):
+def bars(e: Exhibit, t: pd.DataFrame, res: Results):
     "Draw a row of panels for every role that has values; the others are named above."
-    metrics, words = [m for m in e.metrics if m in ('image_auroc', 'pixel_auroc', 'pro')], t.attrs['words']
-    roles = [role for role in e.roles if t[[(head(e, role, m), 'ours') for m in metrics]].notna().any(axis=None)] or [e.roles[0]]
-    fig, axes = plt.subplots(len(roles), len(metrics), figsize=(2.6 + 2.3*len(metrics), len(roles)*(0.3*len(t) + 0.7) + 0.25), sharey=True, squeeze=False, dpi=72)
+    metrics, words = (
+        [m for m in e.metrics if m in ('image_auroc', 'pixel_auroc', 'pro')],
+        t.attrs['words'],
+    )
+    roles = [
+        role
+        for role in e.roles
+        if t[[(head(e, role, m), 'ours') for m in metrics]].notna().any(axis=None)
+    ] or [e.roles[0]]
+    fig, axes = plt.subplots(
+        len(roles),
+        len(metrics),
+        figsize=(2.6 + 2.3 * len(metrics), len(roles) * (0.3 * len(t) + 0.7) + 0.25),
+        sharey=True,
+        squeeze=False,
+        dpi=72,
+    )
     for line, role in zip(axes, roles):
         for ax, m in zip(line, metrics):
-            panel(ax, t[head(e, role, m)], words[head(e, role, m)], {r.label: r.own for r in e.rows}); ax.set_title(NAMES[m], fontsize=9)
-        if len(e.roles) > 1: line[0].set_ylabel(played(e, role, res, '\n'), fontsize=9)
+            panel(
+                ax, t[head(e, role, m)], words[head(e, role, m)], {r.label: r.own for r in e.rows}
+            )
+            ax.set_title(NAMES[m], fontsize=9)
+        if len(e.roles) > 1:
+            line[0].set_ylabel(played(e, role, res, '\n'), fontsize=9)
     absent(fig, e, roles, res)
     return fig
 
 # %% ../../nbs/reporting/tables.ipynb #8fd3cb61
-def curve(e:Exhibit, t:pd.DataFrame, res:Results):
+def curve(e: Exhibit, t: pd.DataFrame, res: Results):
     "Draw every metric of an ablation over the rows, with intervals, in a panel for every role that has values; the others are named above."
-    roles = [role for role in e.roles if t[[(head(e, role, m), 'ours') for m in e.metrics]].notna().any(axis=None)]
+    roles = [
+        role
+        for role in e.roles
+        if t[[(head(e, role, m), 'ours') for m in e.metrics]].notna().any(axis=None)
+    ]
     count = max(1, len(roles))
-    fig, axes = plt.subplots(1, count, figsize=(3.4 + 4*count, 2.8), sharey=True, squeeze=False, dpi=72)
-    own = t[~t.index.isin([r.label for r in CONTROLS])]; x = [int(l) for l in own.index]
+    fig, axes = plt.subplots(
+        1, count, figsize=(3.4 + 4 * count, 2.8), sharey=True, squeeze=False, dpi=72
+    )
+    own = t[~t.index.isin([r.label for r in CONTROLS])]
+    x = [int(l) for l in own.index]
     for ax, role in zip(axes[0], roles):
         for m, color in zip(e.metrics, ('#31688e', '#d1495b', '#55a868')):
-            g = t[head(e, role, m)]; o = g.loc[own.index]
-            ax.plot(x, o.ours, 'o-', color=color, label=NAMES[m], ms=4); ax.fill_between(x, o.low, o.high, color=color, alpha=0.2, lw=0)
-            for label, style in [(l, s) for l, s in zip(t.index.difference(own.index), (':', '--')) if g.ours[l] == g.ours[l]]: ax.axhline(g.ours[label], color=color, ls=style, lw=1, label=f'{NAMES[m]}, {label}')
-        ax.set(xlabel=e.axis, xticks=x); ax.grid(alpha=0.3)
-        if len(e.roles) > 1: ax.set_title(played(e, role, res), fontsize=9)
+            g = t[head(e, role, m)]
+            o = g.loc[own.index]
+            ax.plot(x, o.ours, 'o-', color=color, label=NAMES[m], ms=4)
+            ax.fill_between(x, o.low, o.high, color=color, alpha=0.2, lw=0)
+            for label, style in [
+                (l, s)
+                for l, s in zip(t.index.difference(own.index), (':', '--'))
+                if g.ours[l] == g.ours[l]
+            ]:
+                ax.axhline(g.ours[label], color=color, ls=style, lw=1, label=f'{NAMES[m]}, {label}')
+        ax.set(xlabel=e.axis, xticks=x)
+        ax.grid(alpha=0.3)
+        if len(e.roles) > 1:
+            ax.set_title(played(e, role, res), fontsize=9)
     axes[0, 0].set_ylabel('%')
-    if roles: axes[0, -1].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    else: axes[0, 0].text(0.5, 0.5, gap(res, e, e.roles[0]), ha='center', va='center', transform=axes[0, 0].transAxes)
+    if roles:
+        axes[0, -1].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    else:
+        axes[0, 0].text(
+            0.5,
+            0.5,
+            gap(res, e, e.roles[0]),
+            ha='center',
+            va='center',
+            transform=axes[0, 0].transAxes,
+        )
     absent(fig, e, roles, res)
     return fig
 
 # %% ../../nbs/reporting/tables.ipynb #f08472b6
-def write_exhibit(e:Exhibit, res:Results, out:Path):
+def write_exhibit(e: Exhibit, res: Results, out: Path):
     "Write an exhibit's table (CSV, Markdown, LaTeX) and figure (PNG, SVG)."
-    t = table(e, res); d = readable(t)
-    for folder in ('tables', 'figures'): (out/folder).mkdir(parents=True, exist_ok=True)
-    write_atomic(out/'tables'/f'{e.name}.csv', t.set_axis([' | '.join(c) for c in t.columns], axis=1).to_csv(float_format='%.4f', lineterminator='\n'))
-    wide = pd.concat({f'{ROLES[role]} | {m}': by_category(e, res, m, role) for role in e.roles for m in e.metrics}, axis=1)
-    write_atomic(out/'tables'/f'{e.name}-categories.csv', wide.set_axis([' | '.join(c) for c in wide.columns], axis=1).to_csv(float_format='%.4f', lineterminator='\n'))
-    write_atomic(out/'tables'/f'{e.name}.md', markdown(d) + f'\n{caption(e, res)}\n')
-    write_atomic(out/'tables'/f'{e.name}.tex', latex(d))
+    t = table(e, res)
+    d = readable(t)
+    for folder in ('tables', 'figures'):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    write_atomic(
+        out / 'tables' / f'{e.name}.csv',
+        t.set_axis([' | '.join(c) for c in t.columns], axis=1).to_csv(
+            float_format='%.4f', lineterminator='\n'
+        ),
+    )
+    wide = pd.concat(
+        {
+            f'{ROLES[role]} | {m}': by_category(e, res, m, role)
+            for role in e.roles
+            for m in e.metrics
+        },
+        axis=1,
+    )
+    write_atomic(
+        out / 'tables' / f'{e.name}-categories.csv',
+        wide.set_axis([' | '.join(c) for c in wide.columns], axis=1).to_csv(
+            float_format='%.4f', lineterminator='\n'
+        ),
+    )
+    write_atomic(out / 'tables' / f'{e.name}.md', markdown(d) + f'\n{caption(e, res)}\n')
+    write_atomic(out / 'tables' / f'{e.name}.tex', latex(d))
     fig = figure(e, res)
-    for kind in ('png', 'svg'): fig.savefig(out/'figures'/f'{e.name}.{kind}', dpi=144)
+    for kind in ('png', 'svg'):
+        fig.savefig(out / 'figures' / f'{e.name}.{kind}', dpi=144)
     plt.close(fig)
 
-def markdown(d:pd.DataFrame)->str:
+# %% ../../nbs/reporting/tables.ipynb #3f430dd3
+def markdown(d: pd.DataFrame) -> str:
     "Write a frame as a Markdown table; what Markdown or HTML would read as markup is escaped."
     clean = lambda s: re.sub(r'([\\`*_|<>&])', r'\\\1', str(s)).replace('\n', ' ')
     line = lambda cells: '| ' + ' | '.join(cells) + ' |\n'
     rows = [map(clean, (label, *row)) for label, row in zip(d.index, d.values)]
-    return line(['', *map(clean, d.columns)]) + line(['---']*(len(d.columns) + 1)) + ''.join(map(line, rows))
+    return (
+        line(['', *map(clean, d.columns)])
+        + line(['---'] * (len(d.columns) + 1))
+        + ''.join(map(line, rows))
+    )
 
-def latex(d:pd.DataFrame)->str:
+
+def latex(d: pd.DataFrame) -> str:
     "Write a frame as a LaTeX tabular with rules of booktabs; LaTeX's own characters are escaped."
-    return d.to_latex(escape=True, column_format='l' + 'r'*len(d.columns)).replace('–', '--')
+    return d.to_latex(escape=True, column_format='l' + 'r' * len(d.columns)).replace('–', '--')
 
 # %% ../../nbs/reporting/tables.ipynb #fc25f8e6
-STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:13px;margin:1rem 0}"
-         "table{display:block;overflow-x:auto}td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}.paper{color:#999}img{max-width:100%}p.cap{color:#444}")
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:13px;margin:1rem 0}"
+    "table{display:block;overflow-x:auto}td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}.paper{color:#999}img{max-width:100%}p.cap{color:#444}"
+)
 
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string('''\
 <!doctype html><meta charset="utf-8"><title>zsad results</title><style>{{ style|safe }}</style><h1>zsad results</h1>
@@ -413,17 +761,22 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 ''')
 
 # %% ../../nbs/reporting/tables.ipynb #c1c2d303
-def page(exhibits, res:Results, pictures=())->str:      # res: None where only pictures are shown
+def page(exhibits, res: Results, pictures=()) -> str:  # res: None where only pictures are shown
     "Write the index page: pictures (file, title and maybe a caption), then every table with its caption and figure; all text is escaped."
     tables = [(e.name, e.title, readable(table(e, res)), caption(e, res)) for e in exhibits]
     made = provenance(res, exhibits) if res else ''
     return PAGE.render(style=STYLE, made=made, pictures=pictures, tables=tables, zip=zip)
 
-def write_page(exhibits, results, out, pictures=())->Path:
-    "Write the index page of exhibits that have been written, with pictures (file below figures, title, caption); `results` may be None if there are only pictures."
-    return write_atomic(Path(out)/'index.html', page(exhibits, results and as_results(results), pictures))
 
-def write_report(exhibits, results, out)->Path:
+def write_page(exhibits, results, out, pictures=()) -> Path:
+    "Write the index page of exhibits that have been written, with pictures (file below figures, title, caption); `results` may be None if there are only pictures."
+    return write_atomic(
+        Path(out) / 'index.html', page(exhibits, results and as_results(results), pictures)
+    )
+
+
+def write_report(exhibits, results, out) -> Path:
     "Write all exhibits and the index page below `out`."
-    for e in exhibits: write_exhibit(e, as_results(results), Path(out))
+    for e in exhibits:
+        write_exhibit(e, as_results(results), Path(out))
     return write_page(exhibits, results, out)

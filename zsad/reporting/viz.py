@@ -7,54 +7,76 @@ __all__ = ['map_range', 'overlay', 'outline', 'picture_grid', 'as_jpeg']
 
 # %% ../../nbs/reporting/viz.ipynb #9802b044
 import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import ndimage
 
 # %% ../../nbs/reporting/viz.ipynb #3fdfdc53
-def map_range(maps)->tuple:          # (low, high)
+def map_range(maps) -> tuple:  # (low, high)
     "Choose one scale for a set of maps: its 1st and 99.5th percentile."
     lo, hi = np.percentile(np.asarray(maps), (1, 99.5))
     return float(lo), float(max(hi, lo + 1e-9))
 
-def overlay(image,                   # [H,W,3] uint8
-            a,                       # [H,W] anomaly map
-            scale,                   # (low, high) from `map_range`
-            alpha:float=0.6          # opacity of the hottest colour
-           )->np.ndarray:            # [H,W,3] uint8
-    "Lay a heat map over an image; the hotter, the more opaque."
-    t = np.clip((np.asarray(a) - scale[0])/(scale[1] - scale[0]), 0, 1)
-    w = (alpha*t)[..., None]
-    return (np.asarray(image)*(1 - w) + 255*plt.get_cmap('inferno')(t)[..., :3]*w).astype('u1')
 
-def outline(image, mask, color=(0, 255, 90), width:int=2)->np.ndarray:
+def overlay(
+    image,  # [H,W,3] uint8
+    a,  # [H,W] anomaly map
+    scale,  # (low, high) from `map_range`
+    alpha: float = 0.6,  # opacity of the hottest colour
+) -> np.ndarray:  # [H,W,3] uint8
+    "Lay a heat map over an image; the hotter, the more opaque."
+    t = np.clip((np.asarray(a) - scale[0]) / (scale[1] - scale[0]), 0, 1)
+    w = (alpha * t)[..., None]
+    return (np.asarray(image) * (1 - w) + 255 * plt.get_cmap('inferno')(t)[..., :3] * w).astype(
+        'u1'
+    )
+
+
+def outline(image, mask, color=(0, 255, 90), width: int = 2) -> np.ndarray:
     "Draw the border of a mask just outside it."
     out, m = np.array(image), np.asarray(mask, bool)
     out[ndimage.binary_dilation(m, iterations=width) & ~m] = color
     return out
 
 # %% ../../nbs/reporting/viz.ipynb #ff3651cb
-def picture_grid(rows,               # list of lists of [H,W,3] or [H,W] arrays; None leaves a gap
-                 titles=None,        # one per column
-                 labels=None,        # one per row
-                 size:float=1.15     # inches per picture
-                ):
+def picture_grid(
+    rows,  # list of lists of [H,W,3] or [H,W] arrays; None leaves a gap
+    titles=None,  # one per column
+    labels=None,  # one per row
+    size: float = 1.15,  # inches per picture
+):
     "Show pictures in rows and columns."
     nr, nc = len(rows), max(map(len, rows))
-    fig, ax = plt.subplots(nr, nc, figsize=(size*nc, size*nr), squeeze=False, dpi=72)
+    fig, ax = plt.subplots(nr, nc, figsize=(size * nc, size * nr), squeeze=False, dpi=72)
     for r, row in enumerate(rows):
         for c in range(nc):
             ax[r, c].set(xticks=[], yticks=[], frame_on=False)
-            if c < len(row) and row[c] is not None: ax[r, c].imshow(row[c], cmap='gray', interpolation='antialiased')
-            if r == 0 and titles and c < len(titles): ax[r, c].set_title(titles[c], fontsize=8)
-            if c == 0 and labels: ax[r, c].set_ylabel(labels[r], fontsize=8, rotation=0, ha='right', va='center')
-    widest = max((len(l) for t in labels or () for l in t.split('\n')), default=0)              # letters of 8 points are about 0.068 inches wide
-    fig.subplots_adjust(left=(0.068*widest + 0.12)/(size*nc) if labels else 0.01, right=0.99, bottom=0.01, top=0.99 - 0.16*size/(size*nr)*bool(titles), wspace=0.03, hspace=0.03)
+            if c < len(row) and row[c] is not None:
+                ax[r, c].imshow(row[c], cmap='gray', interpolation='antialiased')
+            if r == 0 and titles and c < len(titles):
+                ax[r, c].set_title(titles[c], fontsize=8)
+            if c == 0 and labels:
+                ax[r, c].set_ylabel(labels[r], fontsize=8, rotation=0, ha='right', va='center')
+    widest = max(
+        (len(l) for t in labels or () for l in t.split('\n')), default=0
+    )  # letters of 8 points are about 0.068 inches wide
+    fig.subplots_adjust(
+        left=(0.068 * widest + 0.12) / (size * nc) if labels else 0.01,
+        right=0.99,
+        bottom=0.01,
+        top=0.99 - 0.16 * size / (size * nr) * bool(titles),
+        wspace=0.03,
+        hspace=0.03,
+    )
     return fig
 
 # %% ../../nbs/reporting/viz.ipynb #eb303809
-def as_jpeg(fig, quality:int=82):
+def as_jpeg(fig, quality: int = 82):
     "Close a figure and give it as a JPEG that notebooks display and store."
     from IPython.display import Image
-    f = io.BytesIO(); fig.savefig(f, format='jpeg', dpi=fig.dpi, pil_kwargs=dict(quality=quality)); plt.close(fig)
+
+    f = io.BytesIO()
+    fig.savefig(f, format='jpeg', dpi=fig.dpi, pil_kwargs=dict(quality=quality))
+    plt.close(fig)
     return Image(f.getvalue(), format='jpeg')
