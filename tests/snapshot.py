@@ -342,7 +342,10 @@ def pack(now: dict) -> str:
         rows[key] = json.dumps(
             dict(name=row['name'], labels=row['labels'], stages=refs), separators=(',', ':')
         )
-    block = lambda d: '{\n' + ',\n'.join(f'{json.dumps(k)}:{v}' for k, v in d.items()) + '\n}'
+
+    def block(d):
+        return '{\n' + ',\n'.join(f'{json.dumps(k)}:{v}' for k, v in d.items()) + '\n}'
+
     parts = dict(
         revs=json.dumps(dict(sorted(now['revs'].items()))),
         skipped=block({k: json.dumps(v) for k, v in now['skipped'].items()}),

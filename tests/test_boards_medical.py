@@ -56,9 +56,12 @@ def test_sets_are_as_large_as_promised():
 @pytest.mark.parametrize('kind,world', [(BOARDS[0], 'b'), (MEDICAL[0], 'med')], ids=('b', 'med'))
 def test_a_picture_is_a_function_of_its_key(kind, world):
     d = kind.defects[0]
-    draw = lambda n=1, seed=0: digest(
-        *(a for s in [render(design(kind, world), n, d, seed=seed)] for a in (s.image, s.mask))
-    )
+
+    def draw(n=1, seed=0):
+        return digest(
+            *(a for s in [render(design(kind, world), n, d, seed=seed)] for a in (s.image, s.mask))
+        )
+
     assert draw() == draw() and draw() != draw(2) and draw() != draw(seed=1)
 
 

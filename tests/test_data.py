@@ -460,18 +460,21 @@ def test_meta_round_trip(rendered, mvtec, tmp_path):
         list(read_folder(rendered).samples),
         lambda root, p: p and root / p.relative_to(mvtec),
     )
-    read = lambda ds, root: [
-        Sample(
-            here(root, s.path),
-            s.label,
-            s.category,
-            s.id,
-            here(root, s.mask),
-            here(root, s.foreground),
-            s.defect,
-        )
-        for s in ds.samples
-    ]
+
+    def read(ds, root):
+        return [
+            Sample(
+                here(root, s.path),
+                s.label,
+                s.category,
+                s.id,
+                here(root, s.mask),
+                here(root, s.foreground),
+                s.defect,
+            )
+            for s in ds.samples
+        ]
+
     write_meta(read_folder(mvtec), mvtec / 'meta.json')
     told = json.loads((mvtec / 'meta.json').read_text())
     assert layout_of(mvtec) == 'meta' and not any(
@@ -521,10 +524,13 @@ def test_names_that_meta_repeats_stay_apart(mvtec):
 
 def test_a_category_and_plain_folders_are_the_same_set(mvtec, tmp_path):
     ours = read_folder(mvtec).of('pill')
-    facts = lambda ds: [
-        (s.id, s.label, s.defect, digest(load_image(s.path)), digest(load_mask(s.mask, 64)))
-        for s in ds
-    ]
+
+    def facts(ds):
+        return [
+            (s.id, s.label, s.defect, digest(load_image(s.path)), digest(load_mask(s.mask, 64)))
+            for s in ds
+        ]
+
     assert layout_of(mvtec / 'pill') == 'category' and read_folder(mvtec / 'pill').samples == ours
     want, plain = facts(ours), tmp_path / 'plain' / 'pill'
     for k in (mvtec / 'pill' / 'test').iterdir():
@@ -610,14 +616,19 @@ def test_sets_are_found_where_they_lie(mvtec, visa, tmp_path):
 
 def test_a_complete_copy_is_told_from_another():
     counts = SOURCES['visa'].counts
-    make = lambda c, n, y: [
-        Sample(Path('x'), y, c, f'{c}/{y}/{i}', Path('m') if y else None) for i in range(n)
-    ]
-    ds = lambda counts: Dataset(
-        'visa',
-        tuple(s for c, (good, bad) in counts.items() for s in make(c, good, 0) + make(c, bad, 1)),
-        {},
-    )
+
+    def make(c, n, y):
+        return [Sample(Path('x'), y, c, f'{c}/{y}/{i}', Path('m') if y else None) for i in range(n)]
+
+    def ds(counts):
+        return Dataset(
+            'visa',
+            tuple(
+                s for c, (good, bad) in counts.items() for s in make(c, good, 0) + make(c, bad, 1)
+            ),
+            {},
+        )
+
     assert {r[4] for r in check_dataset('visa', ds(counts))} == {'complete'} and len(
         check_dataset('visa', ds(counts))
     ) == 12
@@ -637,9 +648,12 @@ def test_a_complete_copy_is_told_from_another():
 
 def bomb(path):
     "A PNG that claims 400 million pixels."
-    chunk = lambda kind, data: (
-        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    )
+
+    def chunk(kind, data):
+        return (
+            struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+        )
+
     path.write_bytes(
         b'\x89PNG\r\n\x1a\n'
         + chunk(b'IHDR', struct.pack('>IIBBBBB', 20000, 20000, 8, 0, 0, 0, 0))

@@ -71,7 +71,10 @@ def test_nearest_neighbours_of_scikit_learn():
 def test_it_is_twice_winclips_distance_and_half_of_muscs_squared():
     p, q = normal(6, 2, 9, 8), normal(7, 20, 8)
     assert gap(pair_map(p, q), 2 * association(p, q)) == 0
-    unit = lambda t: t / t.norm(dim=-1, keepdim=True)
+
+    def unit(t):
+        return t / t.norm(dim=-1, keepdim=True)
+
     assert (
         gap((2 * pair_map(p, q)).sqrt(), (unit(p)[:, :, None] - unit(q)).norm(dim=-1).amin(-1))
         < 1e-5
@@ -409,7 +412,10 @@ def test_a_whole_twin_shows_the_defect():
     e = load_encoder('mini', device='cpu', dtype='float32')
     kind = design('pill', 'procad')
     clean, _, bad, _, mask = paint_pair(kind, 0, 'stain')
-    as_pixels = lambda a: (np.clip(a, 0, 1).transpose(1, 2, 0) * 255).astype('u1')
+
+    def as_pixels(a):
+        return (np.clip(a, 0, 1).transpose(1, 2, 0) * 255).astype('u1')
+
     t = e.encode(e.preprocess([as_pixels(bad), as_pixels(clean)]))
     p, inside = t.single[-1], torch.tensor(mask.reshape(15, 16, 15, 16).mean((1, 3)).ravel() > 0.5)
     vis = pair_map(p[:1], p[1:])[0]

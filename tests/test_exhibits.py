@@ -277,7 +277,10 @@ def test_one_role_keeps_its_columns(mini):
         for m in ('pixel AUROC', 'pixel F1max', 'PRO')
         for k in ('ours', 'low', 'high', 'paper')
     ] + [('pixel AUROC', k) for k in ('objects', 'textures', 'within object')]
-    own = lambda metric, span='mean': pytest.approx(value('procad', 'anoclip', '', metric, span))
+
+    def own(metric, span='mean'):
+        return pytest.approx(value('procad', 'anoclip', '', metric, span))
+
     row = t.loc['with V-V attention (multi-layer)']
     assert (
         row['PRO', 'ours'] == own('pro')
@@ -498,7 +501,10 @@ def test_kanoclip_is_compared_at_its_own_size(tmp_path):
         tmp_path, ('mvtec',), encoder='ViT-L-14-336', source='openai', complete='yes', shown=[e]
     )
     row = e.rows[-4]
-    at = lambda sizes: Results({e.name: replace(res.of(e), runs=res.of(e).runs.assign(size=sizes))})
+
+    def at(sizes):
+        return Results({e.name: replace(res.of(e), runs=res.of(e).runs.assign(size=sizes))})
+
     assert (
         comparable(at('518'), e, row, 'mvtec')
         and not comparable(at('336'), e, row, 'mvtec')
@@ -520,7 +526,10 @@ def test_a_role_is_played_by_one_data_set(tmp_path):
     e = EXHIBITS['anoclip-t3']
     res = made_up(tmp_path, ('mvtec', 'procad'), rows=[r for r in e.rows if r.method is not None])
     anoclip, outline = e.rows[3], e.rows[5]
-    runs = lambda res, row, role='mvtec': list(runs_of(res, e, row, role).run)
+
+    def runs(res, row, role='mvtec'):
+        return list(runs_of(res, e, row, role).run)
+
     assert runs(res, anoclip) == ['mvtec anoclip '] and runs(res, anoclip, 'visa') == [] == runs(
         res, outline
     )
@@ -635,9 +644,11 @@ def test_markdown_and_latex_have_the_columns_of_the_table(name, both):
 
 
 def test_figures_have_a_row_of_panels_for_each_data_set_that_was_run(both, mini, tmp_path):
-    texts = lambda fig: (
-        {t.get_text() for ax in fig.axes for t in ax.texts} | {t.get_text() for t in fig.texts}
-    )
+    def texts(fig):
+        return {t.get_text() for ax in fig.axes for t in ax.texts} | {
+            t.get_text() for t in fig.texts
+        }
+
     a, b, c = figure(waiting(), both), figure('anoclip-t1', mini), figure('anoclip-t4', mini)
     assert [len(f.axes) for f in (a, b, c)] == [4, 2, 3]
     assert (

@@ -186,7 +186,10 @@ def test_what_is_called_equal_is_tested(line):
     assert re.search(rf'^(def {test}\(|{test} = )', source, re.M), by
     for commit in re.findall(r'\b[0-9a-f]{7}\b', code):
         assert commit in source, commit
-    number = lambda s: float(s) if re.fullmatch(r'\de-\d+', s) else None
+
+    def number(s):
+        return float(s) if re.fullmatch(r'\de-\d+', s) else None
+
     if number(held):
         assert held in source or f'{held[:-3]}e-{held[-1]}' in source
         assert number(most) is None or number(most) <= number(held)

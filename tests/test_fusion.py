@@ -574,7 +574,10 @@ def test_own_bounds_make_every_image_anomalous(rng):
     calm = -4 + 0.1 * normal(rng, 4, 5, 15)
     loud = calm.clone()
     loud[:, 0, 7] = 6.0
-    top = lambda norm: fuse_maps(loud, (3, 5), (3, 5), norm, 0.0).amax((1, 2))
+
+    def top(norm):
+        return fuse_maps(loud, (3, 5), (3, 5), norm, 0.0).amax((1, 2))
+
     assert gap(top('image'), torch.ones(5)) < 1e-6
     assert top('fixed')[0] > 0.9 and top('fixed')[1:].max() < 0.03
 

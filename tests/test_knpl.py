@@ -27,7 +27,18 @@ from zsad.encoder.clip import (
     load_encoder,
     plain_tokenizer,
 )
-from zsad.learned.prompts import *
+from zsad.learned.prompts import (
+    PROMPT_RECIPES,
+    Learned,
+    PromptRecipe,
+    check_text,
+    forward_text,
+    lay_prompts,
+    prompt_ids,
+    start_prompts,
+    text_of,
+    text_weights,
+)
 from zsad.methods.prompts import encode_text
 
 VISION = dict(image_size=96, patch_size=16, width=128, layers=6, head_width=64)
@@ -100,7 +111,10 @@ def setup():
     "What the parity run drew, in its order, and the prompts in the format of its files."
     rng = np.random.default_rng(1810)
     e = make(rng, TEXT, quick_gelu=True)
-    normal = lambda *s: torch.tensor(rng.standard_normal(s), dtype=torch.float32)
+
+    def normal(*s):
+        return torch.tensor(rng.standard_normal(s), dtype=torch.float32)
+
     x, big = normal(2, 3, 96, 96), normal(1, 3, 144, 144)
     state = dict(ctx_pos=0.3 * normal(1, 1, 12, 128), ctx_neg=0.3 * normal(1, 1, 12, 128))
     deep = 0.5 * normal(3, 4, 128)
@@ -413,13 +427,13 @@ def test_deep_prompts_take_the_first_places_of_their_blocks(small):
     h, _ = lay_prompts(
         t, prompt_ids(e, r, ['bottle']), l.tensors['normal'].detach().expand(4, -1, -1)
     )
-    plain, deep = walk_text(t, h), walk_text(t, h, l.tensors['deep'].detach())
+    plain, deep = forward_text(t, h), forward_text(t, h, l.tensors['deep'].detach())
     assert torch.equal(plain[0], deep[0]) and len(deep) == 3  # block 1 is as before
     assert (
         gap(plain[1][:, 0], deep[1][:, 0]) == 0 and gap(plain[1][:, 1:3], deep[1][:, 1:3]) > 0.1
     )  # the start token sees only itself
     same = torch.stack([s[0, 1:3] for s in plain[:2]])  # what the tower makes of them anyway
-    assert all(gap(a, b) < 1e-6 for a, b in zip(plain, walk_text(t, h, same)))
+    assert all(gap(a, b) < 1e-6 for a, b in zip(plain, forward_text(t, h, same)))
     alone = text_of(
         Learned(replace(r, depth=2), {**l.tensors, 'deep': l.tensors['deep'][:1]}), e, ['bottle']
     )['bottle'].pair
@@ -538,7 +552,10 @@ def test_knowledge_loss_pulls_the_anomalous_prompt_and_pushes_the_normal_one():
     kd_loss(wrong, own).backward()
     with torch.no_grad():
         moved = wrong - 0.05 * wrong.grad
-        near = lambda p, s: float((unit(own[0]) - unit(p[0, s])).norm())
+
+        def near(p, s):
+            return float((unit(own[0]) - unit(p[0, s])).norm())
+
         assert near(moved, 1) < near(wrong, 1) and near(moved, 0) > near(wrong, 0)
     right = torch.stack([-own, own], 1).requires_grad_()
     kd_loss(right, own).backward()

@@ -114,7 +114,10 @@ def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
     t = np.genfromtxt(tmp_path / 'run' / 'curve.csv', delimiter=',', names=True)
     assert len(t) == steps_of(c, 48) == 12 and t['step'].tolist() == list(range(12))
     whole, fresh = make_batch(lessons[name], list(range(48)), enc), TrainableModel(c, enc)
-    total = lambda s: sum(getattr(c, k) * v.item() for k, v in s(whole).items())
+
+    def total(s):
+        return sum(getattr(c, k) * v.item() for k, v in s(whole).items())
+
     assert total(own) < total(fresh)  # on the images it learned from
     about = load_trained(tmp_path / 'a', enc).about
     assert (
@@ -128,16 +131,18 @@ def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_run_that_stopped_ends_where_the_others_end(name, enc, aux, lessons, tmp_path):
-    go = lambda tag, **how: learn(
-        course(name),
-        enc,
-        aux,
-        tmp_path / tag,
-        tmp_path / f'run-{tag}',
-        lessons=lessons[name],
-        show=False,
-        **how,
-    )
+    def go(tag, **how):
+        return learn(
+            course(name),
+            enc,
+            aux,
+            tmp_path / tag,
+            tmp_path / f'run-{tag}',
+            lessons=lessons[name],
+            show=False,
+            **how,
+        )
+
     whole = go('whole')
     assert (
         go('parts', every=4, limit=3) == ''
@@ -198,7 +203,10 @@ def start(*args, launch=()):
 def test_killed_in_the_middle_it_goes_on_to_the_same_parameters(files, enc, root, tmp_path):
     "A real kill, somewhere behind the third step."
     (tmp_path / 's.py').write_text(SCRIPT)
-    args = lambda tag, slow: (tmp_path / 's.py', 'kanoclip', *files, root, tmp_path / tag, slow)
+
+    def args(tag, slow):
+        return (tmp_path / 's.py', 'kanoclip', *files, root, tmp_path / tag, slow)
+
     p = start(*args('killed', 0.3))
     curve = tmp_path / 'killed' / 'run' / 'curve.csv'
     end = time.time() + 90
@@ -224,7 +232,10 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_parameters(files, enc, root
 def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_path):
     "torchrun, gloo, each process half of every batch."
     (tmp_path / 's.py').write_text(SCRIPT)
-    args = lambda tag: (tmp_path / 's.py', name, *files, root, tmp_path / tag, 0)
+
+    def args(tag):
+        return (tmp_path / 's.py', name, *files, root, tmp_path / tag, 0)
+
     p = start(
         *args('two'),
         launch=('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'),
@@ -235,9 +246,10 @@ def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_pa
     a, b = (tensors(tmp_path / t / 'a', enc) for t in ('two', 'one'))
     fresh = TrainableModel(resolve_config(course(name), enc), enc).head.state_dict()
     assert a.keys() == b.keys()
-    distance = lambda t, keys: (
-        sum((a[k].double() - t[k].double()).square().sum().item() for k in keys) ** 0.5
-    )
+
+    def distance(t, keys):
+        return sum((a[k].double() - t[k].double()).square().sum().item() for k in keys) ** 0.5
+
     apart, moved = distance(b, a), distance(fresh, fresh)
     assert (
         moved > 0.01 and apart < moved / 100
@@ -532,9 +544,12 @@ def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(enc, aux, le
     from zsad.methods.prompts import prompt_set
 
     c = resolve_config(course('april-gan'), enc)
-    key = lambda c=c, **how: L.identity_key(
-        L.training_identity(c, how.get('enc', enc), how.get('lessons', lessons['april-gan']))
-    )
+
+    def key(c=c, **how):
+        return L.identity_key(
+            L.training_identity(c, how.get('enc', enc), how.get('lessons', lessons['april-gan']))
+        )
+
     first = key()
     assert (
         key(replace(c, name='other')) == first != key(replace(c, lr=0.1))

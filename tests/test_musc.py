@@ -559,7 +559,10 @@ def test_every_image_is_in_one_subset_and_subsets_are_even(n, parts):
 
 def test_subsets_are_drawn_by_key():
     ids = [f'pill/good/{i:03}' for i in range(30)]
-    named = lambda ids, *key: [[ids[i] for i in s] for s in split_subsets(ids, 3, *key)]
+
+    def named(ids, *key):
+        return [[ids[i] for i in s] for s in split_subsets(ids, 3, *key)]
+
     first = named(ids)
     assert [sorted(s) for s in named(ids[::-1])] == first and named(ids, 0, '') == first
     assert (

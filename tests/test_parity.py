@@ -44,7 +44,9 @@ def config(vision={}, text={}, top={}):
 def sharp(model, seed=0):
     "Weights under which no path is close to another."
     g = torch.Generator().manual_seed(seed)
-    noise = lambda t: torch.randn(t.shape, generator=g)
+
+    def noise(t):
+        return torch.randn(t.shape, generator=g)
 
     def change(k, t):
         if k.endswith('in_proj_weight'):
@@ -191,7 +193,10 @@ def slow(v, image, attention, depth, quick=False):
             + b.attn.in_proj_bias[i * D : (i + 1) * D]
             for i in range(3)
         )
-        out = lambda a: scaled(b.ls_1, a @ b.attn.out_proj.weight.T + b.attn.out_proj.bias)
+
+        def out(a):
+            return scaled(b.ls_1, a @ b.attn.out_proj.weight.T + b.attn.out_proj.bias)
+
         z = z + out(mixed(Q, K, V, b.attn.num_heads))
         z = z + mlp(b, z, quick)
         if y is not None:
@@ -369,7 +374,10 @@ def test_anoclip_code_from_pixels_to_map(make):
             for s in sentences('anoclip@code', 'carpet')
         ]
     )
-    score = lambda t: torch.softmax(t @ pair.T, -1)[..., 1]
+
+    def score(t):
+        return torch.softmax(t @ pair.T, -1)[..., 1]
+
     g = F.pad(score(e.encode(x).single[0, 0]).view(1, 1, 3, 3), (1, 1, 1, 1), mode='replicate')[
         0, 0
     ]
@@ -507,7 +515,10 @@ def test_files_of_weights(make, x, tmp_path):
             dict(model_cfg=config(), preprocess_cfg=dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]))
         )
     )
-    load = lambda f, c=c, **k: load_encoder(c, f, device='cpu', dtype='float32', **k)
+
+    def load(f, c=c, **k):
+        return load_encoder(c, f, device='cpu', dtype='float32', **k)
+
     for i, o in enumerate(
         (
             sd,

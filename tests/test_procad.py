@@ -152,7 +152,10 @@ def patch_statistics(image, foreground, n=15):
     edge = np.zeros_like(grey)
     edge[:, 1:] += abs(np.diff(grey, axis=1))
     edge[1:] += abs(np.diff(grey, axis=0))
-    blocks = lambda t: t.reshape(n, 16, n, 16, -1).transpose(0, 2, 1, 3, 4).reshape(n, n, 256, -1)
+
+    def blocks(t):
+        return t.reshape(n, 16, n, 16, -1).transpose(0, 2, 1, 3, 4).reshape(n, n, 256, -1)
+
     rows, on = (
         np.concatenate([blocks(a).mean(2), blocks(a).std(2), blocks(edge).mean(2)], -1),
         blocks(foreground).mean((2, 3)) > 0.5,

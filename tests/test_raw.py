@@ -292,7 +292,9 @@ def test_wrong_names_and_choices_are_refused(tmp_path):
 
 
 def test_the_folder_is_looked_for_in_what_was_unpacked(tmp_path):
-    fits = lambda p: (p / 'x').is_dir()
+    def fits(p):
+        return (p / 'x').is_dir()
+
     (tmp_path / 'a/b/c/x').mkdir(parents=True)
     assert seek(tmp_path, fits, 'x') == seek(tmp_path / 'a/b/c', fits, 'x') == tmp_path / 'a/b/c'
     (tmp_path / 'a/b/c/d/e/x').mkdir(parents=True)
@@ -352,7 +354,10 @@ def test_whole_images_and_other_shares(tmp_path):
     assert counts(arrange('sdd', raw, path, share=0.5)[0]) == (17, 3, 3, 16) and counts(
         arrange('sdd', raw, path, share=1)[0]
     ) == (33, 3, 3, 0)
-    test = lambda **k: {s.id for s in read_raw('sdd', raw, tmp_path / 'sdd', **k).samples}
+
+    def test(**k):
+        return {s.id for s in read_raw('sdd', raw, tmp_path / 'sdd', **k).samples}
+
     assert test() == test(seed=42) != test(seed=7) and len(test(seed=7)) == 12
     for bad in (dict(cut=0), dict(cut=2.5), dict(share=0), dict(share=1.1)):
         with pytest.raises(ValueError, match=f'^{next(iter(bad))}='):
@@ -512,10 +517,13 @@ def test_what_dagm_lacks_is_named(tmp_path):
         'Class5/Test/Label/0001_label.PNG': 'label of no image',
         'Class11': '1 image: not in Class1 to Class10',
     }
-    of = lambda c: (
-        sum(not s.label for s in ds.samples if s.category == c),
-        sum(s.label for s in ds.samples if s.category == c),
-    )
+
+    def of(c):
+        return (
+            sum(not s.label for s in ds.samples if s.category == c),
+            sum(s.label for s in ds.samples if s.category == c),
+        )
+
     assert [of(f'Class{c}') for c in range(1, 11)] == [
         (3, 0),
         (0, 0),

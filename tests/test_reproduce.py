@@ -125,27 +125,35 @@ def test_kinds_of_defects_have_their_own_numbers(bench):
         both == kinds['pill'] & kinds['wood']
         and sum(int(r['n']) for r in rows if r['row'] == run and r['metric'] == 'image_auroc') == 8
     )
+
     # four defective images of four kinds, one each: the mean of their AUROCs is that of the category
-    by = lambda m: (
-        sum(
-            float(r['value']) * int(r['categories'])
-            for r in rows
-            if r['row'] == run and r['metric'] == m
+    def by(m):
+        return (
+            sum(
+                float(r['value']) * int(r['categories'])
+                for r in rows
+                if r['row'] == run and r['metric'] == m
+            )
+            / 8
         )
-        / 8
-    )
-    mean = lambda m: next(
-        float(r['value'])
-        for r in metrics
-        if r['row'] == run and r['category'] == 'mean' and r['metric'] == m
-    )
+
+    def mean(m):
+        return next(
+            float(r['value'])
+            for r in metrics
+            if r['row'] == run and r['category'] == 'mean' and r['metric'] == m
+        )
+
     assert abs(by('image_auroc') - mean('image_auroc')) < 1e-3
 
 
 def test_depth_zero_is_plain_clip_and_full_depth_is_the_method(bench):
     d, _, _ = bench
     t3, depth = table('anoclip-t3', d / 'out' / 'results'), table('vv-depth', d / 'out' / 'results')
-    value = lambda t, row: t.loc[row, ('pixel AUROC', 'ours')]
+
+    def value(t, row):
+        return t.loc[row, ('pixel AUROC', 'ours')]
+
     assert value(depth, '0') == value(t3, 'with QKV attention') and value(depth, '3') == value(
         t3, 'with V-V attention (multi-layer)'
     )
@@ -650,7 +658,10 @@ def test_size_and_device_reach_the_encoder_the_run_and_the_forecast(
         '96 px' in told and 'to do: 28 images to encode' in told
     )  # two encoders, nothing stored at this size
     assert run('--size', '96', '--device', 'cpu', out='large') == 0
-    rows = lambda o: list(csv.DictReader(open(d / o / 'results' / 'anoclip-t3' / 'runs.csv')))
+
+    def rows(o):
+        return list(csv.DictReader(open(d / o / 'results' / 'anoclip-t3' / 'runs.csv')))
+
     assert (
         {r['size'] for r in rows('large')} == {'96'}
         and {r['size'] for r in rows('out')} == {'48'}

@@ -165,10 +165,12 @@ def test_a_raised_revision_is_another_run(sets, tmp_path, monkeypatch):
     from zsad.core.identity import Operation
     from zsad.pipeline import detector as method
 
-    keys = lambda: {
-        r['method_key']: r['run']
-        for r in plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).runs.values()
-    }
+    def keys():
+        return {
+            r['method_key']: r['run']
+            for r in plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).runs.values()
+        }
+
     before = keys()
     op = method.TERMS['text']
     with monkeypatch.context() as m:
@@ -362,11 +364,14 @@ def test_a_changed_file_costs_its_category_only(sets, tmp_path):
     from zsad.bench.jobs import forecast
 
     shutil.copytree(sets[0], tmp_path / 'd')
-    count = lambda: forecast(
-        plan_jobs(
-            SHOWN, open_sets(PROFILES['mini'], tmp_path / 'd')[0], Model(), cache=tmp_path / 'c'
-        ).jobs
-    )
+
+    def count():
+        return forecast(
+            plan_jobs(
+                SHOWN, open_sets(PROFILES['mini'], tmp_path / 'd')[0], Model(), cache=tmp_path / 'c'
+            ).jobs
+        )
+
     run_all(
         plan_jobs(
             SHOWN, open_sets(PROFILES['mini'], tmp_path / 'd')[0], Model(), cache=tmp_path / 'c'

@@ -87,12 +87,14 @@ def evaluated(capsys, *command):
 
 
 def test_images_are_named_below_the_folder_they_share(tmp_path):
-    touch = lambda *names: [
-        f
-        for n in names
-        if (f := tmp_path / n).parent.mkdir(parents=True, exist_ok=True)
-        or f.write_bytes(b'') is not None
-    ]
+    def touch(*names):
+        return [
+            f
+            for n in names
+            if (f := tmp_path / n).parent.mkdir(parents=True, exist_ok=True)
+            or f.write_bytes(b'') is not None
+        ]
+
     same = touch('test/good/000.png', 'test/hole/000.png')
     assert list(name_files(same)) == ['good/000', 'hole/000']
     assert list(name_files(same[:1])) == ['000'] and list(name_files(same * 2)) == [
@@ -195,10 +197,12 @@ def test_folders_of_kinds_and_masks_may_not_contradict_each_other(tmp_path, caps
     for m in ('good/0', 'hole/0', 'cut/0'):
         (tmp_path / 'maps' / m).parent.mkdir(parents=True)
         np.save(tmp_path / 'maps' / f'{m}.npy', np.random.rand(8, 8))
-    mask = lambda f: (
-        (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
-        or Image.fromarray(np.eye(8, dtype='u1')).save(tmp_path / f)
-    )
+
+    def mask(f):
+        return (tmp_path / f).parent.mkdir(parents=True, exist_ok=True) or Image.fromarray(
+            np.eye(8, dtype='u1')
+        ).save(tmp_path / f)
+
     mask('gt/hole/0_mask.png')
     command = ('--maps', tmp_path / 'maps', '--masks', tmp_path / 'gt')
     code, _, err = evaluated(capsys, *command)

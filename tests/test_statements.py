@@ -249,16 +249,19 @@ def made(seeds, values, spread=0.0, label='r', kind='object'):
     "Results of a row: `values` is the value of each seed; bootstrap over images moves by up to `wrap_distributed`."
     rng = np.random.default_rng(1)
     wobble = np.concatenate([[0], rng.uniform(-spread, spread, 199)])
-    by = lambda v: {
-        'pill': dict(
-            values=dict(pro=v),
-            bootstrap_values=dict(pro=list(v + wobble)),
-            why={},
-            defects={},
-            n=9,
-            kind=kind,
-        )
-    }
+
+    def by(v):
+        return {
+            'pill': dict(
+                values=dict(pro=v),
+                bootstrap_values=dict(pro=list(v + wobble)),
+                why={},
+                defects={},
+                n=9,
+                kind=kind,
+            )
+        }
+
     return RowResults(label, tuple(seeds), tuple(map(str, seeds)), tuple(by(v) for v in values))
 
 
@@ -306,19 +309,22 @@ def test_the_verdict_of_a_learned_row_knows_the_spread_of_trainings():
     "Ahead with one seed, and not shown to be ahead over five."
     base = made([0], [0.7])
     one, five = made([0], [0.75]), made(range(5), (0.75, 0.68, 0.73, 0.69, 0.76))
-    told = lambda row: contrast_sentence(
-        pd.Series(
-            dict(
-                zip(
-                    ('metric', 'over', 'difference', 'low', 'high'),
-                    (lambda l: (*l[:2], *map(float, l[2:5])))(
-                        contrast_line(row, base, 'pro', 'all')
-                    ),
+
+    def told(row):
+        return contrast_sentence(
+            pd.Series(
+                dict(
+                    zip(
+                        ('metric', 'over', 'difference', 'low', 'high'),
+                        (lambda l: (*l[:2], *map(float, l[2:5])))(
+                            contrast_line(row, base, 'pro', 'all')
+                        ),
+                    )
                 )
+                | dict(better='a', worse='b', dataset='procad')
             )
-            | dict(better='a', worse='b', dataset='procad')
         )
-    )
+
     assert (
         told(one).endswith('holds')
         and told(made(range(5), (0.75, 0.60, 0.73, 0.69, 0.76))).endswith('is not shown')

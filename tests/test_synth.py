@@ -92,7 +92,10 @@ def test_noise_is_the_sum_over_four_corners_written_out():
     angles = 2 * np.pi * rng.random((4, 6))
     H, W = 21, 35
     n = lattice_noise(angles, (H, W))
-    fade = lambda t: 6 * t**5 - 15 * t**4 + 10 * t**3
+
+    def fade(t):
+        return 6 * t**5 - 15 * t**4 + 10 * t**3
+
     for y, x in rng.integers(0, (H, W), (60, 2)):
         (i, t), (j, u) = divmod(y * 3 / H, 1), divmod(x * 5 / W, 1)
         i, j = int(i), int(j)

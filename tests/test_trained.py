@@ -71,7 +71,10 @@ def made(enc, tmp_path_factory):
 
 def rows(made):
     "The four methods as rows."
-    at = lambda k: str(made / f'{k}.json')
+
+    def at(k):
+        return str(made / f'{k}.json')
+
     return dict(
         kanoclip=Method('kanoclip', VV, None, (), artifact=at('kanoclip')),
         anomalyclip=Method('anomalyclip', VV, None, (), artifact=at('anomalyclip')),
@@ -178,15 +181,18 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
         dict(mvtec=scan_dataset(load_dataset('procad', root), 1)),
         Model(*files, dtype='float32'),
     )
-    shown = lambda *ms: (
-        SimpleNamespace(
-            name='x',
-            rows=tuple(Row(k.name, k) for k in ms),
-            roles=('mvtec',),
-            form='table',
-            metrics=(),
-        ),
-    )
+
+    def shown(*ms):
+        return (
+            SimpleNamespace(
+                name='x',
+                rows=tuple(Row(k.name, k) for k in ms),
+                roles=('mvtec',),
+                form='table',
+                metrics=(),
+            ),
+        )
+
     plan, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
     told = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}
     assert {k: bool(r['artifact']) for k, r in told.items()} == dict.fromkeys(m, True) | dict(
@@ -195,7 +201,10 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
     assert told['mvfa']['artifact'] == load_trained(m['mvfa'].artifact, enc).hash and json.loads(
         told['mvfa']['revs']
     ).keys() == {'head mvfa', 'encoding', 'pipeline'}
-    key = lambda row: next(iter(plan_jobs(shown(row), sets, model, cache=tmp_path).runs.values()))
+
+    def key(row):
+        return next(iter(plan_jobs(shown(row), sets, model, cache=tmp_path).runs.values()))
+
     other = replace(m['kanoclip'], artifact=m['anomalyclip'].artifact)
     assert (
         key(other)['run'] != key(m['kanoclip'])['run']

@@ -709,7 +709,10 @@ def test_pruning_keeps_windows_of_this_version_only(enc, pictures, tmp_path, pas
     root, spec = tmp_path / 't', spec_of('vv', windows=(2, 3))
     load_or_encode(root, enc, spec, 'bicubic', pictures)
     seen.clear()
-    parts = lambda: sorted(s.part for s, *_ in streams_in(root))
+
+    def parts():
+        return sorted(s.part for s, *_ in streams_in(root))
+
     assert (
         parts() == ['cls', 'vv', 'windows 2', 'windows 3']
         and prune(root) == 0
@@ -730,7 +733,9 @@ def test_pruning_keeps_windows_of_this_version_only(enc, pictures, tmp_path, pas
 
 
 def test_windows_have_streams_of_their_own(enc):
-    by = lambda spec: {s.part: s for s in streams_of(enc, spec.resolved(enc.blocks), 'bicubic')}
+    def by(spec):
+        return {s.part: s for s in streams_of(enc, spec.resolved(enc.blocks), 'bicubic')}
+
     a, b = by(spec_of('vv', windows=(2, 3))), by(spec_of(windows=(2,), stage='raw'))
     assert (
         set(a) == {'cls', 'windows 2', 'windows 3', 'vv'} and len({s.key for s in a.values()}) == 4
@@ -970,9 +975,12 @@ def by_hand(enc, method, ds, category, texts):
     "One row on one category without store, jobs or shared passes: prediction and metric values."
     samples = ds.of(category)
     d = build(method, {category: ds.kinds[category]}, enc, texts)
-    encode = lambda ss: encode_images(
-        enc, [load_image(s.path) for s in ss], d.method.encode, method.interpolation
-    )
+
+    def encode(ss):
+        return encode_images(
+            enc, [load_image(s.path) for s in ss], d.method.encode, method.interpolation
+        )
+
     tokens, own = (
         encode(samples),
         sorted((s for s in ds.train if s.category == category), key=lambda s: s.id),
@@ -1190,10 +1198,12 @@ def test_curves_measure_what_they_show_and_tables_everything(run, rendered, mode
 
 
 def test_a_run_knows_the_pixels_of_its_references(copy, model, tmp_path):
-    plan = lambda: {
-        r['method']: r
-        for r in records_of(plan_jobs(some(*OWN[:2]), sets_of(copy), model, cache=tmp_path))
-    }
+    def plan():
+        return {
+            r['method']: r
+            for r in records_of(plan_jobs(some(*OWN[:2]), sets_of(copy), model, cache=tmp_path))
+        }
+
     before = plan()
     for f in (copy / 'pill' / 'train' / 'good').glob('*.png'):
         Image.fromarray(255 - np.asarray(Image.open(f))).save(f)
@@ -1207,9 +1217,9 @@ def test_a_run_knows_the_pixels_of_its_references(copy, model, tmp_path):
 
 
 def test_the_forecast_counts_references(rendered, model, tmp_path):
-    count = lambda *rows: forecast(
-        plan_jobs(some(*rows), sets_of(rendered), model, cache=tmp_path).jobs
-    )
+    def count(*rows):
+        return forecast(plan_jobs(some(*rows), sets_of(rendered), model, cache=tmp_path).jobs)
+
     assert (count(OWN[0]).images, count(OWN[1]).images) == (
         14,
         16,
@@ -1419,7 +1429,10 @@ def test_one_category_with_fewer_training_images_is_enough_to_be_missing(copy, e
 
 def test_more_references_than_images_are_missing_not_an_error(copy, model, enc, tmp_path):
     "Fig. 5a asks for up to 16 other images; here are six. Fig. 5b asks for damaged ones."
-    ask = lambda **how: Row('x', replace(METHODS['dual'], name='dual/x', reference=('pair', how)))
+
+    def ask(**how):
+        return Row('x', replace(METHODS['dual'], name='dual/x', reference=('pair', how)))
+
     ds = load_dataset('procad', copy)
     assert [possible(ask(count=k), enc, ds) for k in (1, 6, 7, 16)] == [True, True, False, False]
     assert [possible(ask(count=k, policy='normal'), enc, ds) for k in (2, 3)] == [
@@ -1435,9 +1448,10 @@ def test_neighbourhoods_and_windows_that_do_not_fit_the_encoder_are_missing_not_
 ):
     "MuSc averages over 5 x 5 patches, WinCLIP reads windows of 3 x 3."
     ds = load_dataset('procad', rendered)
-    fits = lambda name, size: possible(
-        Row('x', METHODS[name]), load_encoder(*files, device='cpu', size=size), ds
-    )
+
+    def fits(name, size):
+        return possible(Row('x', METHODS[name]), load_encoder(*files, device='cpu', size=size), ds)
+
     assert [fits('winclip', s) for s in (32, 48)] == [False, True] and [
         fits('winclip+', s) for s in (32, 48)
     ] == [False, True]
@@ -1460,7 +1474,10 @@ def test_results_of_shots_are_kept_apart_by_their_pixels(rendered, model, tmp_pa
         scan_dataset(load_dataset('procad', rendered), 1).hash
         == scan_dataset(load_dataset('procad', other), 1).hash
     )
-    run = lambda plan, name: runs_named(plan, name)[0]
+
+    def run(plan, name):
+        return runs_named(plan, name)[0]
+
     assert (
         numbers(b)[run(two, 'winclip+')]
         == numbers(alone)[run(two, 'winclip+')]
@@ -1637,10 +1654,13 @@ def test_seeds_on_the_command_line(files, rendered, tmp_path, monkeypatch, capsy
         str(tmp_path / 'o'),
         '--plan',
     ]
-    count = lambda *more: (
-        main([*command, *more]),
-        [l for l in capsys.readouterr().out.splitlines() if l.startswith('to do')][0],
-    )
+
+    def count(*more):
+        return (
+            main([*command, *more]),
+            [l for l in capsys.readouterr().out.splitlines() if l.startswith('to do')][0],
+        )
+
     # winclip, the outline and the untrained twin once, three rows of shots once per seed; two categories
     assert (
         '12 results' in count()[1]

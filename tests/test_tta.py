@@ -46,7 +46,10 @@ def gap(a, b):
 def setting(B=4, N=9, C=16, K=5, S=5, seed=0, length=1.0):
     "Tokens, pair, sentences and noise of B images, each with sentences of its own."
     g = torch.Generator().manual_seed(seed)
-    n = lambda *s: torch.randn(*s, generator=g)
+
+    def n(*s):
+        return torch.randn(*s, generator=g)
+
     T = F.normalize(0.5 * n(B, 1, C) + n(B, 2 * K, C), dim=-1)
     pair = F.normalize(torch.stack([T[:, :K].mean(1), T[:, K:].mean(1)], 1), dim=-1)
     return length * F.normalize(n(B, N, C), dim=-1), pair, T, 0.2 * n(B, S, N, C)
@@ -312,7 +315,10 @@ def test_adamw_is_pytorchs():
 def test_steps_of_a_batch_are_those_of_each_image_even_where_epsilon_matters():
     c = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     for scale in (1.0, 1e-8):
-        loss = lambda rows: lambda s, w: scale * ((w - c[rows]) ** 2).sum(1)
+
+        def loss(rows):
+            return lambda s, w: scale * ((w - c[rows]) ** 2).sum(1)
+
         together = descend([torch.zeros(4, 6)], loss(slice(None)), 9, 0.01)[0][0]
         for i in range(4):
             assert (
@@ -327,7 +333,10 @@ def test_steps_of_a_batch_are_those_of_each_image_even_where_epsilon_matters():
 
 def test_descend_leaves_its_arguments_alone_and_can_be_broken():
     c, w0 = torch.arange(6.0).view(2, 3) - 2.5, [torch.zeros(2, 3), torch.ones(2, 1)]
-    loss = lambda s, w, b: ((w * b - c) ** 2).sum(1)
+
+    def loss(s, w, b):
+        return ((w * b - c) ** 2).sum(1)
+
     whole = descend(w0, loss, 7, 0.1)
     first = descend(w0, loss, 3, 0.1)
     kept = [t.clone() for part in first[1][1:] for t in part]
@@ -357,7 +366,10 @@ def test_a_batch_is_its_images_in_any_order_and_company(adapter):
     p, pair, T, noise = setting()
     start = start_of(adapter, T)
     a = adapt(p, pair, T, noise, adapter=adapter, start=start)
-    rows = lambda i: dict(adapter=adapter, start=None if start is None else [w[i] for w in start])
+
+    def rows(i):
+        return dict(adapter=adapter, start=None if start is None else [w[i] for w in start])
+
     for i in range(4):
         assert (
             gap(
@@ -703,9 +715,10 @@ def test_dual_off_positions_and_what_each_argument_does():
         and gap(dual_adapt(p, p_syn, mask, 1 - joint, pair), got) > 1e-3
     )
     text = anomaly_score(p, pair, 0.07)
-    far = lambda lam: (
-        (dual_adapt(p, p_syn, mask, text, pair, 20, lam=lam) - text).square().mean().item()
-    )
+
+    def far(lam):
+        return (dual_adapt(p, p_syn, mask, text, pair, 20, lam=lam) - text).square().mean().item()
+
     assert far(0.0) > far(1.0) > far(100.0)
     up = dual_adapt(p, p, torch.ones(4, 9, dtype=torch.bool), text, pair, lam=0.0)
     assert (up.log().mean(1) > text.log().mean(1)).all()  # everything painted: everything rises
@@ -737,8 +750,13 @@ def test_dual_refuses_what_does_not_fit():
 def case():
     "Projected tokens, pair, sentences, noise of five steps, and starts of both adapters for three images of 4 x 4 patches, C = 32, K = 20."
     rng = np.random.default_rng(111)
-    n = lambda *s: torch.tensor(rng.standard_normal(s), dtype=torch.float32)
-    u = lambda *s: torch.tensor(rng.uniform(-1, 1, s) / 32**0.5, dtype=torch.float32)
+
+    def n(*s):
+        return torch.tensor(rng.standard_normal(s), dtype=torch.float32)
+
+    def u(*s):
+        return torch.tensor(rng.uniform(-1, 1, s) / 32**0.5, dtype=torch.float32)
+
     p, centre = 0.3 * n(3, 16, 32), n(1, 32)
     T = F.normalize(centre + n(40, 32), dim=-1)
     pair = torch.stack([F.normalize(T[:20].mean(0), dim=-1), F.normalize(T[20:].mean(0), dim=-1)])

@@ -305,5 +305,8 @@ def stale_row(e, row, dataset: str, lines: pd.DataFrame) -> list:  # of lists of
         return [['no such row']]
     if sorted(lines.seed.astype(int)) != list(seeds_of(e, row)):
         return [['seeds']]
-    seeded = lambda seed: replace(row, method=row.method and replace(row.method, seed=int(seed)))
+
+    def seeded(seed):
+        return replace(row, method=row.method and replace(row.method, seed=int(seed)))
+
     return [differs(line, seeded(line['seed']), dataset) for line in lines.to_dict('records')]

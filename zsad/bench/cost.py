@@ -574,9 +574,12 @@ def read_cost(rows) -> pd.DataFrame:  # rows, a frame of them, or the folder of 
 def targets(rows) -> pd.DataFrame:  # one row per target: name, measured, bound, held, said
     "Hold a measurement against the four targets."
     d = read_cost(rows)
-    find = lambda part, what, dtype=None, column='value': d[
-        (d.part == part) & d.what.isin(what) & (True if dtype is None else d.dtype == dtype)
-    ][column]
+
+    def find(part, what, dtype=None, column='value'):
+        return d[
+            (d.part == part) & d.what.isin(what) & (True if dtype is None else d.dtype == dtype)
+        ][column]
+
     ratio = {p: find(p, ['ratio']).min() for p in ('metrics', 'text')}
     apart, share, vv = (
         find('text', ['largest difference']).max(),
@@ -620,9 +623,12 @@ def targets(rows) -> pd.DataFrame:  # one row per target: name, measured, bound,
             f"class token and V-V of all blocks take {' and '.join(parts)} times the plain pass (at most 1.2)",
         ),
     ]
-    said = lambda name, value, held, text: (
-        f'{name}: not measured' if value != value else f"{text}: {'held' if held else 'missed'}"
-    )
+
+    def said(name, value, held, text):
+        return (
+            f'{name}: not measured' if value != value else f"{text}: {'held' if held else 'missed'}"
+        )
+
     return pd.DataFrame(
         [
             dict(name=n, measured=v, bound=b, held=bool(h), said=said(n, v, h, t))
@@ -647,8 +653,13 @@ def cost_caption(rows) -> str:
 def cost_table(rows) -> pd.DataFrame:
     "Format a measurement for people."
     d = read_cost(rows)
-    f = lambda v: '' if v != v else f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}'
-    spread = lambda r: f'{f(r.lo)} to {f(r.hi)}' if r.repeats > 1 else ''
+
+    def f(v):
+        return '' if v != v else f'{v:.0f}' if abs(v) >= 100 else f'{v:.3g}'
+
+    def spread(r):
+        return f'{f(r.lo)} to {f(r.hi)}' if r.repeats > 1 else ''
+
     out = pd.DataFrame(
         {
             'type': d.dtype,

@@ -121,7 +121,10 @@ def merge_specs(methods, blocks: int) -> list:
             out.setdefault((i, e.stage, e.views, *(getattr(e, p) for p in same)), []).append(
                 (ms, i, e)
             )
-        every = lambda g, part: tuple(dict.fromkeys(p for _, _, e in g for p in getattr(e, part)))
+
+        def every(g, part):
+            return tuple(dict.fromkeys(p for _, _, e in g for p in getattr(e, part)))
+
         return [
             (
                 [m for ms, _, _ in g for m in ms],
@@ -617,7 +620,8 @@ def run_processes(jobs, workers: int):
 def run_cluster(jobs, scheduler):
     "Yield (job number, answer or exception) as a Dask cluster finishes them."
     try:
-        from distributed import Client, LocalCluster, as_completed as finished
+        from distributed import Client, LocalCluster
+        from distributed import as_completed as finished
     except ImportError as e:
         raise ValueError(
             f'--scheduler {scheduler}: Dask is not installed; pip install "zsad[cluster]"'
@@ -671,10 +675,13 @@ def keep_here(
             f'computed in this process: rows that use {sorted({n for names in home.values() for n in names})}, which no module holds',
             file=sys.stderr,
         )
-    part = lambda own: [
-        with_rows(j, tuple((k, r) for k, r in j.rows if ((n, k) in home) == own))
-        for n, j in enumerate(jobs)
-    ]
+
+    def part(own):
+        return [
+            with_rows(j, tuple((k, r) for k, r in j.rows if ((n, k) in home) == own))
+            for n, j in enumerate(jobs)
+        ]
+
     return part(False), part(True)
 
 # %% ../../nbs/bench/jobs.ipynb #4455817b
@@ -749,11 +756,14 @@ def open_sets(
 ) -> tuple:  # {role: Survey}, {role: why it is not there}
     "Find and read the data sets of a profile, for some roles or all; every file is decoded once, and what cannot be used is left out and named."
     wanted = {r: n for r, n in profile.roles.items() if roles is None or r in roles}
-    origin = lambda n: (
-        f'it comes from {SOURCES[n].page} ({SOURCES[n].terms})'
-        if n in SOURCES
-        else 'it is rendered when no --data is given'
-    )
+
+    def origin(n):
+        return (
+            f'it comes from {SOURCES[n].page} ({SOURCES[n].terms})'
+            if n in SOURCES
+            else 'it is rendered when no --data is given'
+        )
+
     if profile.name == 'paper' and root is None:
         raise ValueError(
             'the paper profile needs --data, the folder that is or holds the data sets: '
@@ -1326,7 +1336,10 @@ def contrast_line(
     a: RowResults, b: RowResults, metric: str, over: str
 ) -> tuple:  # () where there is nothing to compare
     "Compare two rows over the categories where both have a value: difference of the values as tables print them, low, high, seeds of both (points)."
-    kind = lambda c: over == 'all' or a.first[c]['kind'] == 'object'
+
+    def kind(c):
+        return over == 'all' or a.first[c]['kind'] == 'object'
+
     cats = [
         c
         for c in a.first
@@ -1353,7 +1366,10 @@ def contrast_rows(e: Exhibit, dataset: str, rows: dict) -> list:
 def machine_of(by: dict) -> dict:
     "Say what computed a run: versions and device, all that took part where categories differ."
     machines = [result['machine'] for result in by.values()]
-    mixed = lambda k: 'mixed: ' + ', '.join(sorted({m[k] for m in machines}))
+
+    def mixed(k):
+        return 'mixed: ' + ', '.join(sorted({m[k] for m in machines}))
+
     return {k: v if all(m[k] == v for m in machines) else mixed(k) for k, v in machines[0].items()}
 
 

@@ -296,10 +296,12 @@ def expand(files) -> list:
 
     out = []
     for f in files:
-        shown = lambda p: (
-            p.suffix.lower() in IMAGES
-            and not any(q.startswith(('.', '__MACOSX')) for q in p.relative_to(f).parts)
-        )
+
+        def shown(p):
+            return p.suffix.lower() in IMAGES and not any(
+                q.startswith(('.', '__MACOSX')) for q in p.relative_to(f).parts
+            )
+
         if Path(f).is_dir():
             found = [p for p in sorted(Path(f).rglob('*')) if p.is_file() and shown(p)]
         else:
@@ -1184,10 +1186,14 @@ def parser():
         for flags, kw in options:
             s.add_argument(*flags, **kw)
 
-    group = lambda name, help: sub.add_parser(name, help=help, description=help).add_subparsers(
-        dest='what', required=True
-    )
-    o = lambda *flags, **kw: (flags, kw)
+    def group(name, help):
+        return sub.add_parser(name, help=help, description=help).add_subparsers(
+            dest='what', required=True
+        )
+
+    def o(*flags, **kw):
+        return (flags, kw)
+
     model = (
         o('--backbone', help="'mini', an open_clip name, or a configuration .json"),
         o('--weights', help='a tag or a local file'),

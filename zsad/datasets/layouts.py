@@ -346,7 +346,10 @@ def scan_mvtec(root, name: str) -> Dataset:
 # %% ../../nbs/datasets/layouts.ipynb #b34fdc30
 def read_rows(rows, root: Path, skipped: list) -> list:
     "Turn rows (category, kind, label, image, mask, perhaps outline) of a list into samples; what does not exist goes to `skipped`."
-    place = lambda p: root / p.replace('\\', '/')
+
+    def place(p):
+        return root / p.replace('\\', '/')
+
     rows = [
         (
             c,
@@ -363,9 +366,12 @@ def read_rows(rows, root: Path, skipped: list) -> list:
         {c for c, _, _, _, m, _ in rows if m},
         [],
     )
-    whole = lambda f: (
-        (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix()
-    )  # where names repeat
+
+    def whole(f):
+        return (
+            (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix()
+        )  # where names repeat
+
     for c, k, y, f, m, o in rows:
         if not f.exists():
             skipped.append((f, 'is listed but does not exist'))
@@ -509,24 +515,32 @@ def read_meta(path, name: str = 'folder') -> Dataset:
 # %% ../../nbs/datasets/layouts.ipynb #300d21ef
 def write_meta(ds: Dataset, path) -> Path:
     "Write a data set's samples as meta.json; paths relative to its folder, absolute outside of it."
-    full = lambda p: Path(os.path.abspath(p))
+
+    def full(p):
+        return Path(os.path.abspath(p))
+
     here = full(path).parent
-    place = lambda p: (
-        ''
-        if p is None
-        else (full(p).relative_to(here) if full(p).is_relative_to(here) else full(p)).as_posix()
-    )
-    entry = lambda s: dict(
-        img_path=place(s.path),
-        mask_path=place(s.mask),
-        cls_name=s.category,
-        specie_name=s.defect,
-        anomaly=s.label,
-        **(dict(outline_path=place(s.foreground)) if s.foreground else {}),
-    )
-    part = lambda samples: {
-        c: [entry(s) for s in samples if s.category == c] for c in ds.categories
-    }
+
+    def place(p):
+        return (
+            ''
+            if p is None
+            else (full(p).relative_to(here) if full(p).is_relative_to(here) else full(p)).as_posix()
+        )
+
+    def entry(s):
+        return dict(
+            img_path=place(s.path),
+            mask_path=place(s.mask),
+            cls_name=s.category,
+            specie_name=s.defect,
+            anomaly=s.label,
+            **(dict(outline_path=place(s.foreground)) if s.foreground else {}),
+        )
+
+    def part(samples):
+        return {c: [entry(s) for s in samples if s.category == c] for c in ds.categories}
+
     return write_atomic(
         path, json.dumps(dict(train=part(ds.train), test=part(ds.samples)), indent=1)
     )

@@ -216,7 +216,10 @@ def read_sdd(
         )
     if not 0 < share <= 1:
         raise ValueError(f'share={share!r}: above 0 and at most 1, 0.25 as AdaCLIP')
-    own = lambda p: p.name.lower().startswith('kos') and p.name[3:].isdigit()
+
+    def own(p):
+        return p.name.lower().startswith('kos') and p.name[3:].isdigit()
+
     root, parts, c = (
         seek(folder, lambda p: any(map(own, folders(p))), RAW[name].layout),
         [],
@@ -431,8 +434,13 @@ def find_bmad(
 ) -> tuple:  # folders of normal images, of anomalous ones, of masks; None where there is none
     "Find the folders of a BMAD test part, in either order of its levels."
     test = inside(root, 'test')
-    first = lambda *paths: next((p for q in paths if (p := inside(test, q))), None)
-    images = lambda kind: first(f'{kind}/img', f'img/{kind}', f'test/{kind}')
+
+    def first(*paths):
+        return next((p for q in paths if (p := inside(test, q))), None)
+
+    def images(kind):
+        return first(f'{kind}/img', f'img/{kind}', f'test/{kind}')
+
     return (
         images('good'),
         images('ungood'),

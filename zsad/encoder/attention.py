@@ -20,7 +20,10 @@ def attend(
     heads: int,
 ) -> Tensor:  # [B,N,D] before the output projection
     "Mix values by softmax(q k'/sqrt(d)) in every head, Eq. (5)."
-    split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def split(t):
+        return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
     return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)
 
 # %% ../../nbs/methods/attention.ipynb #372e7d66

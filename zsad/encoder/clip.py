@@ -381,7 +381,10 @@ def find_config(backbone) -> tuple:
 # %% ../../nbs/encoder/clip.ipynb #5c64bfee
 def from_hub(name, tag) -> bool:
     "Tell whether the hub repository of a tag is its own (and not that of another tag with another file)."
-    said = lambda t: open_clip.get_pretrained_cfg(name, t)
+
+    def said(t):
+        return open_clip.get_pretrained_cfg(name, t)
+
     own = said(tag)
     twins = [
         t

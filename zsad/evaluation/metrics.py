@@ -378,7 +378,9 @@ class Protocol:
     metrics: tuple = METRICS  # which keys are computed
 
     def __post_init__(self):
-        ask = lambda name, good, valid: good or _refuse(name, getattr(self, name), valid)
+        def ask(name, good, valid):
+            return good or _refuse(name, getattr(self, name), valid)
+
         ask(
             'size',
             self.size is None or (np.size(self.size) in (1, 2) and np.min(self.size) > 0),

@@ -84,7 +84,10 @@ def reference_points(h: int, w: int, kind: str = 'printed') -> Tensor:  # [h,w,2
         raise ValueError(
             f"reference={kind!r}: choose 'printed', from edge to edge, or 'code', half a cell to the lower right"
         )
-    line = lambda n: torch.linspace(-1, 1, n) + (kind == 'code') / max(n - 1, 1)
+
+    def line(n):
+        return torch.linspace(-1, 1, n) + (kind == 'code') / max(n - 1, 1)
+
     return torch.stack(torch.meshgrid(line(h), line(w), indexing='ij'), -1)
 
 
@@ -180,7 +183,10 @@ def forward(
     y = self.norm(x)
     q = self.q(y)
     at = self.places(q, grid)
-    split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def split(t):
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     k, v = self.kv(read_places(y, at, grid)).chunk(2, -1)
     bias = None if self.bias is None else displacement_bias(self.bias, at, grid).to(q.dtype)
     return self.out(
@@ -304,9 +310,12 @@ def fuse_maps(
 ) -> Tensor:  # [B,H,W] from 0 to 1
     "Join the maps of all stages, KAnoCLIP Eq. (9) and (10)."
     L, size = len(logits), (size, size) if isinstance(size, int) else tuple(size)
-    large = lambda p: F.interpolate(
-        p.sum(0).unflatten(-1, grid)[:, None], size=size, mode='bilinear', align_corners=False
-    )[:, 0]
+
+    def large(p):
+        return F.interpolate(
+            p.sum(0).unflatten(-1, grid)[:, None], size=size, mode='bilinear', align_corners=False
+        )[:, 0]
+
     Ma, Mn = (norm_map(large(z.float().sigmoid()), L, norm) for z in (logits, -logits))
     return blur((Ma + 1 - Mn) / 2, sigma)
 

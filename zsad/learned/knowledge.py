@@ -88,7 +88,10 @@ def parse_base(
     for s, part in images.items():
         for i, told_of in part.items():
             check_sentences(f'{name}: {s}/{i}', told_of)
-    sign = lambda e: e if isinstance(e, str) else {'source': told.get('source', name)} | e
+
+    def sign(e):
+        return e if isinstance(e, str) else {'source': told.get('source', name)} | e
+
     return dict(
         sets={s: {c: sign(e) for c, e in part.items()} for s, part in sets.items()}, images=images
     )
@@ -106,11 +109,14 @@ def read_base(path=None) -> dict:  # as `parse_base`
 # %% ../../nbs/learned/knowledge.ipynb #86f6840b
 def join_bases(over: dict, under: dict) -> dict:
     "Lay one knowledge base over another; the upper one's sets come first."
-    join = lambda k: {
-        s: over[k].get(s, {})
-        | {c: e for c, e in under[k].get(s, {}).items() if c not in over[k].get(s, {})}
-        for s in (*over[k], *(s for s in under[k] if s not in over[k]))
-    }
+
+    def join(k):
+        return {
+            s: over[k].get(s, {})
+            | {c: e for c, e in under[k].get(s, {}).items() if c not in over[k].get(s, {})}
+            for s in (*over[k], *(s for s in under[k] if s not in over[k]))
+        }
+
     return dict(sets=join('sets'), images=join('images'))
 
 
@@ -668,7 +674,10 @@ def build_base(
         Counter(why for _, why in missing),
     )
     report(cost_words(estimate(todo, price), stored))
-    keep = lambda q, a: write_atomic(places[q], json.dumps(a, ensure_ascii=False))
+
+    def keep(q, a):
+        return write_atomic(places[q], json.dumps(a, ensure_ascii=False))
+
     for q, (a, why) in (
         ask_all(todo, model, connect(address, key, **how), keep, workers) if todo else ()
     ):

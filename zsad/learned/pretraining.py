@@ -228,7 +228,10 @@ def contrast(sim, right):
 # %% ../../nbs/learned/pretraining.ipynb #cf84fdef
 def region_loss(logit, part, own, inside: float):
     "Weigh patches: half the loss to those of defects (`part` above 0.12), half to those without, `inside` of it on the object (`own` above 0.5); all [I,N]."
-    mean = lambda a, where: (a * where).sum() / where.sum().clamp(min=1)
+
+    def mean(a, where):
+        return (a * where).sum() / where.sum().clamp(min=1)
+
     miss, wrong = part == 0, F.softplus(logit)
     return (
         mean(F.softplus(-logit), part > 0.12)
@@ -252,7 +255,10 @@ def losses(model, scale, x, part, own, place, texts, r: Recipe) -> dict:
 def loss_terms(model, scale, t, tokens, part, own, texts, r: Recipe) -> dict:
     "Compute the terms of sentences `t` [T,C], class tokens [I,D] and, where patches count, theirs [I,a*b,D]."
     (_, own_good, own_bad, right), v = texts, model.visual
-    leave = lambda y: F.normalize(v.ln_post(y) @ v.proj, dim=-1)
+
+    def leave(y):
+        return F.normalize(v.ln_post(y) @ v.proj, dim=-1)
+
     cls, apart = (
         leave(tokens[0]),
         F.normalize(F.embedding(own_bad, t) - F.embedding(own_good, t), dim=-1),
@@ -342,7 +348,10 @@ def to_device(batch, tok, device) -> tuple:
     same = torch.tensor([[k == w for w in whose] for k in kinds], device=device)
     whole = torch.tensor([s == 'good' for s in state], device=device)
     told = torch.tensor([[s == 'bad' or s == d for s in state] for d in defects], device=device)
-    right = lambda broken: same & torch.where(broken[:, None], told & ~whole, whole)
+
+    def right(broken):
+        return same & torch.where(broken[:, None], told & ~whole, whole)
+
     part, own = (torch.from_numpy(a).to(device).float() / 255 for a in (part, own))
     return (
         x,
@@ -393,7 +402,10 @@ def optimisers(model, scale, r: Recipe) -> list:
     named = {n: p for n, p in model.named_parameters() if n != 'token_embedding.weight'}
     turned = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith('visual.transformer')}
     rest = [(n, p) for n, p in named.items() if n not in turned]
-    flat = lambda n, p: p.ndim < 2 or 'embedding' in n
+
+    def flat(n, p):
+        return p.ndim < 2 or 'embedding' in n
+
     return [
         Muon(turned.values(), r.turn, decay=r.decay),
         torch.optim.SparseAdam([model.token_embedding.weight], lr=r.lr),

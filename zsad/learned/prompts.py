@@ -639,9 +639,12 @@ def check_words(state: dict, ids: Tensor, encoder, K: int, path) -> None:
         theirs, end = state.get(f'tokenized_prompts_{side}'), int(own.argmax())
         said = None if theirs is None else theirs.flatten()[1 + K :].tolist()
         if said and said[:end] != own[1 : end + 1].tolist():
-            word = lambda t: encoder.tokenizer.decode(
-                [i for i in t if 0 < i < encoder.tokenizer.sot_token_id]
-            ).strip()
+
+            def word(t):
+                return encoder.tokenizer.decode(
+                    [i for i in t if 0 < i < encoder.tokenizer.sot_token_id]
+                ).strip()
+
             raise ValueError(
                 f'checkpoint {path}: was trained with the words {word(said)!r}, the recipe has {word(own.tolist())!r}; give the recipe its words'
             )

@@ -141,16 +141,19 @@ def known_sentences(course: TrainConfig, ds) -> list:
     user = read_base(course.base) if course.base else None
     said = {c: knowledge(c, ds.name, n, user) if n else () for c in ds.categories}
     nouns = {c: look_up(c, ds.name, user).noun for c in ds.categories}
-    look = lambda k, image: describe_mask(
-        image, load_mask(k.mask, image.shape[0]), nouns[k.category]
-    )
-    own = lambda k: (
-        ()
-        if not (m and k.label)
-        else user
-        and knowledge_of_image(k.id, ds.name, m, user)
-        or ((look(k, load_image(k.path)),) if k.mask else ())
-    )
+
+    def look(k, image):
+        return describe_mask(image, load_mask(k.mask, image.shape[0]), nouns[k.category])
+
+    def own(k):
+        return (
+            ()
+            if not (m and k.label)
+            else user
+            and knowledge_of_image(k.id, ds.name, m, user)
+            or ((look(k, load_image(k.path)),) if k.mask else ())
+        )
+
     return [(*said[k.category], *own(k)) for k in ds.samples]
 
 
@@ -331,7 +334,10 @@ class Batch:
 # %% ../../nbs/learned/trainer.ipynb #0d7bcf68
 def make_batch(l: TrainSet, rows, encoder: Encoder) -> Batch:
     "Gather images by their numbers, on the encoder's device."
-    to = lambda t: None if t is None else t.to(encoder.device)
+
+    def to(t):
+        return None if t is None else t.to(encoder.device)
+
     x = encoder.preprocess([load_image(l.files[i]) for i in rows]) if l.patches is None else None
     return Batch(
         to(l.cls[rows]),

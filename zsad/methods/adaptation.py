@@ -228,8 +228,13 @@ def check_adapt(p, noise, T, start, steps, adapter, pseudo):
 # %% ../../nbs/methods/adaptation.ipynb #2337de2a
 def batch(p, pair, T, noise, start=None) -> tuple:  # p, pair, T, noise [B,S,N,C], *start
     "Copy tensors out of inference mode and give each image its own text, noise and start (None: the sentences)."
-    own = lambda t: t.detach().to(p.device, torch.float32, copy=True)
-    each = lambda t: own(t).expand(len(p), *t.shape[-2:])
+
+    def own(t):
+        return t.detach().to(p.device, torch.float32, copy=True)
+
+    def each(t):
+        return own(t).expand(len(p), *t.shape[-2:])
+
     T = each(T)
     return (
         own(p),
@@ -361,7 +366,9 @@ def dual_adapt(
         t.detach().to(p.device, copy=True)
         for t in (p.float(), pair.float(), p_syn.float(), joint.float(), mask)
     )
-    score = lambda t, w, b: anomaly_logit(linear_adapter(t, w, b, mix=1), pair, tau)
+
+    def score(t, w, b):
+        return anomaly_logit(linear_adapter(t, w, b, mix=1), pair, tau)
 
     def loss(s, w, b):
         z, z_syn = score(torch.cat([q, q_syn], 1), w, b).chunk(2, 1)

@@ -126,7 +126,10 @@ def draw_references(
         sorted(range(len(pool)), key=pool.__getitem__),
         dict(normal=0, anomalous=1).get(policy),
     )
-    fits = lambda i, j: (pool[j] == i) == (policy == 'same') and (want is None or labels[j] == want)
+
+    def fits(i, j):
+        return (pool[j] == i) == (policy == 'same') and (want is None or labels[j] == want)
+
     drawn = [
         [
             j

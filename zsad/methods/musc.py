@@ -48,7 +48,10 @@ def nearest_patch_distances(
     b: Tensor,  # [N,D] patches of one image, unit length
 ) -> tuple:  # [J,P] from each patch of a to b; [J,N] from each patch of b to each image of a
     "Measure how far patches are from the nearest patch of another image, both ways (MuSc, MSM)."
-    distance = lambda s: (2 - 2 * s).clamp(min=0).sqrt()
+
+    def distance(s):
+        return (2 - 2 * s).clamp(min=0).sqrt()
+
     s = (a.flatten(0, 1) @ b.T).unflatten(0, a.shape[:2])
     there, back = s.amax(2), s.amax(1)
     close = there.amax(1) > 1 - 1e-4

@@ -133,8 +133,13 @@ XYZ = np.array(
 
 def lighten(a, change):
     "Change the lightness L* of sRGB [H,W,3], both scaled to 0..255, and keep a, b (CIE 1976)."
-    root = lambda t: np.where(t > (6 / 29) ** 3, np.cbrt(t), t * (29 / 6) ** 2 / 3 + 4 / 29)
-    power = lambda f: np.where(f > 6 / 29, f**3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
+
+    def root(t):
+        return np.where(t > (6 / 29) ** 3, np.cbrt(t), t * (29 / 6) ** 2 / 3 + 4 / 29)
+
+    def power(f):
+        return np.where(f > 6 / 29, f**3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
+
     a, white = a / 255, XYZ.sum(1)
     f = root(np.where(a > 0.04045, ((a + 0.055) / 1.055) ** 2.4, a / 12.92) @ XYZ.T / white)
     L = 2.55 * (116 * f[..., 1:2] - 16)
@@ -275,7 +280,10 @@ def draw_field(
 ) -> np.ndarray:  # [S,S] in 0..1
     "Draw one of twelve kinds of pattern, its scale and its contrast."
     S, f, e = len(X), 2 ** uni(rng, 1, 4), 2 ** uni(rng, -1, 2.5)
-    edge = lambda t: np.clip(0.5 + e * t, 0, 1)
+
+    def edge(t):
+        return np.clip(0.5 + e * t, 0, 1)
+
     if kind == 'clouds':
         return edge(noise(rng, S, int(f), 4) - 0.5)
     if kind == 'marble':

@@ -43,7 +43,10 @@ def forward_windows(
 ) -> Tensor:  # [B,M,C] unit length
     "Run the tokens of each window alone through all blocks and project the class token (WinCLIP, window embeddings)."
     at = F.pad(places.to(z.device) + 1, (1, 0))  # token 0, the class token, leads every window
-    deal = lambda t: t[:, at].flatten(0, 1)
+
+    def deal(t):
+        return t[:, at].flatten(0, 1)
+
     y, (q, k, v), blocks = deal(z), map(deal, first), visual.transformer.resblocks
     for l, b in enumerate(blocks):
         if l:
@@ -101,7 +104,10 @@ def harmonic(
         raise ValueError(
             f'scores: {list(scores.shape)} does not fit; windows of side {k} on a grid of {h} x {w} patches need [B,{M}], one score per window of window_tokens'
         )
-    to_patches = lambda t: F.fold(t[:, None].expand(-1, k * k, -1), (h, w), k)[:, 0]
+
+    def to_patches(t):
+        return F.fold(t[:, None].expand(-1, k * k, -1), (h, w), k)[:, 0]
+
     return to_patches(torch.ones_like(scores)) / to_patches(1 / scores)
 
 # %% ../../nbs/methods/windows.ipynb #66ac34a9

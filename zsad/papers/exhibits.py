@@ -6,11 +6,11 @@
 __all__ = ['STATES', 'ENCODER_VARIANTS', 'COLUMNS', 'ROLES', 'STAND_INS', 'CONTROLS', 'ano', 'ATTENTION', 'PLAIN', 'LOCALISING',
            'FULL', 'PROBE', 'TIMED', 'STEPS', 'ADAPTING', 'DETECTING', 'PROMPTING', 'DRAWN', 'DEPTHS', 'BASELINES',
            'UNTRAINED', 'STATES_OF_BOARDS', 'SHOTS', 'dual', 'SEEN', 'PAIRS', 'SETTINGS', 'TOGETHER', 'MODULES',
-           'COUNTS', 'steps', 'DUAL_STEPS', 'policy', 'POLICIES', 'MAP', 'BOTH', 'WORDS', 'CODED', 'SILENT_TEXT',
-           'SILENT_WINDOWS', 'HALF', 'SILENT_ADAPTING', 'SILENT_SETS', 'SILENT_PAIRS', 'SILENT', 'AL', 'AD', 'ANOCLIP',
-           'DUAL', 'OTHERS', 'TRAINED', 'WRITTEN', 'PLAINLY', 'BY_HAND', 'FOUR_PAPERS', 'ADDED', 'LEFT_OUT', 'AWARE',
-           'KNOWN', 'RULED', 'READ_AS', 'TRIED', 'LEARNED_FROM', 'IP', 'WORTH', 'KANOCLIP', 'LEARNING', 'EXHIBITS',
-           'PLUS', 'CABLE', 'BOARDS', 'PICTURES', 'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots', 'switch',
+           'COUNTS', 'DUAL_STEPS', 'POLICIES', 'MAP', 'BOTH', 'WORDS', 'CODED', 'SILENT_TEXT', 'SILENT_WINDOWS', 'HALF',
+           'SILENT_ADAPTING', 'SILENT_SETS', 'SILENT_PAIRS', 'SILENT', 'AL', 'AD', 'ANOCLIP', 'DUAL', 'OTHERS',
+           'TRAINED', 'WRITTEN', 'PLAINLY', 'BY_HAND', 'FOUR_PAPERS', 'ADDED', 'LEFT_OUT', 'AWARE', 'KNOWN', 'RULED',
+           'READ_AS', 'TRIED', 'LEARNED_FROM', 'IP', 'WORTH', 'KANOCLIP', 'LEARNING', 'EXHIBITS', 'PLUS', 'CABLE',
+           'BOARDS', 'PICTURES', 'Row', 'datasets_of', 'with_controls', 'Exhibit', 'shots', 'steps', 'policy', 'switch',
            'silent', 'configured', 'seeds_of', 'Picture', 'reported', 'printed']
 
 # %% ../../nbs/papers/exhibits.ipynb #4a0f97db
@@ -418,11 +418,14 @@ COUNTS = (
         for k in (2, 4, 8, 16)
     ),
 )
-steps = lambda s: replace(
-    METHODS['dual+'],
-    name=f'dual+/{s}',
-    terms=(*dual.terms[1:], ('synthetic_adapted', dict(steps=s))),
-)
+
+
+def steps(s):
+    return replace(
+        METHODS['dual+'],
+        name=f'dual+/{s}',
+        terms=(*dual.terms[1:], ('synthetic_adapted', dict(steps=s))),
+    )
 
 # %% ../../nbs/papers/exhibits.ipynb #71b8d32d
 DUAL_STEPS = tuple(
@@ -433,7 +436,12 @@ DUAL_STEPS = tuple(
     )
     for s in range(7)
 )
-policy = lambda m, p: replace(m, name=f'{m.name}/{p}', reference=('pair', dict(policy=p)))
+
+
+def policy(m, p):
+    return replace(m, name=f'{m.name}/{p}', reference=('pair', dict(policy=p)))
+
+
 POLICIES = tuple(
     Row(f'{label}, {p}', policy(m, p))
     for label, m in SEEN[1:]

@@ -734,7 +734,10 @@ def method_identity(m: Method, head: str = '') -> dict:
     Parameters are complete, prompts are given by content; name, source, seed and artifact are left
     out: seed and the artifact's hash enter the identity of a run beside it.
     """
-    full = lambda pairs, registry: [[n, registry[n].resolve(p)] for n, p in pairs]
+
+    def full(pairs, registry):
+        return [[n, registry[n].resolve(p)] for n, p in pairs]
+
     reference = full([m.reference], REFERENCES) if m.reference else []
     return dict(
         encode=m.encode,
@@ -810,7 +813,10 @@ class Detector:
         given = reference if by_category else dict.fromkeys(categories, reference)
         given = {c: r for c, r in given.items() if r is not None}
         self.check_references(given, categories)
-        encode = lambda x: self.encoder.tokens(x, self.method.encode)
+
+        def encode(x):
+            return self.encoder.tokens(x, self.method.encode)
+
         shown = {id(r): encode(r) for r in given.values()}
         count = {c: categories.count(c) for c in given}
         rows = {c: torch.arange(len(r)).expand(count[c], -1) for c, r in given.items()}

@@ -108,7 +108,10 @@ def liver_slice(X, Y, g, v, form, hue):
     X, Y = bent(v, X, Y, 0.1, 2)
     body, wall = oval(X, Y, a, b), oval(X, Y, a - uni(v, 0.05, 0.09), b - uni(v, 0.05, 0.09))
     cave = oval(X, Y, a - 0.16, b - 0.16)
-    jig = lambda s=0.02: uni(v, -s, s)
+
+    def jig(s=0.02):
+        return uni(v, -s, s)
+
     lobe = np.minimum(
         oval(X, Y, 0.4, 0.4, -0.33 + jig(), -0.02 + jig()),
         oval(X, Y + 0.35 * X, 0.4, 0.16, 0.02 + jig(), -0.22 + jig()),
@@ -183,7 +186,10 @@ LAYERS = (
 def surface(v, S, form):
     "Draw the upper and lower border of a retina: [1,S] each."
     x = ((np.arange(S, dtype='f4') + 0.5) * (2 / S) - 1)[None]
-    line = lambda n, s: s * (noise(v, S, n, 2)[:1] - 0.5)
+
+    def line(n, s):
+        return s * (noise(v, S, n, 2)[:1] - 0.5)
+
     base = uni(v, 0.1, 0.22) + uni(v, -0.12, 0.12) * x + uni(v, -0.12, 0.12) * x * x + line(3, 0.12)
     c, w = x - uni(v, -0.35, 0.35), uni(v, 0.22, 0.34)
     pit = 1 / (1 + (c * (1 / w)) ** 2 * (1 + (c * (1 / w)) ** 2))
@@ -284,7 +290,10 @@ def cell_smear(X, Y, g, v, form, hue):
     S, n, hue = X.shape[0], 6 + int(2 * form), 0.7 + 0.3 * hue
     P, Q = bent(v, X, Y, 0.1, 9)
     U, V, k, m = nearest_cell(v, P, Q, n)
-    draw = lambda a, b: (a + (b - a) * v.random(m, dtype='f4'))[k]
+
+    def draw(a, b):
+        return (a + (b - a) * v.random(m, dtype='f4'))[k]
+
     r = draw(0.55, 0.86) * (1 / n)
     c, s = draw(-1, 1), draw(0.7, 1.35)
     d = np.sqrt(U * U * s + V * V * (1 / s) + 0.5 * c * U * V) - r
@@ -430,7 +439,10 @@ def cell_lesion(img, kind, rng, X, Y, x, y):
         np.sort(img.reshape(3, -1), 1)[:, S * S // 50][:, None, None],
     )
     flesh, grain = 0.6 * pale + 0.4 * dark, 0.75 + 0.5 * noise(rng, S, 44)
-    over = lambda im, a, c: im * (1 - a) + c * a
+
+    def over(im, a, c):
+        return im * (1 - a) + c * a
+
     body = blob(rng, X, Y, x, y, r, 0.35)
     if kind == 'giant_nucleus':
         return over(

@@ -56,7 +56,10 @@ def draw_pair(n: int, world: str = 'pretrain', designs: int = 1000, seed: int = 
                 for k, i in enumerate((clean, bad))
             ]
         )
-        share = lambda m: np.ceil(m.reshape(15, 16, 15, 16).mean((1, 3)) * 255).astype('u1')
+
+        def share(m):
+            return np.ceil(m.reshape(15, 16, 15, 16).mean((1, 3)) * 255).astype('u1')
+
         return Pair(images, share(mask), share(fore > 0.5), kind.name, defect)
     raise RuntimeError(f'pair {n} of kind {kind.name!r}: nine designs in a row hide their defect')
 

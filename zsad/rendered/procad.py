@@ -604,9 +604,12 @@ def break_parts(parts, kind, rng, X, Y):
     "Apply a defect to the parts themselves."
     if kind == 'chip':
         return notch(parts, rng, X, Y)
-    fits = lambda name: (
-        kind != 'flipped' or FLIPS.get(name, (1, 2)) and sum(p.name == name for p in parts) <= 4
-    )
+
+    def fits(name):
+        return (
+            kind != 'flipped' or FLIPS.get(name, (1, 2)) and sum(p.name == name for p in parts) <= 4
+        )
+
     loose, px = [k for k, p in enumerate(parts) if p.loose and fits(p.name)], X.shape[0] / 240
     at = pick(rng, loose)
     both = (at, at + 1) if parts[at].name == 'wire' else (at,)  # a wire takes its copper along

@@ -272,9 +272,10 @@ def metric_cells(e: Exhibit, res: Results, row: Row, role: str, metric: str) -> 
 # %% ../../nbs/reporting/tables.ipynb #1cc3549d
 def row_cells(e: Exhibit, res: Results, row: Row, role: str) -> dict:
     "Collect what one row has on one role: {(metric's name, what): percent}."
-    at = lambda metric, span: (
-        np.nan if row.state else cell(res, e, row.label, role, metric, span)[0]
-    )
+
+    def at(metric, span):
+        return np.nan if row.state else cell(res, e, row.label, role, metric, span)[0]
+
     out = {
         (head(e, role, m), k): v
         for m in e.metrics
@@ -359,16 +360,22 @@ def by_category(
 def readable(t: pd.DataFrame) -> pd.DataFrame:
     "Format a table for people: 'ours [low, high]', one decimal, a word or '' instead of NaN."
     f, out = (lambda v: '' if v != v else f'{round(v, 1) + 0.0:.1f}'), {}
-    span = lambda r: (
-        '–'
-        if r.ours != r.ours
-        else f(r.ours)
-        + (f' [{f(r.low)}, {f(r.high)}]' if r.low == r.low else '')
-        + (f' ±{f(r.spread)}' if r.spread == r.spread else '')
-    )
+
+    def span(r):
+        return (
+            '–'
+            if r.ours != r.ours
+            else f(r.ours)
+            + (f' [{f(r.low)}, {f(r.high)}]' if r.low == r.low else '')
+            + (f' ±{f(r.spread)}' if r.spread == r.spread else '')
+        )
+
     for m in dict.fromkeys(t.columns.get_level_values(0)):
         g, words = t[m], t.attrs.get('words', {}).get(m, {})
-        say = lambda texts: [words.get(i) or v for i, v in zip(t.index, texts)]
+
+        def say(texts):
+            return [words.get(i) or v for i, v in zip(t.index, texts)]
+
         out[m] = say(
             span(r) for r in g.reindex(columns=['ours', 'low', 'high', 'spread']).itertuples()
         )
@@ -445,7 +452,10 @@ def provenance(results, exhibits=None, control: str = '', datasets=None) -> str:
         for name, g in r.groupby('dataset', sort=False)
         if datasets is None or name in datasets
     ]
-    of = lambda k: ', '.join(dict.fromkeys(map(str, r[k])))
+
+    def of(k):
+        return ', '.join(dict.fromkeys(map(str, r[k])))
+
     return f"{of('encoder')} (weights {of('weights')}, {of('dtype')}, {of('size')} px) on {', '.join(sets) or 'no data'}, zsad {of('zsad')}, torch {of('torch')}, {of('device')}"
 
 # %% ../../nbs/reporting/tables.ipynb #af139b74
@@ -460,7 +470,10 @@ def outline_says(e: Exhibit, res: Results) -> str:
         for role in e.roles
         if len(runs_of(res, e, fg, role)) and len(runs_of(res, e, own, role))
     ]:
-        at = lambda row, metric, span='mean': cell(res, e, row.label, role, metric, span)[0]
+
+        def at(row, metric, span='mean'):
+            return cell(res, e, row.label, role, metric, span)[0]
+
         where = f' of {known_as(dataset_of(res, e, role))}' if len(e.roles) > 1 else ''
         within = at(own, 'pixel_auroc_within')
         said += f" On objects{where} {own.label} reaches pixel AUROC {at(own, 'pixel_auroc', 'mean objects'):.1f}, the bare outline {at(fg, 'pixel_auroc', 'mean objects'):.1f}"
@@ -725,8 +738,13 @@ def write_exhibit(e: Exhibit, res: Results, out: Path):
 # %% ../../nbs/reporting/tables.ipynb #3f430dd3
 def markdown(d: pd.DataFrame) -> str:
     "Write a frame as a Markdown table; what Markdown or HTML would read as markup is escaped."
-    clean = lambda s: re.sub(r'([\\`*_|<>&])', r'\\\1', str(s)).replace('\n', ' ')
-    line = lambda cells: '| ' + ' | '.join(cells) + ' |\n'
+
+    def clean(s):
+        return re.sub(r'([\\`*_|<>&])', r'\\\1', str(s)).replace('\n', ' ')
+
+    def line(cells):
+        return '| ' + ' | '.join(cells) + ' |\n'
+
     rows = [map(clean, (label, *row)) for label, row in zip(d.index, d.values)]
     return (
         line(['', *map(clean, d.columns)])
