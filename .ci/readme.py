@@ -1,4 +1,7 @@
-"""Write README.md from nbs/index.ipynb with its stored outputs: `python .ci/readme.py`; `--check` compares instead."""
+"""Write README.md from nbs/index.ipynb with its stored outputs: `python .ci/readme.py`.
+
+`--check` compares instead.
+"""
 
 import base64
 import json
@@ -9,39 +12,53 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+STYLE = re.compile(r'<style.*?</style>\n?|^\s+', re.S | re.M)
+
+
+def kind_of_image(data):
+    "Format of the image in an output, or None."
+    return next((k for k in ('png', 'jpeg') if f'image/{k}' in data), None)
+
+
+def text_of(output):
+    "Markdown of an output without an image; None where it has nothing to show."
+    data = output.get('data', {})
+    if 'text/markdown' in data:
+        return ''.join(data['text/markdown'])
+    if 'text/html' in data:
+        return STYLE.sub('', ''.join(data['text/html'])).strip()
+    text = data.get('text/plain', output.get('text'))
+    return None if text is None else '```\n' + ''.join(text).strip() + '\n```'
+
+
+def render_code(number, cell):
+    "Markdown of a code cell with its outputs, and its pictures {path: bytes}."
+    source = ''.join(cell['source'])
+    code = '\n'.join(l for l in source.split('\n') if not l.startswith('#|'))
+    parts = [] if '#| echo: false' in source else [f'```python\n{code.strip()}\n```']
+    pictures = {}
+    for output in cell['outputs']:
+        data = output.get('data', {})
+        kind = kind_of_image(data)
+        if kind:
+            name = f'nbs/images/index-{number}.{kind}'
+            pictures[name] = base64.b64decode(data[f'image/{kind}'])
+            parts.append(f'![Image, mask and maps of three parts]({name})')
+        elif text_of(output) is not None:
+            parts.append(text_of(output))
+    return parts, pictures
+
+
 def render(nb):
     "Markdown of a notebook and the pictures it needs, {path: bytes}."
     parts, pictures = [], {}
-    for i, c in enumerate(nb['cells']):
-        text = ''.join(c['source'])
-        if c['cell_type'] == 'markdown':
-            parts.append(text)
+    for number, cell in enumerate(nb['cells']):
+        if cell['cell_type'] == 'markdown':
+            parts.append(''.join(cell['source']))
             continue
-        code = '\n'.join(l for l in text.split('\n') if not l.startswith('#|'))
-        if '#| echo: false' not in text:
-            parts.append(f'```python\n{code.strip()}\n```')
-        for o in c['outputs']:
-            data = o.get('data', {})
-            kind = next((k for k in ('png', 'jpeg') if f'image/{k}' in data), None)
-            if kind:
-                name = f'nbs/images/index-{i}.{kind}'
-                pictures[name] = base64.b64decode(data[f'image/{kind}'])
-                parts.append(f'![Image, mask and maps of three parts]({name})')
-            elif 'text/markdown' in data:
-                parts.append(''.join(data['text/markdown']))
-            elif 'text/html' in data:
-                parts.append(
-                    re.sub(
-                        r'<style.*?</style>\n?|^\s+',
-                        '',
-                        ''.join(data['text/html']),
-                        flags=re.S | re.M,
-                    ).strip()
-                )
-            elif 'text/plain' in data or 'text' in o:
-                parts.append(
-                    '```\n' + ''.join(data.get('text/plain', o.get('text', ''))).strip() + '\n```'
-                )
+        texts, found = render_code(number, cell)
+        parts += texts
+        pictures |= found
     return '\n\n'.join(parts) + '\n', pictures
 
 

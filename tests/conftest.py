@@ -1,4 +1,4 @@
-"""Tests run in one process per core; each computes with one thread, so that they do not wait for one another."""
+"""Tests run in one process per core, each with one thread, so that none waits for another."""
 
 import json
 import os

@@ -1,6 +1,7 @@
 """The site: pages are processed as for publication, built, and every link is followed.
 
-Quarto itself is not needed: `nbdev_proc_nbs` only looks for it, and `smalldocs` builds the processed project.
+Quarto itself is not needed: `nbdev_proc_nbs` only looks for it, and `smalldocs` builds the
+processed project.
 """
 
 import json
@@ -16,20 +17,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from nbdev.config import get_config
+from tree import NOTEBOOKS, ROOT, cells, page
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 PROCESS = 'from nbdev.quarto import nbdev_proc_nbs; nbdev_proc_nbs(n_workers=0)'
 TOP = ('nbs', 'zsad', 'settings.ini', 'setup.py', '_quarto.yml', 'README.md')
-
-
-def code_cells(path):
-    "Sources of the code cells of a notebook."
-    return [
-        ''.join(c['source'])
-        for c in json.loads(path.read_text())['cells']
-        if c['cell_type'] == 'code'
-    ]
 
 
 def is_empty_export(source):
@@ -40,7 +31,7 @@ def is_empty_export(source):
 
 def test_no_exported_cell_is_empty():
     assert is_empty_export('#| exports\n\n') and not is_empty_export('#| default_exp core')
-    empty = [p.name for p in NOTEBOOKS for s in code_cells(p) if is_empty_export(s)]
+    empty = [page(p) for p in NOTEBOOKS for s in cells(p) if is_empty_export(s)]
     assert not empty, (
         f'exported cells with nothing but a directive in {empty}: Quarto stops there; delete them'
     )
@@ -48,7 +39,7 @@ def test_no_exported_cell_is_empty():
 
 def test_the_sidebar_lists_every_page_once():
     listed = re.findall(r'^\s+- (\S+\.ipynb)$', (ROOT / '_quarto.yml').read_text(), re.M)
-    assert sorted(listed) == [p.name for p in NOTEBOOKS]
+    assert sorted(listed) == sorted(f'{page(p)}.ipynb' for p in NOTEBOOKS)
 
 
 def copy_tree(to):
@@ -66,7 +57,7 @@ def copy_tree(to):
 
 
 def run(to, *command):
-    "Run Python in the copy, with a stand-in for Quarto and nothing of the user's settings; return what it said."
+    "Run Python in the copy, with a stand-in for Quarto and without the user's settings."
     (to / 'bin').mkdir(exist_ok=True)
     (to / 'bin' / 'quarto').write_text('#!/bin/sh\necho "Quarto was called: $*" >&2\nexit 1\n')
     (to / 'bin' / 'quarto').chmod(0o755)
@@ -177,39 +168,32 @@ def test_broken_links_are_found(tmp_path):
     assert [f[1] for f in links.broken()] == bad
 
 
+def build(to):
+    "Process and build the copied project; return the processed notebooks, names below _proc."
+    run(to, 'setup.py', '-q', 'egg_info')  # entry point `nbdev`: names in prose become links
+    printed = run(to, '-c', PROCESS)
+    assert 'Traceback' not in printed and 'Quarto was called' not in printed, printed[-3000:]
+    processed = sorted((to / '_proc').rglob('*.ipynb'))
+    assert len(processed) == len(NOTEBOOKS) > 60
+    return [p.relative_to(to / '_proc') for p in processed]
+
+
 def test_the_site_builds_and_no_link_is_broken(tmp_path):
     copy_tree(tmp_path)
-    run(
-        tmp_path, 'setup.py', '-q', 'egg_info'
-    )  # the entry point `nbdev`, by which names in prose become links
-    said = run(tmp_path, '-c', PROCESS)
-    assert 'Traceback' not in said and 'Quarto was called' not in said, said[-3000:]
-    processed = sorted((tmp_path / '_proc').glob('*.ipynb'))
-    assert [p.name for p in processed] == [p.name for p in NOTEBOOKS]
-    names = {p: output_name(p) for p in processed}
-    twice = {
-        n: [p.name for p in names if names[p] == n]
-        for n, k in Counter(names.values()).items()
-        if k > 1
-    }
-    assert not twice, (
-        f'pages that overwrite each other, since digits in front are dropped: {twice}; rename the notebooks'
-    )
+    processed = build(tmp_path)
+    assert {p.with_suffix('').as_posix() for p in processed} == {page(p) for p in NOTEBOOKS}
+    published = {p: p.parent / output_name(tmp_path / '_proc' / p) for p in processed}
+    twice = [p for p, n in Counter(published.values()).items() if n > 1]
+    assert not twice, f'pages that overwrite each other: {twice}; rename the notebooks'
     if sys.version_info < (3, 11):
         pytest.skip('smalldocs, which builds the pages, needs Python 3.11')
     run(tmp_path, '-m', 'smalldocs.cli', 'render', '-q', '_proc')
     site = tmp_path / '_proc' / '_docs'
-    links = Links(
-        site, {site / n: site / f'{p.stem}.html' for p, n in names.items()}, get_config(path=ROOT)
-    )
+    names = {site / name: site / p.with_suffix('.html') for p, name in published.items()}
+    links = Links(site, names, get_config(path=ROOT))
     assert len(links.pages) == len(NOTEBOOKS)
-    counts = Counter(
-        'source' if l.startswith(links.source) else 'symbol'
-        for page in links.pages.values()
-        for l in page.links
-        if l.startswith((links.source, links.home))
-    )
-    assert counts['source'] > 500 and counts['symbol'] > 50, (
-        f'{counts}: the entry point nbdev in setup.py is not found'
-    )
+    every = [l for p in links.pages.values() for l in p.links]
+    sources = sum(l.startswith(links.source) for l in every)
+    symbols = sum(l.startswith(links.home) for l in every)
+    assert sources > 500 and symbols > 50, 'the entry point nbdev in setup.py is not found'
     assert not links.broken(), links.broken()
