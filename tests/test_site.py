@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -96,7 +95,7 @@ class Page(HTMLParser):
 
 
 class Links:
-    "Follows the links of a built site. `names` maps the name a page is published under to its file here."
+    "Follows the links of a built site; `names` maps published names to files here."
 
     def __init__(self, site, names, config):
         self.site, self.names = site, names
