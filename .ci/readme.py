@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+LINK = re.compile(r'\]\((?=[\w/]+\.ipynb)')  # to a page, relative to nbs
 STYLE = re.compile(r'<style.*?</style>\n?|^\s+', re.S | re.M)
 
 
@@ -54,7 +55,7 @@ def render(nb):
     parts, pictures = [], {}
     for number, cell in enumerate(nb['cells']):
         if cell['cell_type'] == 'markdown':
-            parts.append(''.join(cell['source']))
+            parts.append(LINK.sub('](nbs/', ''.join(cell['source'])))
             continue
         texts, found = render_code(number, cell)
         parts += texts
