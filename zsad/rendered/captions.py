@@ -98,8 +98,8 @@ def captions(kinds, defects, rng, words, novel=0.15) -> tuple:
     """
     texts, text_kinds, states = [], [], []
     for kind in sorted(set(kinds)):
-        known = uniform(rng) >= novel
-        noun = pick(rng, (kind, KINDS[kind].noun)) if known else pick(rng, words)
+        by_kind = uniform(rng) >= novel
+        noun = pick(rng, (kind, KINDS[kind].noun)) if by_kind else pick(rng, words)
         for state, phrases in phrases_of(kind, kinds, defects):
             frame, phrase = pick(rng, FRAMES), pick(rng, phrases)
             texts.append(frame.format(phrase.format(noun)))
