@@ -1,4 +1,7 @@
-"What the second and third rendered sets promise: other things than procad's, every defect visible and on its object, the same pixels every time."
+"""What the second and third rendered sets promise.
+
+Other things than procad's, every defect visible and on its object, the same pixels every time.
+"""
 
 import json
 
@@ -7,20 +10,21 @@ import pytest
 from test_procad import pixels
 
 from zsad.core.files import digest, seeded_rng
-from zsad.rendered.boards import (
-    BOARDS,
-    bent_pin,
-    fold,
-    island,
-    lettering,
-    letters,
-    moved_piece,
-    render_boards,
-    solder_bridge,
-    without_piece,
+from zsad.rendered.board_defects import (
+    add_solder_bridge,
+    bend_pin,
+    choose_piece,
+    is_loose,
+    move_piece,
+    remove_piece,
 )
-from zsad.rendered.medical import MEDICAL, pulled, render_medical
-from zsad.rendered.procad import KINDS, design, grid, paint_pair, render
+from zsad.rendered.board_parts import lettering, letters, nearest_frame
+from zsad.rendered.boards import BOARDS, render_boards
+from zsad.rendered.drawing import grid
+from zsad.rendered.medical import MEDICAL, render_medical
+from zsad.rendered.medical_defects import displace
+from zsad.rendered.procad import KINDS, design
+from zsad.rendered.scene import paint_pair, render
 
 ALL = [(k, 'b') for k in BOARDS] + [(k, 'med') for k in MEDICAL]
 PAIRS = [(k, world, d) for k, world in ALL for d in k.defects]
@@ -75,16 +79,15 @@ def test_masks_fit_the_change(kind, world):
         assert (change[~mask] > 0.07).mean() < 0.004 and (change[mask] > 0.07).mean() > 0.4
 
 
-def test_fold_finds_the_nearest_and_its_frame():
+def test_nearest_frame_finds_the_nearest_and_its_frame():
     X, Y = grid(60)
     poses = [(-0.5, -0.5, 0.0), (0.5, 0.5, 0.25)]
-    U, V, k = fold(X, Y, poses, step=1)
+    U, V, k = nearest_frame(X, Y, poses, step=1)
     near = np.stack([(X - x) ** 2 + (Y - y) ** 2 for x, y, _ in poses])
     assert (np.take_along_axis(near, k[None], 0)[0] == near.min(0)).all()
     assert abs(U * U + V * V - near.min(0)).max() < 0.02  # turning keeps distances
-    assert (
-        fold(X, Y, poses)[2] != k
-    ).mean() < 0.05  # the coarse search differs near the border only
+    other = nearest_frame(X, Y, poses)[2] != k
+    assert other.mean() < 0.05  # the coarse search differs near the border only
 
 
 def test_lettering_is_its_bits():
@@ -98,13 +101,13 @@ def test_pieces_come_off_one_at_a_time():
     X, Y = grid(240)
     kind = next(k for k in BOARDS if k.name == 'pasta')
     parts = kind.paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), 0.5, 0.5)
-    part, piece, zone = island(seeded_rng(1, 'x'), parts, X, lambda p: p.loose)
+    part, piece, zone = choose_piece(seeded_rng(1, 'x'), parts, is_loose)
     assert part is parts[0] and (piece & zone).sum() == piece.sum()
-    less = without_piece(parts, 'pasta', zone)
+    less = remove_piece(parts, 'pasta', zone)
     assert ((less[0].d < 0) == ((parts[0].d < 0) & ~piece)).all() and not (
         less[1].d[zone] < 0
     ).any()
-    moved = moved_piece(parts, 'pasta', zone, 5, -7)
+    moved = move_piece(parts, 'pasta', zone, 5, -7)
     assert ((moved[1].d < 0) == np.roll(piece, (5, -7), (0, 1))).all() and (
         (moved[0].d < 0) == (less[0].d < 0)
     ).all()
@@ -113,18 +116,18 @@ def test_pieces_come_off_one_at_a_time():
 def test_pins_gain_what_is_bent_and_bridged():
     X, Y = grid(240)
     parts = BOARDS[0].paint(X, Y, seeded_rng(0, 'g'), seeded_rng(0, 'v'), 0.5, 0.5)
-    for f in (bent_pin, solder_bridge):
+    for f in (bend_pin, add_solder_bridge):
         more = f(parts, seeded_rng(2, 'pins'), X, Y)
         assert more[: len(parts)] == parts and len(more) > len(parts)
 
 
-def test_pulled_moves_by_what_it_is_told():
+def test_displace_moves_by_the_given_distances():
     img = np.zeros((3, 40, 40), 'f4')
     img[:, 20, 10] = 1
     zero = np.zeros((40, 40), 'f4')
-    assert abs(pulled(img, zero, zero) - img).max() < 1e-6
+    assert abs(displace(img, zero, zero) - img).max() < 1e-6
     assert (
-        abs(pulled(img, zero + 2 / 20, zero - 3 / 20)[:, 23, 8] - 1).max() < 1e-3
+        abs(displace(img, zero + 2 / 20, zero - 3 / 20)[:, 23, 8] - 1).max() < 1e-3
     )  # from two pixels to the right and three above
 
 
@@ -135,8 +138,8 @@ def test_pulled_moves_by_what_it_is_told():
 )
 def test_folder(render_it, kinds, name, tmp_path):
     root = render_it(good=1, bad=1, train=1, root=tmp_path / 'set', workers=1)
-    told = json.loads((root / 'dataset.json').read_text())
-    assert told['name'] == name and told['kinds'] == {
+    description = json.loads((root / 'dataset.json').read_text())
+    assert description['name'] == name and description['kinds'] == {
         k.name: 'texture' if k.texture else 'object' for k in kinds
     }
     for k in kinds:

@@ -1,11 +1,17 @@
-"What `procad-novel` promises: nothing shared with pretraining but the renderer, every defect visible on its object, no giveaway by contrast, the same pixels everywhere."
+"""What `procad-novel` promises.
+
+Nothing but the renderer is shared with pretraining, every defect is visible on its object, and the
+pixels are the same everywhere.
+"""
 
 import numpy as np
 import pytest
 from test_procad import pixels
 
-from zsad.rendered.novel import NOVEL, alter_novel, mar_novel, render_novel
-from zsad.rendered.procad import KINDS, design, paint_pair, render
+from zsad.rendered.novel import NOVEL, render_novel
+from zsad.rendered.novel_defects import alter_novel_parts, draw_novel_defect
+from zsad.rendered.procad import KINDS, design
+from zsad.rendered.scene import paint_pair, render
 
 BY_NAME = {k.name: k for k in NOVEL}
 PIXELS = {
@@ -34,8 +40,8 @@ def test_nothing_is_shared_with_pretraining():
     assert not words(NOVEL) & words(seen)
     assert not {d for k in NOVEL for d in k.defects} & {d for k in seen for d in k.defects}
     assert not {k.paint for k in NOVEL} & {k.paint for k in seen}
-    assert not {f for k in NOVEL for f in (k.alter, k.mar)} & {
-        f for k in seen for f in (k.alter, k.mar)
+    assert not {f for k in NOVEL for f in (k.alter_parts, k.draw_defect)} & {
+        f for k in seen for f in (k.alter_parts, k.draw_defect)
     }
 
 
@@ -45,7 +51,9 @@ def test_size_of_the_set():
         {k.noun for k in NOVEL}
     ) == len(NOVEL)
     assert all(len(set(k.defects)) == len(k.defects) >= 6 for k in NOVEL)
-    assert all((k.alter, k.mar) == (alter_novel, mar_novel) for k in NOVEL)
+    assert all(
+        (k.alter_parts, k.draw_defect) == (alter_novel_parts, draw_novel_defect) for k in NOVEL
+    )
 
 
 @pytest.mark.parametrize('kind', BY_NAME)

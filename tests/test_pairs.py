@@ -1,4 +1,8 @@
-"Rendered pairs and sets in the cache: pixels that stay, names made of everything that decides them, nothing half done."
+"""Rendered pairs and sets in the cache.
+
+Their pixels stay, their names are made of everything that decides the pixels, and nothing is left
+half done.
+"""
 
 import shutil
 
@@ -9,10 +13,11 @@ import zsad.rendered.boards
 import zsad.rendered.medical
 import zsad.rendered.novel
 import zsad.rendered.pairs
-import zsad.rendered.procad
+import zsad.rendered.sets
 from zsad.core.files import digest
 from zsad.rendered.pairs import draw_pair, render_pairs
-from zsad.rendered.procad import design, render_set, set_spec
+from zsad.rendered.procad import design
+from zsad.rendered.sets import render_set, set_spec
 
 PIXELS = {  # (revision of procad, of pairs): hashes of a few pairs
     (1, 1): {
@@ -35,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_pixels_of_pairs_change_with_their_revision_only():
     "Where this fails, undo the change, or raise RENDER_REV or PAIRS_REV and add what is drawn now."
-    drawn = PIXELS[zsad.rendered.procad.RENDER_REV, zsad.rendered.pairs.PAIRS_REV]
+    drawn = PIXELS[zsad.rendered.sets.RENDER_REV, zsad.rendered.pairs.PAIRS_REV]
     for (world, n), want in drawn.items():
         p = draw_pair(n, world)
         got = digest(p.images, p.label, p.inside, p.kind, p.defect)
@@ -43,9 +48,9 @@ def test_pixels_of_pairs_change_with_their_revision_only():
 
 
 def test_pixels_of_sets_are_held_for_these_revisions():
-    "The hashes in test_procad, test_novel and test_boards_medical are those of these revisions; raise them together."
+    "The hashes in the tests of the sets are those of these revisions; raise them together."
     found = (
-        zsad.rendered.procad.RENDER_REV,
+        zsad.rendered.sets.RENDER_REV,
         zsad.rendered.novel.NOVEL_REV,
         zsad.rendered.boards.BOARDS_REV,
         zsad.rendered.medical.MEDICAL_REV,
@@ -153,7 +158,7 @@ def test_a_raised_revision_renders_a_set_again(module, render, name, monkeypatch
     getattr(module, render)()
     monkeypatch.setattr(module, name, 99)
     getattr(module, render)()
-    key = module.__name__.split('.')[1]
+    key = module.__name__.split('.')[-1]
     assert seen == [{key: 1}, {key: 99}]
 
 

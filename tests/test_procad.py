@@ -1,4 +1,8 @@
-"What the procedural benchmark promises: the same pixels everywhere, nothing shared with pretraining, masks that fit, defects one can see and no trick that finds them."
+"""What the procedural benchmark promises.
+
+The same pixels everywhere, no design shared with pretraining, masks that fit the change, defects
+that can be seen, and no simple statistic that finds them.
+"""
 
 from functools import cache
 
@@ -7,18 +11,10 @@ import pytest
 
 from zsad.core.files import digest
 from zsad.evaluation.metrics import evaluate, pixel_auroc_within, resize
-from zsad.rendered.procad import (
-    CONTRAST,
-    KINDS,
-    PROCAD,
-    STRUCTURE,
-    SURFACE,
-    design,
-    held_out,
-    paint_pair,
-    plan,
-    render,
-)
+from zsad.rendered.defects import STRUCTURE, SURFACE
+from zsad.rendered.procad import CONTRAST, KINDS, PROCAD, design, held_out
+from zsad.rendered.scene import paint_pair, render
+from zsad.rendered.sets import plan
 
 PIXELS = {
     'bottle': '8186c7cbafe3',
@@ -112,19 +108,21 @@ def test_chips_are_notches():
 
 def test_a_recoloured_part_is_far_from_its_colour():
     from zsad.core.files import seeded_rng
-    from zsad.rendered.procad import break_parts, grid
+    from zsad.rendered.defects import alter_parts
+    from zsad.rendered.drawing import grid
 
     X, Y = grid(60)
     for n in range(40):
         dsg = design('pill', 'procad')
         parts = dsg.kind.paint(X, Y, seeded_rng(0, 'look'), seeded_rng(0, 'v'), dsg.form, dsg.hue)
-        other = break_parts(parts, 'wrong_color', seeded_rng(n, 'defect'), X, Y)
+        other = alter_parts(parts, 'wrong_color', seeded_rng(n, 'defect'), X, Y)
         assert max(abs(a.color - b.color).max() for a, b in zip(parts, other)) >= 0.4
 
 
 def test_pretraining_never_draws_a_held_out_design():
     for kind in KINDS:
-        assert held_out(*(lambda d: (d.form, d.hue))(design(kind, 'procad')))
+        d = design(kind, 'procad')
+        assert held_out(d.form, d.hue)
         for world in WORLDS[1:]:
             assert not any(
                 held_out(d.form, d.hue) for d in (design(kind, world, n) for n in range(60))
@@ -134,19 +132,28 @@ def test_pretraining_never_draws_a_held_out_design():
 def test_instances_are_disjoint(monkeypatch):
     "No random stream of one world is another's: every key that is drawn from names its world."
     import zsad.rendered.procad
+    import zsad.rendered.scene
+    from zsad.core.files import seeded_rng
 
-    keys, keyed = {w: set() for w in WORLDS}, zsad.rendered.procad.keyed
+    keys = {w: set() for w in WORLDS}
     for world, used in keys.items():
-        monkeypatch.setattr(
-            zsad.rendered.procad, 'keyed', lambda *k, used=used: used.add(k) or keyed(*k)
-        )
+
+        def noted_rng(*key, used=used):
+            used.add(key)
+            return seeded_rng(*key)
+
+        monkeypatch.setattr(zsad.rendered.procad, 'seeded_rng', noted_rng)
+        monkeypatch.setattr(zsad.rendered.scene, 'seeded_rng', noted_rng)
         for kind, d in (('pill', 'stain'), ('wood', 'dent'), ('cable', 'swapped')):
             render(design(kind, world), 0, d)
     assert all(keys.values()) and len(set.union(*keys.values())) == sum(map(len, keys.values()))
 
 
 def patch_statistics(image, foreground, n=15):
-    "Distance of each patch's mean, spread and gradient from the median of its image, [n,n]; 0 off the object."
+    """Distance of each patch's mean, spread and gradient from the median of its image, [n,n].
+
+    It is 0 off the object.
+    """
     a = image.astype('f4') / 255
     grey = a.mean(2)
     edge = np.zeros_like(grey)
@@ -168,7 +175,7 @@ def patch_statistics(image, foreground, n=15):
 
 @cache
 def ceilings():
-    "Mean of what patch statistics and the outline reach on 12 good and 18 defective images of each category."
+    "Mean of what patch statistics and the outline reach on 30 images of each category."
     rows = []
     for kind in PROCAD:
         dsg = design(kind, 'procad')
