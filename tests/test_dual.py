@@ -1,6 +1,7 @@
-"""A second image against loops that spell the equations out, scikit-learn's nearest neighbours, and draws that nothing but seed and id may change.
+"""A second image against loops and scikit-learn, and draws that only seed and id change.
 
-The authors of Dual-Image published no code, so no numbers of theirs are frozen here; DRAWS are this project's own, so that a seed means the same images in every version.
+The authors of Dual-Image published no code, so no numbers of theirs are stored here; DRAWS are this
+project's own, so that a seed means the same images in every version.
 """
 
 import itertools
@@ -354,7 +355,8 @@ def test_references_from_another_pool():
 def test_pools_that_are_too_small_are_named():
     with pytest.raises(
         ValueError,
-        match="count=1: 'pill' has 0 images that policy 'random' may draw for 'a', of 1; give more images",
+        match="count=1: 'pill' has 0 images that policy 'random' may draw for 'a', of 1; "
+        'give more images',
     ):
         draw_references(['a'], category='pill')
     with pytest.raises(
@@ -389,7 +391,8 @@ def test_mistakes_in_a_draw_are_named():
         for policy in ('normal', 'anomalous'):
             with pytest.raises(
                 ValueError,
-                match=rf"policy='{policy}' needs labels, 0 or 1 for each of the 21 images of 'pill'; got {got}; 'random' needs none",
+                match=rf"policy='{policy}' needs labels, 0 or 1 for each of the 21 images of "
+                rf"'pill'; got {got}; 'random' needs none",
             ):
                 draw_references(IDS, 0, 1, policy, labels, category='pill')
 

@@ -1,4 +1,4 @@
-"""Parity of zsad.evaluation.metrics with scikit-learn and with slow references written from the definitions."""
+"""Metrics against scikit-learn and against slow references written from the definitions."""
 
 import warnings
 from dataclasses import FrozenInstanceError
@@ -11,23 +11,19 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from zsad.evaluation.counts import components, sorted_counts
+from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import (
-    METRICS,
-    PROTOCOLS,
-    Protocol,
     auroc,
-    components,
-    evaluate,
     field_area,
     field_curve,
     pixel_auroc_within,
     pro,
     pro_curve,
     pro_field,
-    resize,
-    resize_mask,
-    sorted_counts,
 )
+from zsad.evaluation.protocol import METRICS, PROTOCOLS, Protocol
+from zsad.evaluation.resizing import resize, resize_mask
 
 # ---- references
 

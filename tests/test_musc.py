@@ -1,6 +1,7 @@
-"""Mutual scoring against loops written out in double precision, and the numbers of the public code; nothing is downloaded.
+"""Mutual scoring against loops in double precision, and the numbers of the public code.
 
-NUMBERS were computed by MuSc (xrli-U/MuSc, commit b76b93d) on the tokens that `draw` makes, distances in double precision.
+Nothing is downloaded. NUMBERS were computed by MuSc (xrli-U/MuSc, commit b76b93d) on the tokens
+that `draw` makes, distances in double precision.
 """
 
 import itertools
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from zsad.methods import musc
 from zsad.methods.musc import (
     aggregate,
-    image_score,
     interval_average,
     musc_map,
     mutual_scores,
@@ -38,7 +38,7 @@ def unit(t):
 
 
 def draw(M=12, h=6, D=24, L=2, C=16, seed=2604):
-    "Tokens [L,M,N,D] of images that share a picture, two with an odd place, the last nearly equal to number 3; class tokens [M,C]."
+    "Tokens [L,M,N,D], two images with an odd place, the last like number 3; class tokens [M,C]."
     rng = np.random.default_rng(seed)
     layers = 2 * normal(rng, L, 1, h * h, D) + normal(rng, L, M, h * h, D) + 0.5
     layers[:, 0, 7:9] += 6 * normal(rng, L, 2, D)
@@ -419,32 +419,6 @@ def test_layers_that_do_not_go_together_are_named():
         musc_map(layers[:, :1], (6, 6))
 
 
-# --- image scores
-
-
-@pytest.mark.parametrize('grid,size', [((6, 6), 64), ((4, 7), 50), ((15, 15), 240)])
-def test_the_score_is_the_highest_pixel_of_the_enlarged_map(grid, size):
-    a = torch.rand(70, grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
-    s = image_score(a, grid, size)
-    assert s.shape == (70,) and (s <= a.amax(1) + 1e-6).all() and (s < a.amax(1) - 1e-4).any()
-    assert (
-        gap(
-            s,
-            F.interpolate(
-                a.view(70, 1, *grid), size=(size, size), mode='bilinear', align_corners=True
-            )
-            .flatten(1)
-            .amax(1),
-        )
-        == 0
-    )
-    corner = a.clone()
-    corner[:, -1] = 2
-    assert (
-        gap(image_score(corner, grid, size), torch.full((70,), 2.0)) < 1e-6
-    )  # corners lie on corners
-
-
 # --- RsCIN
 
 
@@ -790,7 +764,8 @@ def test_numbers_of_the_public_code():
     assert gap(f, torch.tensor(NUMBERS['features'])) < 1e-6
     a = musc_map(layers, (6, 6))
     assert gap(a[[0, 3]], torch.tensor(NUMBERS['maps'])) < 1e-6
-    s = image_score(a, (6, 6), 64)
+    large = F.interpolate(a.view(-1, 1, 6, 6), size=64, mode='bilinear', align_corners=True)
+    s = large.flatten(1).amax(1)
     assert gap(s, torch.tensor(NUMBERS['scores'])) < 1e-6
     for ks, want in NUMBERS['rscin'].items():
         assert gap(rscin(s, cls, ks), torch.tensor(want)) < 1e-6

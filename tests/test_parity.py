@@ -1,7 +1,8 @@
-"""The encoder against open_clip itself and against the equations written out slowly, head by head, on small random weights.
+"""The encoder against open_clip and the written-out equations, head by head, on small weights.
 
-Nothing is downloaded. The weights are sharpened (queries, keys and values x 3, random biases and gains), so that attention is far from uniform
-and a wrong head, scale or path shows. The numbers in ANOVL were computed by AnoVL's own code (commit 3a70bfd) on the same weights.
+Nothing is downloaded. The weights are sharpened (queries, keys and values x 3, random biases and
+gains), so that attention is far from uniform and a wrong head, scale or path shows. The numbers in
+ANOVL were computed by AnoVL's own code (commit 3a70bfd) on the same weights.
 """
 
 import copy
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from zsad.encoder.attention import anovl_views
 from zsad.encoder.clip import AttentionPath, EncodeSpec, Preprocess, anomaly_score, load_encoder
-from zsad.methods.prompts import sentences
+from zsad.methods.prompt_sets import category_prompts
 from zsad.pipeline.detector import build
 
 VISION = dict(image_size=48, patch_size=16, layers=3, width=64, head_width=16)
@@ -62,7 +63,7 @@ def sharp(model, seed=0):
 
 @pytest.fixture(scope='module')
 def make(tmp_path_factory):
-    "Make an encoder of a small configuration with sharp weights; remembers the weights of each configuration."
+    "Make an encoder of a small configuration with sharp weights; the weights are cached."
     root, done, made = tmp_path_factory.mktemp('parity'), {}, {}
 
     def f(name='plain', **kw):
@@ -322,8 +323,11 @@ def test_numbers_of_anovls_own_code(make):
 
 # --- text: cut or not
 
-LONG = 'a close-up industrial photo of a metal_nut for visual inspection, seen from above, under bright light, on a dark table'
-TEXTS = ['a photo', *(sum(sentences('winclip', 'metal_nut'), [])[::13]), LONG]
+LONG = (
+    'a close-up industrial photo of a metal_nut for visual inspection, seen from above, '
+    'under bright light, on a dark table'
+)
+TEXTS = ['a photo', *(sum(category_prompts('winclip', 'metal_nut'), [])[::13]), LONG]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +375,7 @@ def test_anoclip_code_from_pixels_to_map(make):
                     [e.model.encode_text(e.tokenizer(s[i : i + 66])) for i in range(0, len(s), 66)]
                 ).mean(0)
             )
-            for s in sentences('anoclip@code', 'carpet')
+            for s in category_prompts('anoclip@code', 'carpet')
         ]
     )
 

@@ -1,6 +1,7 @@
-"""Rows without training, from the equations to tables: WinCLIP and WinCLIP+, MuSc and MuSc-2, Dual-Image, with their references, seeds, stored windows and training parts.
+"""Rows without training, from equation to table: WinCLIP, MuSc and Dual-Image with references.
 
-Judges are loops over single images, windows and patches; nothing is downloaded. The encoder is small and its weights are sharp, see test_parity.
+The expected values come from loops over single images, windows and patches; nothing is downloaded.
+The encoder is small and its weights are sharp, see test_parity.
 """
 
 import csv
@@ -34,7 +35,7 @@ from zsad.bench.jobs import (
     write_results,
 )
 from zsad.cli.main import main
-from zsad.core.files import digest
+from zsad.core.hashing import digest
 from zsad.datasets.layouts import (
     data_hash,
     load_dataset,
@@ -47,7 +48,8 @@ from zsad.datasets.layouts import (
 )
 from zsad.encoder.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
 from zsad.encoder.store import join, load_or_encode, prune, split, streams_in, streams_of, verify
-from zsad.evaluation.metrics import METRICS, evaluate
+from zsad.evaluation.measure import evaluate
+from zsad.evaluation.protocol import METRICS
 from zsad.methods.dual import draw_references, dual_score, joint_map, pair_map
 from zsad.methods.musc import musc_map, rscin
 from zsad.methods.prompts import encode_prompts
@@ -595,14 +597,14 @@ def same(a, b, spec, enc):
 
 @pytest.fixture
 def passes(monkeypatch):
-    "Note what is asked of the encoder: (images, attentions, windows, views), and the scales that are computed."
+    "Record calls of the encoder: (images, attentions, windows, views), and the computed scales."
     import zsad.encoder.store
     import zsad.methods.windows
 
     seen, scales, encode, embed = (
         [],
         [],
-        zsad.encoder.store.encode_images,
+        zsad.encoder.clip.encode_images,
         zsad.methods.windows.window_tokens,
     )
 
@@ -610,7 +612,7 @@ def passes(monkeypatch):
         seen.append((len(images), tuple(p.attention for p in spec.paths), spec.windows, spec.views))
         return encode(encoder, images, spec, *more)
 
-    monkeypatch.setattr('zsad.encoder.store.encode_images', noted)
+    monkeypatch.setattr('zsad.encoder.clip.encode_images', noted)
     monkeypatch.setattr(
         'zsad.methods.windows.window_tokens',
         lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1],
@@ -1236,9 +1238,8 @@ def test_one_seed_has_no_spread(run, rendered, model, tmp_path):
     assert {r['seed'] for r in plan.runs.values()} == {0} and not any(
         r['spread'] for r in csv.DictReader((tmp_path / 'own' / 'metrics.csv').open(newline=''))
     )
-    assert 'spread' not in table(SHOWN[0], tmp_path).columns.get_level_values(1) and '±' not in str(
-        readable(table(SHOWN[0], tmp_path)).values
-    )
+    columns = table(SHOWN[0], tmp_path).columns.get_level_values(1)
+    assert 'spread' not in columns and '±' not in str(readable(table(SHOWN[0], tmp_path)).values)
 
 
 def test_contrasts_compare_means(run):
@@ -1345,7 +1346,7 @@ def test_shots_come_from_the_training_part_those_of_fewer_first(rendered):
 
 
 def test_an_image_that_is_there_twice(copy, model, enc, tmp_path):
-    "Test and training images with copies: encoded once, counted and scored as often as they are there."
+    "Test and training images with copies: encoded once, counted and scored as often as they occur."
     for part in ('test', 'train'):
         shutil.copy(
             copy / 'pill' / part / 'good' / '000.png', copy / 'pill' / part / 'good' / '900.png'
@@ -1461,7 +1462,7 @@ def test_neighbourhoods_and_windows_that_do_not_fit_the_encoder_are_missing_not_
 
 
 def test_results_of_shots_are_kept_apart_by_their_pixels(rendered, model, tmp_path):
-    "Same test images, other training images, one cache: each set has the numbers that it has alone."
+    "Same test images, other training images, one cache: each set has its own numbers."
     shown = some(OWN[1], OWN[4])
     other = Path(shutil.copytree(rendered, tmp_path / 'other'))
     for c in ('pill', 'wood'):
@@ -1661,7 +1662,8 @@ def test_seeds_on_the_command_line(files, rendered, tmp_path, monkeypatch, capsy
             [l for l in capsys.readouterr().out.splitlines() if l.startswith('to do')][0],
         )
 
-    # winclip, the outline and the untrained twin once, three rows of shots once per seed; two categories
+    # winclip, the outline and the untrained encoder once, three rows of shots once per seed;
+    # two categories
     assert (
         '12 results' in count()[1]
         and '24 results' in count('--seeds', '3')[1]
