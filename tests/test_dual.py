@@ -42,14 +42,16 @@ def slow(p, q):
 
 
 def test_loops_are_the_judge():
-    p, own, many, memory = (
+    p, per_image, many, memory = (
         normal(0, 3, 5, 7),
         normal(1, 3, 6, 7),
         3 * normal(2, 3, 4, 6, 7),
         normal(3, 11, 7),
     )
     assert gap(pair_map(p, memory), torch.stack([slow(a, memory) for a in p])) < 1e-6
-    assert gap(pair_map(p, own), torch.stack([slow(a, r) for a, r in zip(p, own)])) < 1e-6
+    assert (
+        gap(pair_map(p, per_image), torch.stack([slow(a, r) for a, r in zip(p, per_image)])) < 1e-6
+    )
     each = torch.stack([torch.stack([slow(a, r) for r in k]) for a, k in zip(p, many)])  # [B,K,N]
     assert (
         gap(pair_map(p, many), each.amin(1)) < 1e-6
@@ -246,7 +248,7 @@ def test_sums_that_cannot_be_made_are_refused():
     for bad in (-0.1, 1.1, float('nan'), 2):
         with pytest.raises(
             ValueError,
-            match=rf'alpha={bad}.*from 0 \(the references alone\) to 1 \(the sentences alone\)',
+            match=rf'alpha={bad}.*from 0 \(the references alone\) to 1 \(the text alone\)',
         ):
             joint_map(text, text, bad)
         with pytest.raises(

@@ -194,11 +194,11 @@ def test_references_for_all_and_for_each():
             and gap(patch_distances(f[i : i + 1], each[i : i + 1])[0], e[i]) < 1e-6
         )
     assert gap(patch_distances(f, o.expand(4, 3, 9, 5)), d) < 1e-6
-    rest = torch.stack([torch.cat([f[:i], f[i + 1 :]]) for i in range(4)])
+    remaining = torch.stack([torch.cat([f[:i], f[i + 1 :]]) for i in range(4)])
     assert (
-        gap(patch_distances(f, rest), patch_distances(f)) < 1e-6
+        gap(patch_distances(f, remaining), patch_distances(f)) < 1e-6
     )  # the others of the set, handed in
-    assert gap(patch_distances(f, chunk=1), patch_distances(f, rest, chunk=1)) < 1e-6
+    assert gap(patch_distances(f, chunk=1), patch_distances(f, remaining, chunk=1)) < 1e-6
 
 
 @pytest.mark.parametrize('D', [24, 192, 896])
@@ -335,14 +335,17 @@ def test_a_map_is_the_mean_over_layers_and_neighbourhoods():
 
 def test_layers_may_come_one_by_one():
     layers, _ = draw()
-    asked = []
+    requested = []
 
     def lazily(t):
         for l, z in enumerate(t):
-            asked.append(l)
+            requested.append(l)
             yield z
 
-    assert gap(musc_map(lazily(layers), (6, 6)), musc_map(layers, (6, 6))) == 0 and asked == [0, 1]
+    assert gap(musc_map(lazily(layers), (6, 6)), musc_map(layers, (6, 6))) == 0 and requested == [
+        0,
+        1,
+    ]
     assert gap(musc_map(list(layers), (6, 6)), musc_map(layers, (6, 6))) == 0
     assert (
         gap(
@@ -356,12 +359,15 @@ def test_layers_may_come_one_by_one():
 def test_a_batch_with_references_is_its_images_one_by_one():
     layers, _ = draw()
     x, o, each = layers[:, :4], layers[:, 4:7], layers[:, 4:].unflatten(1, (4, 2))
-    for refs, own in ((o, lambda i: o), (each, lambda i: each[:, i : i + 1])):
+    for refs, references_of in ((o, lambda i: o), (each, lambda i: each[:, i : i + 1])):
         a = musc_map(x, (6, 6), others=refs)
         assert (
             a.shape == (4, 36)
             and gap(
-                torch.cat([musc_map(x[:, i : i + 1], (6, 6), others=own(i)) for i in range(4)]), a
+                torch.cat(
+                    [musc_map(x[:, i : i + 1], (6, 6), others=references_of(i)) for i in range(4)]
+                ),
+                a,
             )
             < 1e-6
         )

@@ -78,14 +78,14 @@ def make(tmp_path_factory):
             at.with_suffix('.json').write_text(json.dumps(cfg))
             torch.save(sharp(m), at.with_suffix('.pt'))
             done[key] = at
-        asked = (key, *sorted(kw.items()))
-        if asked not in made:
-            made[asked] = load_encoder(
+        request = (key, *sorted(kw.items()))
+        if request not in made:
+            made[request] = load_encoder(
                 done[key].with_suffix('.json'),
                 done[key].with_suffix('.pt'),
                 **{'device': 'cpu', 'dtype': 'float32', **kw},
             )
-        return made[asked]
+        return made[request]
 
     return f
 
@@ -547,8 +547,10 @@ def test_files_of_weights(make, x, tmp_path):
     assert load(tmp_path / '0.pt', h).preprocess == Preprocess(
         48, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
     ) and torch.equal(load(tmp_path / '0.pt', h).encode(x).single, want)
-    a, b, again = (load_encoder(c, f'random:{s}', device='cpu', dtype='float32') for s in (1, 2, 1))
-    assert a.weights == again.weights != b.weights
+    a, b, repeated = (
+        load_encoder(c, f'random:{s}', device='cpu', dtype='float32') for s in (1, 2, 1)
+    )
+    assert a.weights == repeated.weights != b.weights
 
 
 # --- errors say what and where

@@ -279,9 +279,9 @@ def test_task_specific_states_are_added_for_their_categories_alone():
         and len(more) == 22
         and 'a blurry photo of the pcb2 with bad soldering.' in more
     )
-    own = replace(PROMPTS['base'], name='own', task=[('nut', ['bent {}', 'stripped {}'])])
-    assert [len(s) for s in category_prompts(own, 'nut')] == [22, 66] and category_prompts(
-        own, 'bolt'
+    custom = replace(PROMPTS['base'], name='own', task=[('nut', ['bent {}', 'stripped {}'])])
+    assert [len(s) for s in category_prompts(custom, 'nut')] == [22, 66] and category_prompts(
+        custom, 'bolt'
     ) == category_prompts('base', 'bolt')
 
 

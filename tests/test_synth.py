@@ -54,10 +54,10 @@ class Spy:
     "A generator that keeps what it is asked for."
 
     def __init__(self):
-        self.rng, self.asked = np.random.default_rng(0), []
+        self.rng, self.requests = np.random.default_rng(0), []
 
     def __getattr__(self, name):
-        return lambda *a: self.asked.append((name, *a)) or getattr(self.rng, name)(*a)
+        return lambda *a: self.requests.append((name, *a)) or getattr(self.rng, name)(*a)
 
 
 def picture(h, w, seed):
@@ -189,20 +189,20 @@ def test_rotation():
 
 
 def test_a_mask_is_turned_noise_above_a_half(monkeypatch):
-    asked = []
+    requests = []
     monkeypatch.setattr(
         synthesis,
         'perlin',
-        lambda shape, res, rng: asked.append(tuple(res)) or perlin(shape, res, rng),
+        lambda shape, res, rng: requests.append(tuple(res)) or perlin(shape, res, rng),
     )
     for i in range(300):
         draw_mask((48, 64), seeded_rng(0, 'cells', i), False)
-    assert {k for res in asked for k in res} == {1, 2, 4, 8, 16, 32} and len(asked) == 300
+    assert {k for res in requests for k in res} == {1, 2, 4, 8, 16, 32} and len(requests) == 300
     counts = np.array(
-        [sum(res[a] == k for res in asked) for a in (0, 1) for k in (1, 2, 4, 8, 16, 32)]
+        [sum(res[a] == k for res in requests) for a in (0, 1) for k in (1, 2, 4, 8, 16, 32)]
     )
     assert counts.min() > 25 and counts.max() < 80
-    assert len(set(asked)) > 30  # down and across on their own
+    assert len(set(requests)) > 30  # down and across on their own
     angles = 2 * np.pi * np.random.default_rng(5).random((3, 5))
     m = draw_mask((48, 64), Scripted((1, 2), angles / (2 * np.pi), 20.0))
     assert (
@@ -380,8 +380,8 @@ def test_ranges_are_those_of_draem_and_imgaug():
         spy = Spy()
         f(picture(8, 8, 0), spy)
         assert [
-            a if w != ('random', None) else ('random', None) for a, w in zip(spy.asked, want)
-        ] == want and len(spy.asked) == len(want), f
+            a if w != ('random', None) else ('random', None) for a, w in zip(spy.requests, want)
+        ] == want and len(spy.requests) == len(want), f
 
 
 def test_augmenters_off_positions():
@@ -623,8 +623,8 @@ def test_any_size_and_grey(shape):
         and np.array_equal(image, before[0])
         and np.array_equal(texture, before[1])
     )
-    again = synthesize(image, texture, seeded_rng(0, 'synth', shape))
-    assert np.array_equal(out, again[0]) and np.array_equal(mask, again[1])
+    repeated = synthesize(image, texture, seeded_rng(0, 'synth', shape))
+    assert np.array_equal(out, repeated[0]) and np.array_equal(mask, repeated[1])
     assert not np.array_equal(mask, synthesize(image, texture, seeded_rng(1, 'synth', shape))[1])
 
 

@@ -351,11 +351,12 @@ def test_descend_leaves_its_arguments_alone_and_can_be_broken():
     whole = descend(w0, loss, 7, 0.1)
     first = descend(w0, loss, 3, 0.1)
     kept = [t.clone() for part in first[1][1:] for t in part]
-    rest = descend(first[0], loss, 4, 0.1, first[1])
+    continued = descend(first[0], loss, 4, 0.1, first[1])
     assert (
-        all(gap(a, b) < 1e-6 for a, b in zip(whole[0], rest[0])) and whole[1][0] == rest[1][0] == 7
+        all(gap(a, b) < 1e-6 for a, b in zip(whole[0], continued[0]))
+        and whole[1][0] == continued[1][0] == 7
     )
-    assert gap(torch.cat([first[2], rest[2]]), whole[2]) < 1e-5 and whole[2].shape == (7, 2)
+    assert gap(torch.cat([first[2], continued[2]]), whole[2]) < 1e-5 and whole[2].shape == (7, 2)
     assert (
         all(torch.equal(a, b) for a, b in zip(kept, [t for part in first[1][1:] for t in part]))
         and first[1][0] == 3
@@ -366,7 +367,7 @@ def test_descend_leaves_its_arguments_alone_and_can_be_broken():
         and not whole[0][0].requires_grad
     )
     fresh = descend(first[0], loss, 4, 0.1)
-    assert gap(fresh[0][0], rest[0][0]) > 1e-3
+    assert gap(fresh[0][0], continued[0][0]) > 1e-3
 
 
 # --- a batch
@@ -583,8 +584,8 @@ def test_starts_are_those_of_a_fresh_linear_layer():
             and abs(t.std() - u.std()) < 6e-3
             and t.abs().max() <= 0.125
         )
-    again = draw_start(['d', 'b'], 'code', T, 1)
-    assert torch.equal(again[0], w[[3, 1]]) and torch.equal(again[1], b[[3, 1]])
+    repeated = draw_start(['d', 'b'], 'code', T, 1)
+    assert torch.equal(repeated[0], w[[3, 1]]) and torch.equal(repeated[1], b[[3, 1]])
     assert gap(draw_start(IDS, 'code', T, 2)[0], w) > 0.1 and gap(w[0], w[1]) > 0.1
     assert [t.shape[1:] for t in draw_start(IDS, 'linear', T)] == [(64, 64), (64,)] and [
         t.shape for t in draw_start(IDS, 'text', T[0])

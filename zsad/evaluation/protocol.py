@@ -36,7 +36,7 @@ class Protocol:
 # %% ../../nbs/evaluation/protocol.ipynb #605b76d5
 def check_protocol(p: Protocol):
     "Raise ValueError for an invalid field, naming the value and the valid values."
-    known = not isinstance(p.metrics, str) and set(p.metrics) <= set(METRIC_OPERATIONS)
+    registered = not isinstance(p.metrics, str) and set(p.metrics) <= set(METRIC_OPERATIONS)
     sized = p.size is None or (np.size(p.size) in (1, 2) and np.min(p.size) > 0)
     checks = {
         'size': (sized, 'None, a positive number of pixels or (height, width)'),
@@ -44,7 +44,7 @@ def check_protocol(p: Protocol):
         'pro_limit': (0 < p.pro_limit <= 1, 'a rate in (0, 1]'),
         'connectivity': (p.connectivity in (4, 8), (4, 8)),
         'within': (p.within in (None, 'foreground'), (None, 'foreground')),
-        'metrics': (known, f'a tuple of {tuple(METRIC_OPERATIONS)}'),
+        'metrics': (registered, f'a tuple of {tuple(METRIC_OPERATIONS)}'),
     }
     for name, (good, valid) in checks.items():
         if not good:

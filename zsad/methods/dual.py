@@ -72,7 +72,7 @@ def joint_map(
     alpha: float = 0.5,  # share of the text
 ) -> Tensor:  # [B,N]
     "Average the text score and the visual score of patches, Dual-Image Eq. (6), reconstructed."
-    check_share('alpha', alpha, 'the references', 'the sentences')
+    check_share('alpha', alpha, 'the references', 'the text')
     if text.shape != vis.shape:
         raise ValueError(
             f'text: {list(text.shape)} and vis: {list(vis.shape)} differ; '
