@@ -9,15 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from zsad.core.files import (
-    available_cores,
-    cache_dir,
-    digest,
-    fill_folder,
-    quota_cores,
-    safe_name,
-    write_atomic,
-)
+from zsad.core.files import cache_dir, fill_folder, safe_name, write_atomic
+from zsad.core.hashing import digest
+from zsad.core.parallel import available_cores, quota_cores
 
 LONG = np.zeros(5000)
 OTHER = LONG.copy()
@@ -207,19 +201,21 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='affinity')
 def test_a_process_that_is_bound_to_one_core_uses_one():
     code = (
-        'import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from zsad.core.files import available_cores, on_cores; '
-        'assert available_cores() == 1; assert set(on_cores(lambda n: os.getpid(), range(3))) == {os.getpid()}'
+        'import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); '
+        'from zsad.core.parallel import available_cores, parallel_map; '
+        'assert available_cores() == 1; '
+        'pids = set(parallel_map(lambda n: os.getpid(), range(3))); assert pids == {os.getpid()}'
     )
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_a_container_uses_what_its_quota_allows(tmp_path, monkeypatch):
-    import zsad.core.files
+    import zsad.core.parallel
 
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(64)), raising=False)
     monkeypatch.setattr(os, 'process_cpu_count', lambda: 64, raising=False)
     for cores, want in ((1.5, 2), (0.2, 1), (float('inf'), 64)):
-        monkeypatch.setattr(zsad.core.files, 'quota_cores', lambda: cores)
+        monkeypatch.setattr(zsad.core.parallel, 'quota_cores', lambda: cores)
         assert available_cores() == want
     write_atomic(tmp_path / 'app' / 'cpu.max', '400000 100000')
     (tmp_path / 'cgroup').write_text('0::/app/job\n')

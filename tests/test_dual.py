@@ -1,6 +1,7 @@
-"""A second image against loops that spell the equations out, scikit-learn's nearest neighbours, and draws that nothing but seed and id may change.
+"""A second image against loops and scikit-learn, and draws that only seed and id change.
 
-The authors of Dual-Image published no code, so no numbers of theirs are frozen here; DRAWS are this project's own, so that a seed means the same images in every version.
+The authors of Dual-Image published no code, so no numbers of theirs are stored here; DRAWS are this
+project's own, so that a seed means the same images in every version.
 """
 
 import itertools
@@ -41,14 +42,16 @@ def slow(p, q):
 
 
 def test_loops_are_the_judge():
-    p, own, many, memory = (
+    p, per_image, many, memory = (
         normal(0, 3, 5, 7),
         normal(1, 3, 6, 7),
         3 * normal(2, 3, 4, 6, 7),
         normal(3, 11, 7),
     )
     assert gap(pair_map(p, memory), torch.stack([slow(a, memory) for a in p])) < 1e-6
-    assert gap(pair_map(p, own), torch.stack([slow(a, r) for a, r in zip(p, own)])) < 1e-6
+    assert (
+        gap(pair_map(p, per_image), torch.stack([slow(a, r) for a, r in zip(p, per_image)])) < 1e-6
+    )
     each = torch.stack([torch.stack([slow(a, r) for r in k]) for a, k in zip(p, many)])  # [B,K,N]
     assert (
         gap(pair_map(p, many), each.amin(1)) < 1e-6
@@ -245,7 +248,7 @@ def test_sums_that_cannot_be_made_are_refused():
     for bad in (-0.1, 1.1, float('nan'), 2):
         with pytest.raises(
             ValueError,
-            match=rf'alpha={bad}.*from 0 \(the references alone\) to 1 \(the sentences alone\)',
+            match=rf'alpha={bad}.*from 0 \(the references alone\) to 1 \(the text alone\)',
         ):
             joint_map(text, text, bad)
         with pytest.raises(
@@ -354,7 +357,8 @@ def test_references_from_another_pool():
 def test_pools_that_are_too_small_are_named():
     with pytest.raises(
         ValueError,
-        match="count=1: 'pill' has 0 images that policy 'random' may draw for 'a', of 1; give more images",
+        match="count=1: 'pill' has 0 images that policy 'random' may draw for 'a', of 1; "
+        'give more images',
     ):
         draw_references(['a'], category='pill')
     with pytest.raises(
@@ -389,7 +393,8 @@ def test_mistakes_in_a_draw_are_named():
         for policy in ('normal', 'anomalous'):
             with pytest.raises(
                 ValueError,
-                match=rf"policy='{policy}' needs labels, 0 or 1 for each of the 21 images of 'pill'; got {got}; 'random' needs none",
+                match=rf"policy='{policy}' needs labels, 0 or 1 for each of the 21 images of "
+                rf"'pill'; got {got}; 'random' needs none",
             ):
                 draw_references(IDS, 0, 1, policy, labels, category='pill')
 

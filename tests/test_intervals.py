@@ -1,4 +1,4 @@
-"""Draws of images against metrics computed from the start on the repeated images, and intervals that contain their value."""
+"""Draws of images against metrics of the repeated images, and intervals with their value."""
 
 import subprocess
 import sys
@@ -11,28 +11,20 @@ from scipy import ndimage
 
 import zsad
 from zsad.bench.jobs import Truth, measure_row
-from zsad.evaluation.intervals import (
-    BINS,
-    corrected_interval,
-    interval,
-    resample,
-    resample_weights,
-    threshold_bins,
-)
+from zsad.evaluation.counts import components, sorted_counts
+from zsad.evaluation.intervals import corrected_interval, interval
+from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import (
     METRIC_OPERATIONS,
-    METRICS,
-    Protocol,
     auroc,
     average_precision,
-    components,
-    evaluate,
     f1max,
     metric,
     pixel_auroc_within,
     pro,
-    sorted_counts,
 )
+from zsad.evaluation.protocol import METRICS, Protocol
+from zsad.evaluation.resampling import BINS, resample, resample_weights, threshold_bins
 
 DRAWN = METRICS[:-1]  # all but the field's PRO
 SCALES = {
@@ -48,7 +40,7 @@ SCALES = {
 }
 
 
-def scene(seed, images=12, size=32, side=None, lift=1.2):
+def draw_category(seed, images=12, size=32, side=None, lift=1.2):
     "Maps of smooth noise and squares; the first third of the images is normal."
     rng = np.random.default_rng(seed)
     masks = np.zeros((images, size, size), bool)
@@ -87,7 +79,7 @@ def spans(out):
 @pytest.mark.parametrize('scale', SCALES)
 def test_every_draw_is_exact(scale, limit):
     "Up to BINS distinct anomalous scores, with ties, saturation and infinite scores."
-    maps, masks = scene(0)
+    maps, masks = draw_category(0)
     maps, weights = SCALES[scale](maps), resample_weights(len(maps), ('t',), 12)
     assert len(np.unique(maps[masks])) <= BINS
     got = drawn(maps, masks, weights, limit)
@@ -100,7 +92,7 @@ def test_every_draw_is_exact(scale, limit):
 @pytest.mark.parametrize('lift', [0.3, 3.0])
 def test_more_scores_than_bins(scale, lift):
     "The set itself stays exact; other draws are as good as exact."
-    maps, masks = scene(1, images=15, size=96, side=30, lift=lift)
+    maps, masks = draw_category(1, images=15, size=96, side=30, lift=lift)
     maps, weights = SCALES[scale](maps), resample_weights(len(maps), ('t',), 8)
     if scale != 'saturated':
         assert len(np.unique(maps[masks])) > 2 * BINS
@@ -116,7 +108,7 @@ def test_more_scores_than_bins(scale, lift):
 
 
 def test_draws_without_a_class_are_nan():
-    maps, masks = scene(2, images=6)
+    maps, masks = draw_category(2, images=6)
     weights = np.array([[1] * 6, [2, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]])
     got = drawn(maps, masks, weights)
     for k in got:
@@ -126,7 +118,7 @@ def test_draws_without_a_class_are_nan():
 @pytest.mark.parametrize('draws', [-1, 0.5, True])
 def test_number_of_draws(draws):
     with pytest.raises(ValueError, match='draws='):
-        evaluate(*given(*scene(0)), draws=draws)
+        evaluate(*given(*draw_category(0)), draws=draws)
 
 
 # ---- intervals
@@ -136,7 +128,7 @@ def test_number_of_draws(draws):
 @pytest.mark.parametrize('scale', SCALES)
 def test_intervals_contain_their_value(scale, side):
     "Histograms of every second pixel gave 99.4 with an interval of 8 to 21 for defects of 4 x 4."
-    maps, masks = scene(3, images=9, size=64, side=side, lift=4)
+    maps, masks = draw_category(3, images=9, size=64, side=side, lift=4)
     args = given(SCALES[scale](maps), masks)
     out = evaluate(*args, draws=100)
     plain = evaluate(*args)
@@ -148,7 +140,7 @@ def test_intervals_contain_their_value(scale, side):
 
 
 def test_interval_is_that_of_an_exact_bootstrap():
-    maps, masks = scene(4)
+    maps, masks = draw_category(4)
     out = evaluate(*given(maps, masks), draws=60, seed=3)
     weights = resample_weights(len(maps), ('evaluate', 3), 60)
     want = [from_the_start(maps, masks, w) for w in weights]
@@ -181,7 +173,7 @@ def test_interval_of_values_and_differences():
 
 
 def test_protocols_and_inputs():
-    maps, masks = scene(5)
+    maps, masks = draw_category(5)
     args, inside = given(maps, masks), ndimage.binary_dilation(masks, np.ones((1, 7, 7)))
     want = drawn(maps, masks, resample_weights(len(maps), ('evaluate', 0), 30), within=inside)
     out = evaluate(*args, protocol='within', foreground=inside, draws=30)
@@ -199,7 +191,7 @@ def test_protocols_and_inputs():
 
 @pytest.mark.parametrize('case', ['nan maps', 'nan scores', 'no masks', 'all normal', 'nothing'])
 def test_undefined_values_have_no_interval(case):
-    maps, masks, scores, labels = given(*scene(6))
+    maps, masks, scores, labels = given(*draw_category(6))
     if case == 'nan maps':
         maps[2, :2, :3] = np.nan
     if case == 'nan scores':
@@ -231,10 +223,10 @@ def truth(masks, foreground=None):
 
 @pytest.mark.parametrize('scale', SCALES)
 def test_rows_and_kinds_of_defect_are_exact(scale):
-    maps, masks = scene(7, images=14)
+    maps, masks = draw_category(7, images=14)
     maps, inside = SCALES[scale](maps), ndimage.binary_dilation(masks, np.ones((1, 5, 5)))
     t, scores = truth(masks, inside), maps.reshape(len(maps), -1).max(1)
-    values, again, why, defects = measure_row(maps, scores, t, ('set', 'category'))
+    values, bootstrap_values, why, defects = measure_row(maps, scores, t, ('set', 'category'))
     want = evaluate(maps, masks, scores, t.labels)
     assert {k: values[k] for k in METRICS} == pytest.approx(
         {k: want[k] for k in METRICS}, abs=1e-12, nan_ok=True
@@ -242,13 +234,16 @@ def test_rows_and_kinds_of_defect_are_exact(scale):
     assert values['pixel_auroc_within'] == pytest.approx(
         pixel_auroc_within(maps, masks, inside), abs=1e-12
     )
-    assert set(again) == set(DRAWN) and why == want['why']
+    assert set(bootstrap_values) == set(DRAWN) and why == want['why']
     for k in DRAWN:
-        assert again[k][0] == pytest.approx(values[k], abs=1e-9) and len(again[k]) == 200
+        assert (
+            bootstrap_values[k][0] == pytest.approx(values[k], abs=1e-9)
+            and len(bootstrap_values[k]) == 200
+        )
     assert set(defects) == {'scratch', 'hole', 'dust'}
     for kind, d in defects.items():
-        own = np.array([s.defect in (kind, 'good') for s in t.samples])
-        w = evaluate(maps[own], masks[own], scores[own], t.labels[own])
+        selected = np.array([s.defect in (kind, 'good') for s in t.samples])
+        w = evaluate(maps[selected], masks[selected], scores[selected], t.labels[selected])
         assert d['n'] == sum(s.defect == kind for s in t.samples)
         for k in ('image_auroc', 'pixel_auroc', 'pro'):
             assert d[k] == pytest.approx(w[k], abs=1e-12)
@@ -256,26 +251,26 @@ def test_rows_and_kinds_of_defect_are_exact(scale):
 
 def test_nan_maps_give_nan_everywhere():
     "A defect metric of 0.456 came from maps that were NaN."
-    maps, masks = scene(8)
+    maps, masks = draw_category(8)
     maps[1, 3] = np.nan
     t, scores = truth(masks, masks | True), np.nan_to_num(maps).max((1, 2))
-    values, again, why, defects = measure_row(maps, scores, t, ('set', 'category'))
+    values, bootstrap_values, why, defects = measure_row(maps, scores, t, ('set', 'category'))
     lost = {*METRICS[3:], 'pixel_auroc_within'}
     assert {k for k, v in values.items() if np.isnan(v)} == lost == set(why)
-    assert set(again) == set(METRICS[:3]) and all('32 of' in why[k] for k in lost)
+    assert set(bootstrap_values) == set(METRICS[:3]) and all('32 of' in why[k] for k in lost)
     for d in defects.values():
         assert np.isnan(d['pixel_auroc']) and np.isnan(d['pro']) and 0 <= d['image_auroc'] <= 1
     scores[0] = np.nan
-    values, again, why, defects = measure_row(maps, scores, t, ('set', 'category'))
+    values, bootstrap_values, why, defects = measure_row(maps, scores, t, ('set', 'category'))
     assert (
-        not again
+        not bootstrap_values
         and set(why) == set(values)
         and all(np.isnan(d['image_auroc']) for d in defects.values())
     )
 
 
 def test_rows_of_few_metrics_and_sets_without_masks():
-    maps, masks = scene(9)
+    maps, masks = draw_category(9)
     t, scores = truth(masks), maps.max((1, 2))
     full = measure_row(maps, scores, t, ('a',))
     few = measure_row(maps, scores, t, ('a',), Protocol(metrics=('pixel_auroc', 'pro')))
@@ -291,8 +286,12 @@ def test_rows_of_few_metrics_and_sets_without_masks():
         masks & False,
         None,
     )
-    values, again, why, defects = measure_row(maps, scores, bare, ('a',))
-    assert set(again) == set(METRICS[:3]) and 'no masks' in why['pro'] and np.isnan(values['pro'])
+    values, bootstrap_values, why, defects = measure_row(maps, scores, bare, ('a',))
+    assert (
+        set(bootstrap_values) == set(METRICS[:3])
+        and 'no masks' in why['pro']
+        and np.isnan(values['pro'])
+    )
 
 
 # ---- metrics of one's own, and the package's names
@@ -304,7 +303,7 @@ def test_a_metric_of_ones_own():
         return c.tp[c.fp == 0].max(initial=0) / c.positives
 
     try:
-        maps, masks = scene(10, lift=5)
+        maps, masks = draw_category(10, lift=5)
         out = evaluate(
             *given(maps, masks),
             Protocol(metrics=('pixel_recall_without_false_alarm', 'pro')),
@@ -324,7 +323,8 @@ def test_public_names_are_loaded_when_used():
     code = (
         "import sys, zsad; assert not {'torch', 'numpy'} & set(sys.modules);"
         "from zsad import evaluate; assert 'torch' not in sys.modules;"
-        "from zsad import build, figure, load_dataset, load_encoder, load_image, table, EXHIBITS, METHODS;"
+        "from zsad import build, figure, load_dataset, load_encoder, load_image, table;"
+        "from zsad import EXHIBITS, METHODS;"
         "assert 'winclip' in METHODS and 'anoclip-t1' in EXHIBITS; print(zsad.__version__)"
     )
     assert subprocess.run(

@@ -1,4 +1,4 @@
-"""Parity of zsad.evaluation.metrics with scikit-learn and with slow references written from the definitions."""
+"""Metrics against scikit-learn and against slow references written from the definitions."""
 
 import warnings
 from dataclasses import FrozenInstanceError
@@ -11,23 +11,19 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from zsad.evaluation.counts import components, sorted_counts
+from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import (
-    METRICS,
-    PROTOCOLS,
-    Protocol,
     auroc,
-    components,
-    evaluate,
     field_area,
     field_curve,
     pixel_auroc_within,
     pro,
     pro_curve,
     pro_field,
-    resize,
-    resize_mask,
-    sorted_counts,
 )
+from zsad.evaluation.protocol import METRICS, PROTOCOLS, Protocol
+from zsad.evaluation.resizing import resize, resize_mask
 
 # ---- references
 
@@ -110,7 +106,7 @@ SCALES = {
 }
 
 
-def scene(seed, M=10, S=40, lift=1.5):
+def draw_category(seed, M=10, S=40, lift=1.5):
     rng = np.random.default_rng(seed)
     masks = np.zeros((M, S, S), bool)
     for i in range(M - 3):
@@ -126,7 +122,7 @@ def scene(seed, M=10, S=40, lift=1.5):
 @pytest.fixture(scope='module', params=[(0, 1.0), (1, 3.0)])
 def data(request):
     seed, lift = request.param
-    return scene(seed, lift=lift)
+    return draw_category(seed, lift=lift)
 
 
 def run(m, g, **k):
@@ -150,7 +146,7 @@ def test_sklearn(data, scale, dtype):
 @pytest.mark.parametrize('dtype', [np.float64, np.float32])
 @pytest.mark.parametrize('scale', SCALES)
 def test_exact_pro(scale, dtype):
-    m, g = scene(2, M=5, S=20)
+    m, g = draw_category(2, M=5, S=20)
     m = SCALES[scale](m).astype(dtype)
     for limit in (0.01, 0.3, 1.0):
         assert pro(sorted_counts(m, components(g)), limit) == pytest.approx(
@@ -191,7 +187,7 @@ def test_field_is_strict(data):
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.int64, bool])
 def test_integer_maps(dtype):
-    g = scene(3)[1]
+    g = draw_category(3)[1]
     m = np.random.default_rng(0).integers(0, 2 if dtype is bool else 200, g.shape).astype(dtype)
     out = run(m, g)
     assert out['pixel_auroc'] == pytest.approx(roc_auc_score(g.ravel(), m.ravel()), abs=1e-9)

@@ -1,6 +1,7 @@
-"""Mutual scoring against loops written out in double precision, and the numbers of the public code; nothing is downloaded.
+"""Mutual scoring against loops in double precision, and the numbers of the public code.
 
-NUMBERS were computed by MuSc (xrli-U/MuSc, commit b76b93d) on the tokens that `draw` makes, distances in double precision.
+Nothing is downloaded. NUMBERS were computed by MuSc (xrli-U/MuSc, commit b76b93d) on the tokens
+that `draw` makes, distances in double precision.
 """
 
 import itertools
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from zsad.methods import musc
 from zsad.methods.musc import (
     aggregate,
-    image_score,
     interval_average,
     musc_map,
     mutual_scores,
@@ -38,7 +38,7 @@ def unit(t):
 
 
 def draw(M=12, h=6, D=24, L=2, C=16, seed=2604):
-    "Tokens [L,M,N,D] of images that share a picture, two with an odd place, the last nearly equal to number 3; class tokens [M,C]."
+    "Tokens [L,M,N,D], two images with an odd place, the last like number 3; class tokens [M,C]."
     rng = np.random.default_rng(seed)
     layers = 2 * normal(rng, L, 1, h * h, D) + normal(rng, L, M, h * h, D) + 0.5
     layers[:, 0, 7:9] += 6 * normal(rng, L, 2, D)
@@ -194,11 +194,11 @@ def test_references_for_all_and_for_each():
             and gap(patch_distances(f[i : i + 1], each[i : i + 1])[0], e[i]) < 1e-6
         )
     assert gap(patch_distances(f, o.expand(4, 3, 9, 5)), d) < 1e-6
-    rest = torch.stack([torch.cat([f[:i], f[i + 1 :]]) for i in range(4)])
+    remaining = torch.stack([torch.cat([f[:i], f[i + 1 :]]) for i in range(4)])
     assert (
-        gap(patch_distances(f, rest), patch_distances(f)) < 1e-6
+        gap(patch_distances(f, remaining), patch_distances(f)) < 1e-6
     )  # the others of the set, handed in
-    assert gap(patch_distances(f, chunk=1), patch_distances(f, rest, chunk=1)) < 1e-6
+    assert gap(patch_distances(f, chunk=1), patch_distances(f, remaining, chunk=1)) < 1e-6
 
 
 @pytest.mark.parametrize('D', [24, 192, 896])
@@ -335,14 +335,17 @@ def test_a_map_is_the_mean_over_layers_and_neighbourhoods():
 
 def test_layers_may_come_one_by_one():
     layers, _ = draw()
-    asked = []
+    requested = []
 
     def lazily(t):
         for l, z in enumerate(t):
-            asked.append(l)
+            requested.append(l)
             yield z
 
-    assert gap(musc_map(lazily(layers), (6, 6)), musc_map(layers, (6, 6))) == 0 and asked == [0, 1]
+    assert gap(musc_map(lazily(layers), (6, 6)), musc_map(layers, (6, 6))) == 0 and requested == [
+        0,
+        1,
+    ]
     assert gap(musc_map(list(layers), (6, 6)), musc_map(layers, (6, 6))) == 0
     assert (
         gap(
@@ -356,12 +359,15 @@ def test_layers_may_come_one_by_one():
 def test_a_batch_with_references_is_its_images_one_by_one():
     layers, _ = draw()
     x, o, each = layers[:, :4], layers[:, 4:7], layers[:, 4:].unflatten(1, (4, 2))
-    for refs, own in ((o, lambda i: o), (each, lambda i: each[:, i : i + 1])):
+    for refs, references_of in ((o, lambda i: o), (each, lambda i: each[:, i : i + 1])):
         a = musc_map(x, (6, 6), others=refs)
         assert (
             a.shape == (4, 36)
             and gap(
-                torch.cat([musc_map(x[:, i : i + 1], (6, 6), others=own(i)) for i in range(4)]), a
+                torch.cat(
+                    [musc_map(x[:, i : i + 1], (6, 6), others=references_of(i)) for i in range(4)]
+                ),
+                a,
             )
             < 1e-6
         )
@@ -417,32 +423,6 @@ def test_layers_that_do_not_go_together_are_named():
         musc_map(layers, (6, 6), ())
     with pytest.raises(ValueError, match=r'\[1, 36, 24\].*at least 2.*others'):
         musc_map(layers[:, :1], (6, 6))
-
-
-# --- image scores
-
-
-@pytest.mark.parametrize('grid,size', [((6, 6), 64), ((4, 7), 50), ((15, 15), 240)])
-def test_the_score_is_the_highest_pixel_of_the_enlarged_map(grid, size):
-    a = torch.rand(70, grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
-    s = image_score(a, grid, size)
-    assert s.shape == (70,) and (s <= a.amax(1) + 1e-6).all() and (s < a.amax(1) - 1e-4).any()
-    assert (
-        gap(
-            s,
-            F.interpolate(
-                a.view(70, 1, *grid), size=(size, size), mode='bilinear', align_corners=True
-            )
-            .flatten(1)
-            .amax(1),
-        )
-        == 0
-    )
-    corner = a.clone()
-    corner[:, -1] = 2
-    assert (
-        gap(image_score(corner, grid, size), torch.full((70,), 2.0)) < 1e-6
-    )  # corners lie on corners
 
 
 # --- RsCIN
@@ -790,7 +770,8 @@ def test_numbers_of_the_public_code():
     assert gap(f, torch.tensor(NUMBERS['features'])) < 1e-6
     a = musc_map(layers, (6, 6))
     assert gap(a[[0, 3]], torch.tensor(NUMBERS['maps'])) < 1e-6
-    s = image_score(a, (6, 6), 64)
+    large = F.interpolate(a.view(-1, 1, 6, 6), size=64, mode='bilinear', align_corners=True)
+    s = large.flatten(1).amax(1)
     assert gap(s, torch.tensor(NUMBERS['scores'])) < 1e-6
     for ks, want in NUMBERS['rscin'].items():
         assert gap(rscin(s, cls, ks), torch.tensor(want)) < 1e-6

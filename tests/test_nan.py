@@ -1,4 +1,4 @@
-"What cannot be computed must not look like a sound place: NaN in gives NaN out, or an error that names it."
+"NaN in gives NaN out, or an error that names it: a failure must not look like a normal place."
 
 from dataclasses import replace
 

@@ -1,7 +1,8 @@
-"""The encoder against open_clip itself and against the equations written out slowly, head by head, on small random weights.
+"""The encoder against open_clip and the written-out equations, head by head, on small weights.
 
-Nothing is downloaded. The weights are sharpened (queries, keys and values x 3, random biases and gains), so that attention is far from uniform
-and a wrong head, scale or path shows. The numbers in ANOVL were computed by AnoVL's own code (commit 3a70bfd) on the same weights.
+Nothing is downloaded. The weights are sharpened (queries, keys and values x 3, random biases and
+gains), so that attention is far from uniform and a wrong head, scale or path shows. The numbers in
+ANOVL were computed by AnoVL's own code (commit 3a70bfd) on the same weights.
 """
 
 import copy
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from zsad.encoder.attention import anovl_views
 from zsad.encoder.clip import AttentionPath, EncodeSpec, Preprocess, anomaly_score, load_encoder
-from zsad.methods.prompts import sentences
+from zsad.methods.prompt_sets import category_prompts
 from zsad.pipeline.detector import build
 
 VISION = dict(image_size=48, patch_size=16, layers=3, width=64, head_width=16)
@@ -62,7 +63,7 @@ def sharp(model, seed=0):
 
 @pytest.fixture(scope='module')
 def make(tmp_path_factory):
-    "Make an encoder of a small configuration with sharp weights; remembers the weights of each configuration."
+    "Make an encoder of a small configuration with sharp weights; the weights are cached."
     root, done, made = tmp_path_factory.mktemp('parity'), {}, {}
 
     def f(name='plain', **kw):
@@ -77,14 +78,14 @@ def make(tmp_path_factory):
             at.with_suffix('.json').write_text(json.dumps(cfg))
             torch.save(sharp(m), at.with_suffix('.pt'))
             done[key] = at
-        asked = (key, *sorted(kw.items()))
-        if asked not in made:
-            made[asked] = load_encoder(
+        request = (key, *sorted(kw.items()))
+        if request not in made:
+            made[request] = load_encoder(
                 done[key].with_suffix('.json'),
                 done[key].with_suffix('.pt'),
                 **{'device': 'cpu', 'dtype': 'float32', **kw},
             )
-        return made[asked]
+        return made[request]
 
     return f
 
@@ -322,8 +323,11 @@ def test_numbers_of_anovls_own_code(make):
 
 # --- text: cut or not
 
-LONG = 'a close-up industrial photo of a metal_nut for visual inspection, seen from above, under bright light, on a dark table'
-TEXTS = ['a photo', *(sum(sentences('winclip', 'metal_nut'), [])[::13]), LONG]
+LONG = (
+    'a close-up industrial photo of a metal_nut for visual inspection, seen from above, '
+    'under bright light, on a dark table'
+)
+TEXTS = ['a photo', *(sum(category_prompts('winclip', 'metal_nut'), [])[::13]), LONG]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +375,7 @@ def test_anoclip_code_from_pixels_to_map(make):
                     [e.model.encode_text(e.tokenizer(s[i : i + 66])) for i in range(0, len(s), 66)]
                 ).mean(0)
             )
-            for s in sentences('anoclip@code', 'carpet')
+            for s in category_prompts('anoclip@code', 'carpet')
         ]
     )
 
@@ -543,8 +547,10 @@ def test_files_of_weights(make, x, tmp_path):
     assert load(tmp_path / '0.pt', h).preprocess == Preprocess(
         48, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
     ) and torch.equal(load(tmp_path / '0.pt', h).encode(x).single, want)
-    a, b, again = (load_encoder(c, f'random:{s}', device='cpu', dtype='float32') for s in (1, 2, 1))
-    assert a.weights == again.weights != b.weights
+    a, b, repeated = (
+        load_encoder(c, f'random:{s}', device='cpu', dtype='float32') for s in (1, 2, 1)
+    )
+    assert a.weights == repeated.weights != b.weights
 
 
 # --- errors say what and where

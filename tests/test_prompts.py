@@ -1,7 +1,8 @@
 """The sentences of every prompt set, as digests taken from the public sources they stand for.
 
-anoclip@code: AnoVL 3a70bfd; april-gan: VAND-APRIL-GAN f13b8a6; winclip@code: Accurate-WinCLIP-pytorch eef4f8c and anomalib 2.7.0;
-winclip: caoyunkang/WinClip 0818c9d with the paper's full stop; cs: AnoVL's states x its 22 templates. The rest is built from these lists.
+anoclip@code: AnoVL 3a70bfd; april-gan: VAND-APRIL-GAN f13b8a6; winclip@code:
+Accurate-WinCLIP-pytorch eef4f8c and anomalib 2.7.0; winclip: caoyunkang/WinClip 0818c9d with the
+paper's full stop; cs: AnoVL's states x its 22 templates. The rest is built from these lists.
 """
 
 import hashlib
@@ -10,18 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from zsad.methods.prompts import (
-    PROMPTS,
-    RULES,
-    PromptSet,
-    Text,
-    average,
-    encode_prompts,
-    encode_text,
-    sentences,
-)
+from zsad.methods.prompt_sets import PROMPTS, RULES, PromptSet, category_prompts
+from zsad.methods.prompts import Text, average, encode_prompts, encode_text
 
-DIGESTS = [  # set, category, sentences per state, sha256 of the joined normal and anomalous sentences
+# set, category, prompts per state, sha256 of the joined normal and anomalous prompts
+DIGESTS = [
     (
         'clip',
         'bottle',
@@ -264,7 +258,7 @@ def digest(lines):
 
 @pytest.mark.parametrize('name,category,n_normal,n_abnormal,normal,abnormal', DIGESTS)
 def test_sentences_are_those_of_the_source(name, category, n_normal, n_abnormal, normal, abnormal):
-    a, b = sentences(name, category)
+    a, b = category_prompts(name, category)
     assert (len(a), len(b)) == (n_normal, n_abnormal)
     assert (digest(a), digest(b)) == (normal, abnormal)
 
@@ -276,8 +270,8 @@ def test_every_set_is_checked_and_named_after_itself():
 
 
 def test_task_specific_states_are_added_for_their_categories_alone():
-    "22 templates times one state more, behind the others of its template; the normal side is untouched."
-    plain, task = sentences('winclip', 'pcb2'), sentences('winclip/task', 'pcb2')
+    "22 templates times one state more, after the others of its template; normal is unchanged."
+    plain, task = category_prompts('winclip', 'pcb2'), category_prompts('winclip/task', 'pcb2')
     more = [s for s in task[1] if 'bad soldering' in s]
     assert (
         task[0] == plain[0]
@@ -285,44 +279,48 @@ def test_task_specific_states_are_added_for_their_categories_alone():
         and len(more) == 22
         and 'a blurry photo of the pcb2 with bad soldering.' in more
     )
-    own = replace(PROMPTS['base'], name='own', task=[('nut', ['bent {}', 'stripped {}'])])
-    assert [len(s) for s in sentences(own, 'nut')] == [22, 66] and sentences(
-        own, 'bolt'
-    ) == sentences('base', 'bolt')
+    custom = replace(PROMPTS['base'], name='own', task=[('nut', ['bent {}', 'stripped {}'])])
+    assert [len(s) for s in category_prompts(custom, 'nut')] == [22, 66] and category_prompts(
+        custom, 'bolt'
+    ) == category_prompts('base', 'bolt')
 
 
 def test_kind_decides_only_where_a_set_has_texture_domains():
     for name in PROMPTS:
-        same = sentences(name, 'bottle', 'texture') == sentences(name, 'bottle', 'object')
+        same = category_prompts(name, 'bottle', 'texture') == category_prompts(
+            name, 'bottle', 'object'
+        )
         assert same == (not PROMPTS[name].texture_domains)
     assert (
-        sentences('anoclip@code', 'carpet')
-        == sentences('anoclip@code', 'carpet', 'texture')
-        != sentences('anoclip@code', 'carpet', 'object')
+        category_prompts('anoclip@code', 'carpet')
+        == category_prompts('anoclip@code', 'carpet', 'texture')
+        != category_prompts('anoclip@code', 'carpet', 'object')
     )
 
 
 def test_names_keep_braces_and_follow_the_spelling_of_the_set():
-    assert sentences('clip', 'a{}b')[0] == ['a photo of a normal a{}b']
+    assert category_prompts('clip', 'a{}b')[0] == ['a photo of a normal a{}b']
     assert (
-        'pipe fryum' in sentences('anoclip', 'pipe_fryum')[0][0]
-        and 'pipe_fryum' in sentences('anoclip@code', 'pipe_fryum')[0][0]
+        'pipe fryum' in category_prompts('anoclip', 'pipe_fryum')[0][0]
+        and 'pipe_fryum' in category_prompts('anoclip@code', 'pipe_fryum')[0][0]
     )
-    assert sentences('anoclip@code', 'macaroni1') == sentences('anoclip@code', 'macaroni')
+    assert category_prompts('anoclip@code', 'macaroni1') == category_prompts(
+        'anoclip@code', 'macaroni'
+    )
 
 
 @pytest.mark.parametrize(
     'call,message',
     [
-        (lambda: sentences('winclip22', 'bottle'), 'winclip@code'),
-        (lambda: sentences(None, 'bottle'), 'valid names'),
-        (lambda: sentences({'normal': []}, 'bottle'), 'pair'),
-        (lambda: sentences((['a'], ['b'], ['c']), 'bottle'), 'pair'),
-        (lambda: sentences((['a'], []), 'bottle'), 'at least one'),
-        (lambda: sentences((['a', 3], ['b']), 'bottle'), 'at least one'),
-        (lambda: sentences('clip', ''), 'bottle'),
-        (lambda: sentences('clip', None), 'bottle'),
-        (lambda: sentences('clip', 'bottle', 'fabric'), 'object, texture'),
+        (lambda: category_prompts('winclip22', 'bottle'), 'winclip@code'),
+        (lambda: category_prompts(None, 'bottle'), 'valid names'),
+        (lambda: category_prompts({'normal': []}, 'bottle'), 'pair'),
+        (lambda: category_prompts((['a'], ['b'], ['c']), 'bottle'), 'pair'),
+        (lambda: category_prompts((['a'], []), 'bottle'), 'at least one'),
+        (lambda: category_prompts((['a', 3], ['b']), 'bottle'), 'at least one'),
+        (lambda: category_prompts('clip', ''), 'bottle'),
+        (lambda: category_prompts('clip', None), 'bottle'),
+        (lambda: category_prompts('clip', 'bottle', 'fabric'), 'object, texture'),
         (lambda: average(torch.ones(2, 3), 'mean'), 'raw, unit'),
         (lambda: encode_prompts(Bytes(), 'clip', 'bottle', 'fabric'), 'object, texture'),
         (lambda: PromptSet('p', ('normal',), ('{} bad',), ('a {}',)), 'exactly one'),
@@ -348,22 +346,26 @@ def test_errors_name_the_way_out(call, message):
 def test_text_has_unit_rows(name):
     text = encode_text(Bytes(), name, 'carpet')
     assert (
-        isinstance(text, Text) and text.pair.shape == (2, 128) and text.pair.dtype == torch.float32
+        isinstance(text, Text)
+        and text.class_embeddings.shape == (2, 128)
+        and text.class_embeddings.dtype == torch.float32
     )
-    assert [len(e) for e in text.each] == [len(s) for s in sentences(name, 'carpet')]
-    for rows in (text.pair, *text.each):
+    assert [len(e) for e in text.prompt_embeddings] == [
+        len(s) for s in category_prompts(name, 'carpet')
+    ]
+    for rows in (text.class_embeddings, *text.prompt_embeddings):
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
-    assert torch.equal(encode_prompts(Bytes(), name, 'carpet'), text.pair)
+    assert torch.equal(encode_prompts(Bytes(), name, 'carpet'), text.class_embeddings)
     other = encode_text(
         Bytes(), name, 'carpet', rule=next(r for r in RULES if r != PROMPTS[name].average)
     )
-    assert torch.allclose(other.pair, text.pair, atol=1e-6) == (
+    assert torch.allclose(other.class_embeddings, text.class_embeddings, atol=1e-6) == (
         name == 'clip'
     )  # one sentence per state: no rule to speak of
 
 
 def test_swapping_the_states_swaps_the_rows():
-    normal, abnormal = sentences('winclip', 'bottle')
+    normal, abnormal = category_prompts('winclip', 'bottle')
     assert torch.equal(
         encode_prompts(Bytes(), (abnormal, normal), 'bottle'),
         encode_prompts(Bytes(), 'winclip', 'bottle').flip(0),

@@ -1,6 +1,7 @@
-"""Relevance against gradients taken by finite steps, open_clip's own attention, matrix products written out, and the numbers of the public code.
+"""Relevance against finite differences, open_clip's attention, and the numbers of the public code.
 
-NUMBERS were computed by Transformer-MM-Explainability (commit 58eaea8), `interpret` of its CLIP notebook and its CLIP class in float64, on the weights that `mild` makes. Nothing is downloaded.
+NUMBERS were computed by Transformer-MM-Explainability (commit 58eaea8), `interpret` of its CLIP
+notebook and its CLIP class in float64, on the weights that `mild` makes. Nothing is downloaded.
 """
 
 import copy
@@ -27,7 +28,7 @@ SCALE = 20.0
 
 
 def mild(name='plain', seed=2103, **vision):
-    "A small vision tower whose attention is smooth enough for gradients to agree to six digits, and its generator."
+    "Make a small vision tower, smooth enough for gradients of six digits, and its generator."
     v, rng = make(name, seed, **vision)
     v.load_state_dict({k: t / 3 if 'in_proj_weight' in k else t for k, t in v.state_dict().items()})
     return v, rng
@@ -81,7 +82,7 @@ def test_the_walk_is_clips_own_path(name):
 
 
 def answer(v, image, side, block=None, step=0.0):
-    "In float64: the answer for one image with each attention weight of a block moved in turn [h*T*T], and that block's weights [h,T,T]."
+    "Return the output with each attention weight moved in turn [h*T*T], and the weights [h,T,T]."
     p, D = v.patch_size[0], v.class_embedding.shape[0]
     cut = F.unfold(image[None].double(), p, stride=p)[0].T @ v.conv1.weight.flatten(1).T
     z, kept = (
@@ -422,7 +423,7 @@ def test_weights_that_give_no_gradients_are_refused():
         relevance(v, x, text, SCALE)
 
 
-# --- the public code's numbers: one unit vector, two images of 6 x 6 patches, four blocks, logit scale 20
+# --- the public code's numbers: one unit vector, two images of 6 x 6 patches, four blocks, scale 20
 
 NUMBERS = {
     0: [

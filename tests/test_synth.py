@@ -1,48 +1,38 @@
-"""Synthesised anomalies: sums written out, every off position, and the numbers of two public codes; nothing is downloaded.
+"""Synthesised anomalies: sums written out, every off position, and the numbers of two public codes.
 
-NOISE, BLENDED and MASK were computed by DRAEM (commit 2dbf673), AUGMENTED by imgaug 0.4.0 (NumPy 1.26, OpenCV 4.11), on the inputs that `picture` and the seeds below make.
+Nothing is downloaded. NOISE, BLENDED and MASK were computed by DRAEM (commit 2dbf673), AUGMENTED
+by imgaug 0.4.0 (NumPy 1.26, OpenCV 4.11), on the inputs that `picture` and the seeds below make.
 """
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import ndimage
 
-import zsad.methods.synthesis as synth
-from zsad.core.files import digest, seeded_rng
-from zsad.datasets.layouts import load_image
-from zsad.methods.synthesis import (
+from zsad.core.randomness import seeded_rng
+from zsad.methods import augmentation, synthesis
+from zsad.methods.augmentation import (
     AUGMENTERS,
-    FIELDS,
     augment,
     autocontrast,
-    blend,
     brighten,
     brightness,
-    draem_sample,
-    draw_mask,
-    draw_source,
-    draw_texture,
     equalize,
     gamma,
     hue_saturation,
     invert,
-    lattice_noise,
-    patch_mask,
-    perlin,
     posterize,
     rotate,
     sharpness,
     solarize,
-    synthesize,
-    textures,
     tilt,
 )
+from zsad.methods.synthesis import blend, draw_mask, lattice_noise, patch_mask, perlin, synthesize
+from zsad.methods.textures import FIELDS, draw_texture, near
 
 
-class Says:
-    "A generator that says what it is told, and fails when it is asked for more."
+class Scripted:
+    "A generator that returns given values, and fails when more are drawn."
 
     def __init__(self, *values):
         self.values = list(values)
@@ -64,10 +54,10 @@ class Spy:
     "A generator that keeps what it is asked for."
 
     def __init__(self):
-        self.rng, self.asked = np.random.default_rng(0), []
+        self.rng, self.requests = np.random.default_rng(0), []
 
     def __getattr__(self, name):
-        return lambda *a: self.asked.append((name, *a)) or getattr(self.rng, name)(*a)
+        return lambda *a: self.requests.append((name, *a)) or getattr(self.rng, name)(*a)
 
 
 def picture(h, w, seed):
@@ -199,20 +189,22 @@ def test_rotation():
 
 
 def test_a_mask_is_turned_noise_above_a_half(monkeypatch):
-    asked = []
+    requests = []
     monkeypatch.setattr(
-        synth, 'perlin', lambda shape, res, rng: asked.append(tuple(res)) or perlin(shape, res, rng)
+        synthesis,
+        'perlin',
+        lambda shape, res, rng: requests.append(tuple(res)) or perlin(shape, res, rng),
     )
     for i in range(300):
         draw_mask((48, 64), seeded_rng(0, 'cells', i), False)
-    assert {k for res in asked for k in res} == {1, 2, 4, 8, 16, 32} and len(asked) == 300
+    assert {k for res in requests for k in res} == {1, 2, 4, 8, 16, 32} and len(requests) == 300
     counts = np.array(
-        [sum(res[a] == k for res in asked) for a in (0, 1) for k in (1, 2, 4, 8, 16, 32)]
+        [sum(res[a] == k for res in requests) for a in (0, 1) for k in (1, 2, 4, 8, 16, 32)]
     )
     assert counts.min() > 25 and counts.max() < 80
-    assert len(set(asked)) > 30  # down and across on their own
+    assert len(set(requests)) > 30  # down and across on their own
     angles = 2 * np.pi * np.random.default_rng(5).random((3, 5))
-    m = draw_mask((48, 64), Says((1, 2), angles / (2 * np.pi), 20.0))
+    m = draw_mask((48, 64), Scripted((1, 2), angles / (2 * np.pi), 20.0))
     assert (
         m.dtype == bool
         and np.array_equal(m, rotate(lattice_noise(angles, (48, 64)).astype('f4'), 20.0) > 0.5)
@@ -221,7 +213,7 @@ def test_a_mask_is_turned_noise_above_a_half(monkeypatch):
 
 
 def test_statistics_of_draem_masks():
-    "Means over 500 draws lie within three standard errors of those of 4000 draws of the public code."
+    "Means over 500 draws lie within three standard errors of 4000 draws of the public code."
     area, parts = np.array(
         [
             (m.mean(), ndimage.label(m, np.ones((3, 3)))[1])
@@ -356,7 +348,7 @@ def test_numbers_of_imgaug(name):
         k + '2': (brightness, i, 0.85, -25, 0.7) for k, i in SPACES.items()
     }
     f, *values = draw[name]
-    out = f(image, Says(*values))
+    out = f(image, Scripted(*values))
     most, average = dict(tilt=(2, 0.5), hue=(6, 1.5), hue2=(6, 1.5)).get(
         name, (4, 1.2) if f is brightness else (0, 0.001)
     )
@@ -388,8 +380,8 @@ def test_ranges_are_those_of_draem_and_imgaug():
         spy = Spy()
         f(picture(8, 8, 0), spy)
         assert [
-            a if w != ('random', None) else ('random', None) for a, w in zip(spy.asked, want)
-        ] == want and len(spy.asked) == len(want), f
+            a if w != ('random', None) else ('random', None) for a, w in zip(spy.requests, want)
+        ] == want and len(spy.requests) == len(want), f
 
 
 def test_augmenters_off_positions():
@@ -403,12 +395,12 @@ def test_augmenters_off_positions():
         (tilt, [0.0]),
         *((brightness, (i, 1.0, 0, 0.1)) for i in range(6)),
     ):
-        assert levels(f(image, Says(*values)), image).max() <= (6 if f is hue_saturation else 0), (
-            f
-        )  # Pillow's own 8-bit HSV
+        assert levels(f(image, Scripted(*values)), image).max() <= (
+            6 if f is hue_saturation else 0
+        ), f  # Pillow's own 8-bit HSV
     assert np.array_equal(invert(invert(image, None), None), image)
     assert (
-        levels(autocontrast(image, Says(0)), image).max() == 0
+        levels(autocontrast(image, Scripted(0)), image).max() == 0
         and image.min() == 0
         and image.max() == 255
     )  # already stretched
@@ -435,11 +427,11 @@ def test_brightness_by_hand():
         ].tolist()
         == [119] * 3
     )  # L* of grey 119 is 50
-    spaces = [Says(i, 1.0, 30, 0.1) for i in range(6)]
+    spaces = [Scripted(i, 1.0, 30, 0.1) for i in range(6)]
     seen = {brightness(a, s).tobytes() for s in spaces}
     assert len(seen) == 4
     assert not np.array_equal(
-        brightness(a, Says(0, 1.2, 30, 0.1)), brightness(a, Says(0, 1.2, 30, 0.9))
+        brightness(a, Scripted(0, 1.2, 30, 0.1)), brightness(a, Scripted(0, 1.2, 30, 0.9))
     )  # the order counts
     with pytest.raises(ValueError, match="space='RGB'.*YUV.*Lab"):
         brighten(a, lambda t: t, 'RGB')
@@ -448,12 +440,12 @@ def test_brightness_by_hand():
 def test_order_of_hue():
     red = np.full((2, 2, 3), (250, 10, 10), 'u1')
     assert (
-        hue_saturation(red, Says([43, 0]))[0, 0].argsort().tolist()[0] == 2
-        and hue_saturation(red, Says([43, 0]))[0, 0, 1] > 200
+        hue_saturation(red, Scripted([43, 0]))[0, 0].argsort().tolist()[0] == 2
+        and hue_saturation(red, Scripted([43, 0]))[0, 0, 1] > 200
     )  # 60 degrees: yellow
-    assert hue_saturation(red, Says([-43, 0]))[0, 0, 2] > 200  # magenta
+    assert hue_saturation(red, Scripted([-43, 0]))[0, 0, 2] > 200  # magenta
     grey = np.full((2, 2, 3), 90, 'u1')
-    assert np.array_equal(hue_saturation(grey, Says([20, -10])), grey)
+    assert np.array_equal(hue_saturation(grey, Scripted([20, -10])), grey)
 
 
 @pytest.mark.parametrize('f', AUGMENTERS, ids=lambda f: f.__name__)
@@ -480,7 +472,7 @@ def test_every_augmenter_changes_something_and_keeps_the_form(f):
 def test_three_different_augmenters_in_drawn_order(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        synth,
+        augmentation,
         'AUGMENTERS',
         tuple((lambda image, rng, k=k: calls.append(k) or image) for k in range(10)),
     )
@@ -507,55 +499,13 @@ def test_three_different_augmenters_in_drawn_order(monkeypatch):
 # --- textures
 
 
-def test_a_folder_is_read_and_what_is_bad_is_named(tmp_path):
-    for k, kind in enumerate(('woven', 'banded')):
-        (tmp_path / 'images' / kind).mkdir(parents=True)
-        Image.fromarray(picture(30, 40, k)).save(tmp_path / 'images' / kind / f'{kind}_0001.jpg')
-    (tmp_path / 'images' / 'woven' / 'woven_0002.jpg').write_bytes(
-        (tmp_path / 'images' / 'woven' / 'woven_0001.jpg').read_bytes()[:500]
-    )
-    (tmp_path / 'images' / 'woven' / 'empty.png').write_bytes(b'')
-    (tmp_path / 'labels').mkdir()
-    (tmp_path / 'labels' / 'list.txt').write_text('woven')
-    (tmp_path / 'images' / '._woven.jpg').write_bytes(b'x')
-    Image.fromarray(picture(30, 40, 3)[..., 0]).save(tmp_path / 'grey.PNG')
-    files, bad = textures(tmp_path, workers=1)
-    assert (
-        [f.name for f in files] == ['grey.PNG', 'banded_0001.jpg', 'woven_0001.jpg']
-        and [f.name for f, _ in bad] == ['empty.png', 'woven_0002.jpg']
-        and all(str(f) in why for f, why in bad)
-    )
-    assert all(h == digest(load_image(f)) for f, h in files.items()) and textures(
-        str(tmp_path), 2
-    ) == (files, bad)
-    got = [draw_source(64, seeded_rng(0, i), files) for i in range(30)]
-    assert {digest(a) for a in got} == set(files.values()) and all(
-        a.shape == (30, 40, 3) for a in got
-    )
-    image = picture(50, 50, 9)
-    out, mask = synthesize(image, got[0], seeded_rng(0, 'file'))
-    assert out.shape == image.shape and mask.any()
-    with pytest.raises(ValueError, match=r'labels.*none of 0 image files.*DTD.*textures are drawn'):
-        textures(tmp_path / 'labels')
-    with pytest.raises(ValueError, match='none of 0'):
-        textures(tmp_path / 'nowhere')
-    (tmp_path / 'broken').mkdir()
-    (tmp_path / 'broken' / 'a.png').write_bytes(b'no')
-    with pytest.raises(ValueError, match=r'none of 1 image files.*a\.png'):
-        textures(tmp_path / 'broken', 1)
-    with pytest.raises(ValueError, match=r'files=\{\}.*textures\(folder\)'):
-        draw_source(32, seeded_rng(0), {})
-
-
 def test_drawn_textures():
     a = [draw_texture(64, seeded_rng(0, 'texture', i)) for i in range(24)]
     assert (
         all(t.shape == (64, 64, 3) and t.dtype == np.uint8 for t in a)
         and len({t.tobytes() for t in a}) == 24
     )
-    assert np.array_equal(
-        a[3], draw_texture((64, 64), seeded_rng(0, 'texture', 3))
-    ) and np.array_equal(a[3], draw_source(64, seeded_rng(0, 'texture', 3)))
+    assert np.array_equal(a[3], draw_texture((64, 64), seeded_rng(0, 'texture', 3)))
     for size in ((37, 91), (91, 37), (1, 5)):
         assert draw_texture(size, seeded_rng(0)).shape == (*size, 3)
     for kind in FIELDS:
@@ -568,7 +518,7 @@ def test_drawn_textures():
 def test_nearest_of_scattered_points():
     rng = seeded_rng(0, 'points')
     Y, X = np.mgrid[:24, :24].astype('f4') / 6 + 1
-    a, b, shade = synth.near(X, Y, seeded_rng(0, 'points'))
+    a, b, shade = near(X, Y, seeded_rng(0, 'points'))
     table = rng.random((3, 64, 64), dtype='f4')
     points = np.array(
         [
@@ -634,14 +584,17 @@ BLENDED = {
         [[84.75, 25.25, 45], [122, 28, 62.25], [21.25, 177, 98]],
     ),
 }
-MASK = '001ff000001ff000000ff0000007f0000003f0000000f000'  # 32 x 32 bits, all further rows empty but for pixel (25, 1)
+# 32 x 32 bits, all further rows empty but for pixel (25, 1)
+MASK = '001ff000001ff000000ff0000007f0000003f0000000f000'
 
 
 def test_numbers_of_the_public_loader():
-    "One image, texture, lattice, angle and beta through DRAEM's augment_image, its augmenters replaced by none."
+    "One image, texture, lattice, angle and beta through DRAEM's augment_image, no augmenter."
     image, texture, angles, *_ = drawn()
     for beta, (mean, values) in BLENDED.items():
-        out, mask = synthesize(image, texture, Says((2, 1), angles / (2 * np.pi), -30.0, beta), n=0)
+        out, mask = synthesize(
+            image, texture, Scripted((2, 1), angles / (2 * np.pi), -30.0, beta), n=0
+        )
         want = np.unpackbits(np.frombuffer(bytes.fromhex(MASK), 'u1')).astype(bool)
         want = np.pad(want, (0, 1024 - len(want))).reshape(32, 32)
         want[25, 1] = True
@@ -670,8 +623,8 @@ def test_any_size_and_grey(shape):
         and np.array_equal(image, before[0])
         and np.array_equal(texture, before[1])
     )
-    again = synthesize(image, texture, seeded_rng(0, 'synth', shape))
-    assert np.array_equal(out, again[0]) and np.array_equal(mask, again[1])
+    repeated = synthesize(image, texture, seeded_rng(0, 'synth', shape))
+    assert np.array_equal(out, repeated[0]) and np.array_equal(mask, repeated[1])
     assert not np.array_equal(mask, synthesize(image, texture, seeded_rng(1, 'synth', shape))[1])
 
 
@@ -720,20 +673,6 @@ def test_what_is_no_rgb_image_is_refused(bad):
     for name, pair in (('image', (bad, good)), ('texture', (good, bad))):
         with pytest.raises(ValueError, match=rf'{name}: need uint8 RGB \[H,W,3\].*load_image'):
             synthesize(*pair, seeded_rng(0))
-
-
-def test_a_sample_of_the_public_loader():
-    image, texture = np.full((24, 24, 3), 200, 'u1'), np.zeros((24, 24, 3), 'u1')
-    drawn = [draem_sample(image, texture, seeded_rng(0, 'sample', i)) for i in range(200)]
-    turned, anomalous = (
-        np.array([(clean != image).any() for clean, *_ in drawn]),
-        np.array([m.any() for *_, m in drawn]),
-    )
-    assert abs(turned.mean() - 0.3) < 0.1 and 0.35 < anomalous.mean() < 0.57
-    assert all(np.array_equal(out[~m], clean[~m]) for clean, out, m in drawn) and all(
-        np.array_equal(out, clean) for (clean, out, m), a in zip(drawn, anomalous) if not a
-    )
-    assert abs(np.corrcoef(turned, anomalous)[0, 1]) < 0.25
 
 
 # --- patches

@@ -1,6 +1,7 @@
-"""Rows without training, from the equations to tables: WinCLIP and WinCLIP+, MuSc and MuSc-2, Dual-Image, with their references, seeds, stored windows and training parts.
+"""Rows without training, from equation to table: WinCLIP, MuSc and Dual-Image with references.
 
-Judges are loops over single images, windows and patches; nothing is downloaded. The encoder is small and its weights are sharp, see test_parity.
+The expected values come from loops over single images, windows and patches; nothing is downloaded.
+The encoder is small and its weights are sharp, see test_parity.
 """
 
 import csv
@@ -34,7 +35,7 @@ from zsad.bench.jobs import (
     write_results,
 )
 from zsad.cli.main import main
-from zsad.core.files import digest
+from zsad.core.hashing import digest
 from zsad.datasets.layouts import (
     data_hash,
     load_dataset,
@@ -47,7 +48,8 @@ from zsad.datasets.layouts import (
 )
 from zsad.encoder.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
 from zsad.encoder.store import join, load_or_encode, prune, split, streams_in, streams_of, verify
-from zsad.evaluation.metrics import METRICS, evaluate
+from zsad.evaluation.measure import evaluate
+from zsad.evaluation.protocol import METRICS
 from zsad.methods.dual import draw_references, dual_score, joint_map, pair_map
 from zsad.methods.musc import musc_map, rscin
 from zsad.methods.prompts import encode_prompts
@@ -151,10 +153,10 @@ def farness(f, memory):
 
 def spread_out(values, k):
     "WinCLIP Eq. (1): what each patch has from the windows that contain it."
-    mine = [
+    means = [
         [v for v, p in zip(values, window_places(GRID, k).tolist()) if i in p] for i in range(36)
     ]
-    return [len(m) / sum(1 / v for v in m) for m in mine]
+    return [len(m) / sum(1 / v for v in m) for m in means]
 
 
 @torch.inference_mode()
@@ -448,17 +450,21 @@ def test_a_detector_leaves_its_tokens_alone_and_reads_only_its_own(enc, det, x, 
     )
     p = d.predict(tokens, C * 4, given)
     assert all(torch.equal(a, b) for a, b in zip(before, split(tokens, many.resolved(enc.blocks))))
-    own = enc.tokens(x, d.method.encode)
+    row_tokens = enc.tokens(x, d.method.encode)
     assert all(
         torch.equal(a, b)
         for a, b in zip(
             split(select_paths(tokens, d.method.encode), d.method.encode),
-            split(own, d.method.encode),
+            split(row_tokens, d.method.encode),
             strict=True,
         )
     )
     assert both(
-        p, d.predict(own, C * 4, given and dict(pill=Reference(own, given['pill'].rows))), 1e-6
+        p,
+        d.predict(
+            row_tokens, C * 4, given and dict(pill=Reference(row_tokens, given['pill'].rows))
+        ),
+        1e-6,
     )
 
 
@@ -595,22 +601,22 @@ def same(a, b, spec, enc):
 
 @pytest.fixture
 def passes(monkeypatch):
-    "Note what is asked of the encoder: (images, attentions, windows, views), and the scales that are computed."
+    "Record calls of the encoder: (images, attentions, windows, views), and the computed scales."
     import zsad.encoder.store
     import zsad.methods.windows
 
     seen, scales, encode, embed = (
         [],
         [],
-        zsad.encoder.store.encode_images,
+        zsad.encoder.clip.encode_images,
         zsad.methods.windows.window_tokens,
     )
 
-    def noted(encoder, images, spec, *more):
+    def recorded(encoder, images, spec, *more):
         seen.append((len(images), tuple(p.attention for p in spec.paths), spec.windows, spec.views))
         return encode(encoder, images, spec, *more)
 
-    monkeypatch.setattr('zsad.encoder.store.encode_images', noted)
+    monkeypatch.setattr('zsad.encoder.clip.encode_images', recorded)
     monkeypatch.setattr(
         'zsad.methods.windows.window_tokens',
         lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1],
@@ -721,9 +727,11 @@ def test_pruning_keeps_windows_of_this_version_only(enc, pictures, tmp_path, pas
     load_or_encode(root, enc, spec, 'bicubic', pictures)
     assert seen == []
     folder = next(f for s, f, *_ in streams_in(root) if s.part == 'windows 2')
-    told = json.loads((folder / 'stream.json').read_text())
+    stored = json.loads((folder / 'stream.json').read_text())
     (folder / 'stream.json').write_text(
-        json.dumps({k: v for k, v in told.items() if k != 'rev'} | {'code': 'of an older version'})
+        json.dumps(
+            {k: v for k, v in stored.items() if k != 'rev'} | {'code': 'of an older version'}
+        )
     )
     assert (
         None in [s for s, *_ in streams_in(root)]
@@ -852,25 +860,25 @@ def test_visa_has_the_training_rows_of_its_table(copy, tmp_path):
 def test_a_list_keeps_the_training_part(copy, tmp_path):
     ds = read_folder(copy)
     for place in (copy / 'meta.json', tmp_path / 'elsewhere' / 'meta.json'):
-        again = read_meta(write_meta(ds, place))
+        reread = read_meta(write_meta(ds, place))
         assert (
-            again.train == ds.train
+            reread.train == ds.train
             and len(ds.train) == 8
-            and [s.id for s in again.samples] == [s.id for s in ds.samples]
+            and [s.id for s in reread.samples] == [s.id for s in ds.samples]
         )
     assert read_folder(copy).train == ds.train  # now by its meta.json
-    told = json.loads((copy / 'meta.json').read_text())
-    told['train']['pill'][0]['anomaly'] = 1
-    (copy / 'meta.json').write_text(json.dumps(told))
+    meta = json.loads((copy / 'meta.json').read_text())
+    meta['train']['pill'][0]['anomaly'] = 1
+    (copy / 'meta.json').write_text(json.dumps(meta))
     assert [s.id for s in read_meta(copy).train] == [s.id for s in ds.train][1:]
     for train in ({}, {'pill': []}, None):
-        (copy / 'meta.json').write_text(json.dumps({**told, 'train': train}))
+        (copy / 'meta.json').write_text(json.dumps({**meta, 'train': train}))
         assert read_meta(copy).train == () and len(read_meta(copy).samples) == 14
 
 
 def test_a_training_part_that_is_no_table_of_categories_is_named(copy):
-    told = json.loads(write_meta(read_folder(copy), copy / 'meta.json').read_text())
-    (copy / 'meta.json').write_text(json.dumps({**told, 'train': told['train']['pill']}))
+    meta = json.loads(write_meta(read_folder(copy), copy / 'meta.json').read_text())
+    (copy / 'meta.json').write_text(json.dumps({**meta, 'train': meta['train']['pill']}))
     with pytest.raises(ValueError, match='meta.json.*train'):
         read_meta(copy)
 
@@ -981,17 +989,17 @@ def by_hand(enc, method, ds, category, texts):
             enc, [load_image(s.path) for s in ss], d.method.encode, method.interpolation
         )
 
-    tokens, own = (
+    tokens, pool = (
         encode(samples),
         sorted((s for s in ds.train if s.category == category), key=lambda s: s.id),
     )
     given = None
     if method.reference[:1] == ('shots',):
         names = choose_references(
-            [s.id for s in own], seed=method.seed, category=category, **method.reference[1]
+            [s.id for s in pool], seed=method.seed, category=category, **method.reference[1]
         )
         given = Reference(
-            encode([next(s for s in own if s.id == n) for n in names]),
+            encode([next(s for s in pool if s.id == n) for n in names]),
             torch.arange(len(names)).repeat(len(samples), 1),
         )
     if method.reference[:1] == ('pair',):
@@ -1015,10 +1023,13 @@ def by_hand(enc, method, ds, category, texts):
     return p, {k: values[k] for k in METRICS}
 
 
-def agree(mine, told):
+def agree(computed, expected):
     return (
-        all(abs(v - told[k]) < 1e-6 or v != v and told[k] != told[k] for k, v in mine.items())
-        and mine['pixel_auroc'] > 0
+        all(
+            abs(v - expected[k]) < 1e-6 or v != v and expected[k] != expected[k]
+            for k, v in computed.items()
+        )
+        and computed['pixel_auroc'] > 0
     )
 
 
@@ -1101,8 +1112,8 @@ def test_the_mean_is_the_mean_and_the_spread_the_sample_deviation(run):
         (r['row'], r['category'], r['metric']): r
         for r in csv.DictReader((out / 'own' / 'metrics.csv').open(newline=''))
     }
-    for own in OWN:
-        runs = runs_named(plan, own.method.name)
+    for row in OWN:
+        runs = runs_named(plan, row.method.name)
         for span, metric in itertools.product(
             ('pill', 'wood', 'mean'), ('image_auroc', 'pixel_auroc', 'pixel_ap', 'pro')
         ):
@@ -1110,7 +1121,7 @@ def test_the_mean_is_the_mean_and_the_spread_the_sample_deviation(run):
             each = [
                 100 * sum(results[r][c]['values'][metric] for c in cats) / len(cats) for r in runs
             ]
-            line = rows[own.label, span, metric]
+            line = rows[row.label, span, metric]
             assert float(line['value']) == pytest.approx(sum(each) / len(each), abs=1e-4) and int(
                 line['seeds']
             ) == len(runs)
@@ -1139,22 +1150,22 @@ def test_tables_show_the_mean_and_its_spread(run):
     t = table(e, res)
     d = readable(t)
     for r in OWN:
-        own = runs_named(plan, r.method.name)
-        assert list(runs_of(res, e, r, 'mvtec').run) == own == plan.shown['own', 'procad', r.label]
+        runs = runs_named(plan, r.method.name)
+        assert list(runs_of(res, e, r, 'mvtec').run) == runs == plan.shown['own', 'procad', r.label]
         assert t.loc[r.label, ('pixel AUROC', 'ours')] == pytest.approx(
             50
-            * sum(results[k][c]['values']['pixel_auroc'] for k in own for c in ('pill', 'wood'))
-            / len(own),
+            * sum(results[k][c]['values']['pixel_auroc'] for k in runs for c in ('pill', 'wood'))
+            / len(runs),
             abs=1e-4,
         )
         spread = t.loc[r.label, ('pixel AUROC', 'spread')]
         assert (
             (spread > 0 and f'±{spread:.1f}' in d.loc[r.label, 'pixel AUROC'])
-            if len(own) > 1
+            if len(runs) > 1
             else (spread != spread and '±' not in d.loc[r.label, 'pixel AUROC'])
         )
         assert (cell(res, e, r.label, 'mvtec', 'image_auroc', columns=('spread',))[0] >= 0) == (
-            len(own) > 1
+            len(runs) > 1
         )
     assert '±' not in d.loc['foreground mask', 'pixel AUROC']
 
@@ -1187,11 +1198,11 @@ def test_curves_measure_what_they_show_and_tables_everything(run, rendered, mode
         run[0], 'winclip'
     )  # what is measured is not part of a run's key
     write_results(tmp_path / 'out', replace(plan, exhibits=(curve,)), results)
-    told = {
+    expected = {
         (r['row'], r['metric'])
         for r in csv.DictReader((tmp_path / 'out' / 'curve' / 'metrics.csv').open(newline=''))
     }
-    assert {m for _, m in told} == {'pixel_auroc', 'pro'} and {r for r, _ in told} >= {
+    assert {m for _, m in expected} == {'pixel_auroc', 'pro'} and {r for r, _ in expected} >= {
         'winclip',
         'dual',
     }
@@ -1236,14 +1247,13 @@ def test_one_seed_has_no_spread(run, rendered, model, tmp_path):
     assert {r['seed'] for r in plan.runs.values()} == {0} and not any(
         r['spread'] for r in csv.DictReader((tmp_path / 'own' / 'metrics.csv').open(newline=''))
     )
-    assert 'spread' not in table(SHOWN[0], tmp_path).columns.get_level_values(1) and '±' not in str(
-        readable(table(SHOWN[0], tmp_path)).values
-    )
+    columns = table(SHOWN[0], tmp_path).columns.get_level_values(1)
+    assert 'spread' not in columns and '±' not in str(readable(table(SHOWN[0], tmp_path)).values)
 
 
 def test_contrasts_compare_means(run):
     plan, results, _, out, _ = run
-    said = {
+    contrasts = {
         (r['better'], r['worse'], r['metric']): float(r['difference'])
         for r in csv.DictReader((out / 'own' / 'contrasts.csv').open(newline=''))
     }
@@ -1260,12 +1270,12 @@ def test_contrasts_compare_means(run):
         ('winclip+', 'winclip', 'pixel_auroc'),
         ('dual', 'musc-2', 'image_auroc'),
     ):
-        assert said[better, worse, metric] == pytest.approx(
+        assert contrasts[better, worse, metric] == pytest.approx(
             value(better, metric) - value(worse, metric), abs=1e-3
         )
     assert (
         abs(
-            said['winclip+', 'winclip', 'pixel_auroc']
+            contrasts['winclip+', 'winclip', 'pixel_auroc']
             - (value('winclip+', 'pixel_auroc', slice(1)) - value('winclip', 'pixel_auroc'))
         )
         > 1e-2
@@ -1345,7 +1355,7 @@ def test_shots_come_from_the_training_part_those_of_fewer_first(rendered):
 
 
 def test_an_image_that_is_there_twice(copy, model, enc, tmp_path):
-    "Test and training images with copies: encoded once, counted and scored as often as they are there."
+    "Test and training images with copies: encoded once, counted and scored as often as they occur."
     for part in ('test', 'train'):
         shutil.copy(
             copy / 'pill' / part / 'good' / '000.png', copy / 'pill' / part / 'good' / '900.png'
@@ -1461,7 +1471,7 @@ def test_neighbourhoods_and_windows_that_do_not_fit_the_encoder_are_missing_not_
 
 
 def test_results_of_shots_are_kept_apart_by_their_pixels(rendered, model, tmp_path):
-    "Same test images, other training images, one cache: each set has the numbers that it has alone."
+    "Same test images, other training images, one cache: each set has its own numbers."
     shown = some(OWN[1], OWN[4])
     other = Path(shutil.copytree(rendered, tmp_path / 'other'))
     for c in ('pill', 'wood'):
@@ -1572,9 +1582,9 @@ def test_references_are_given_on_the_command_line(zsad, enc, det, rendered, imag
 def test_images_of_musc_are_scored_together_and_others_alone(zsad, enc, det, images, tmp_path):
     folder = tmp_path / 'images'
     folder.mkdir()
-    own = [Path(shutil.copy(f, folder / f'{n}.png')) for n, f in enumerate(images)]
-    code, scores, maps, err = zsad('musc', *own)
-    want = det('musc')(pixels_of(enc, own), C * 3)
+    paths = [Path(shutil.copy(f, folder / f'{n}.png')) for n, f in enumerate(images)]
+    code, scores, maps, err = zsad('musc', *paths)
+    want = det('musc')(pixels_of(enc, paths), C * 3)
     assert (
         code == 0
         and err == []
@@ -1582,11 +1592,11 @@ def test_images_of_musc_are_scored_together_and_others_alone(zsad, enc, det, ima
         and gap(torch.tensor(np.stack(maps)), want.map) < 1e-5
     )
     (folder / 'bad.png').write_text('no image')
-    code, again, _, err = zsad(
-        'musc', own[0], folder / 'bad.png', *own[1:]
+    code, rescored, _, err = zsad(
+        'musc', paths[0], folder / 'bad.png', *paths[1:]
     )  # one that cannot be read does not count
-    assert code == 1 and again == scores and len(err) == 1 and 'bad.png' in err[0]
-    code, scores, _, err = zsad('musc', own[0])
+    assert code == 1 and rescored == scores and len(err) == 1 and 'bad.png' in err[0]
+    code, scores, _, err = zsad('musc', paths[0])
     assert code == 2 and scores == [] and len(err) == 1 and 'more images' in err[0]
 
 
@@ -1661,7 +1671,8 @@ def test_seeds_on_the_command_line(files, rendered, tmp_path, monkeypatch, capsy
             [l for l in capsys.readouterr().out.splitlines() if l.startswith('to do')][0],
         )
 
-    # winclip, the outline and the untrained twin once, three rows of shots once per seed; two categories
+    # winclip, the outline and the untrained encoder once, three rows of shots once per seed;
+    # two categories
     assert (
         '12 results' in count()[1]
         and '24 results' in count('--seeds', '3')[1]

@@ -1,6 +1,7 @@
-"""Adapters against one written with PyTorch's own modules and optimiser, image by image; sums written out; and the numbers of AnoVL's classes and loop.
+"""Adapters against PyTorch's own modules and optimiser, image by image, and the numbers of AnoVL.
 
-NUMBERS were computed by AnoVL (commit 3a70bfd, TextAdapter and Adapter of model.py, loop and loss of vl_test.py) on what `case` draws.
+NUMBERS were computed by AnoVL (commit 3a70bfd, TextAdapter and Adapter of model.py, loop and loss
+of vl_test.py) on what `case` draws.
 """
 
 import math
@@ -13,27 +14,28 @@ from torch import nn
 
 from zsad.encoder.clip import anomaly_score
 from zsad.methods.adaptation import (
-    ACTIVATIONS,
-    ADAPTERS,
     PSEUDO,
     SIMILARITY,
-    adamw,
     adapt,
     adapt_in_order,
     adapt_together,
-    anomaly_logit,
     as_they_are,
     batch,
-    code_adapter,
     descend,
     discriminative_loss,
     draw_noise,
-    draw_start,
     dual_adapt,
-    linear_adapter,
     pseudo_loss,
-    start_shapes,
     synthesis_loss,
+)
+from zsad.methods.adapters import (
+    ACTIVATIONS,
+    ADAPTERS,
+    anomaly_logit,
+    code_adapter,
+    draw_start,
+    linear_adapter,
+    start_shapes,
     text_adapter,
 )
 
@@ -298,18 +300,27 @@ def test_similarities():
 # --- steps
 
 
-def test_adamw_is_pytorchs():
+def written_out(w, g, m, v, t, lr):
+    "Take one AdamW step as its equation is printed; changes w, m and v in place."
+    m.lerp_(g, 0.1)
+    v.mul_(0.999).addcmul_(g, g, value=0.001)
+    root = v.sqrt().div_((1 - 0.999**t) ** 0.5).add_(1e-8)
+    w.mul_(1 - 0.01 * lr).addcdiv_(m, root, value=-lr / (1 - 0.9**t))
+
+
+def test_steps_are_adamw_written_out_bit_for_bit():
     g = torch.Generator().manual_seed(0)
     w = torch.randn(3, 4, generator=g)
-    theirs = w.clone().requires_grad_()
-    o = torch.optim.AdamW([theirs], lr=0.03)
+    powers = torch.randint(-9, 3, (11, 3, 4), generator=g)
+    gradients = torch.randn(11, 3, 4, generator=g) * 10.0**powers
+    (got,), (steps, (first,), (second,)), _ = descend(
+        [w], lambda s, x: (gradients[s] * x).sum(1), 11, 0.03
+    )
     m, v = torch.zeros(2, 3, 4)
-    for t in range(1, 12):
-        grad = torch.randn(3, 4, generator=g) * 10 ** torch.randint(-9, 3, (3, 4), generator=g)
-        theirs.grad = grad.clone()
-        o.step()
-        adamw(w, grad, m, v, t, 0.03)
-        assert gap(w, theirs.detach()) < 2e-6
+    for t in range(11):
+        written_out(w, gradients[t], m, v, t + 1, 0.03)
+    assert steps == 11 and torch.equal(got, w)
+    assert torch.equal(first, m) and torch.equal(second, v)
 
 
 def test_steps_of_a_batch_are_those_of_each_image_even_where_epsilon_matters():
@@ -340,11 +351,12 @@ def test_descend_leaves_its_arguments_alone_and_can_be_broken():
     whole = descend(w0, loss, 7, 0.1)
     first = descend(w0, loss, 3, 0.1)
     kept = [t.clone() for part in first[1][1:] for t in part]
-    rest = descend(first[0], loss, 4, 0.1, first[1])
+    continued = descend(first[0], loss, 4, 0.1, first[1])
     assert (
-        all(gap(a, b) < 1e-6 for a, b in zip(whole[0], rest[0])) and whole[1][0] == rest[1][0] == 7
+        all(gap(a, b) < 1e-6 for a, b in zip(whole[0], continued[0]))
+        and whole[1][0] == continued[1][0] == 7
     )
-    assert gap(torch.cat([first[2], rest[2]]), whole[2]) < 1e-5 and whole[2].shape == (7, 2)
+    assert gap(torch.cat([first[2], continued[2]]), whole[2]) < 1e-5 and whole[2].shape == (7, 2)
     assert (
         all(torch.equal(a, b) for a, b in zip(kept, [t for part in first[1][1:] for t in part]))
         and first[1][0] == 3
@@ -355,7 +367,7 @@ def test_descend_leaves_its_arguments_alone_and_can_be_broken():
         and not whole[0][0].requires_grad
     )
     fresh = descend(first[0], loss, 4, 0.1)
-    assert gap(fresh[0][0], rest[0][0]) > 1e-3
+    assert gap(fresh[0][0], continued[0][0]) > 1e-3
 
 
 # --- a batch
@@ -572,8 +584,8 @@ def test_starts_are_those_of_a_fresh_linear_layer():
             and abs(t.std() - u.std()) < 6e-3
             and t.abs().max() <= 0.125
         )
-    again = draw_start(['d', 'b'], 'code', T, 1)
-    assert torch.equal(again[0], w[[3, 1]]) and torch.equal(again[1], b[[3, 1]])
+    repeated = draw_start(['d', 'b'], 'code', T, 1)
+    assert torch.equal(repeated[0], w[[3, 1]]) and torch.equal(repeated[1], b[[3, 1]])
     assert gap(draw_start(IDS, 'code', T, 2)[0], w) > 0.1 and gap(w[0], w[1]) > 0.1
     assert [t.shape[1:] for t in draw_start(IDS, 'linear', T)] == [(64, 64), (64,)] and [
         t.shape for t in draw_start(IDS, 'text', T[0])
@@ -748,7 +760,7 @@ def test_dual_refuses_what_does_not_fit():
 
 
 def case():
-    "Projected tokens, pair, sentences, noise of five steps, and starts of both adapters for three images of 4 x 4 patches, C = 32, K = 20."
+    "Tokens, pair, prompts, noise and starts of both adapters: three images, 4 x 4, C = 32, K = 20."
     rng = np.random.default_rng(111)
 
     def n(*s):
