@@ -13,24 +13,14 @@ import pytest
 from PIL import Image
 
 from zsad.core.files import digest
-from zsad.datasets.layouts import (
-    SOURCES,
-    Dataset,
-    Sample,
-    check_dataset,
-    data_hash,
-    find_sets,
-    layout_of,
-    load_dataset,
-    load_image,
-    load_mask,
-    read_folder,
-    read_mask,
-    read_meta,
-    scan_dataset,
-    vanishing,
-    write_meta,
-)
+from zsad.datasets.images import load_image
+from zsad.datasets.layouts import layout_of, read_folder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.masks import load_mask, read_mask
+from zsad.datasets.meta import read_meta, write_meta
+from zsad.datasets.samples import Dataset, Sample
+from zsad.datasets.sources import SOURCES, check_dataset, find_sets
+from zsad.datasets.survey import scan_dataset, vanishing
 from zsad.evaluation.metrics import MASK_RULES, Protocol, evaluate, resize_mask
 from zsad.rendered.procad import render_procad
 
@@ -1092,22 +1082,25 @@ def test_no_set_in_the_folder(mvtec, tmp_path):
 
 def test_the_hash_names_what_numbers_depend_on(mvtec):
     ds = read_folder(mvtec)
-    h = data_hash(ds)
+    h = scan_dataset(ds).hash
     f = mvtec / f'{G}.png'
     old = f.read_bytes()
     Image.open(f).save(f, compress_level=9)
-    assert f.read_bytes() != old and data_hash(ds) == h
+    assert f.read_bytes() != old and scan_dataset(ds).hash == h
     for path in (ds.samples[0].path, ds.samples[0].mask, ds.samples[0].foreground):
         old = path.read_bytes()
         a = np.array(Image.open(path))
         a[0, 0] = 255 - a[0, 0]
         Image.fromarray(a).save(path)
-        assert data_hash(ds) != h
+        assert scan_dataset(ds).hash != h
         path.write_bytes(old)
-    assert data_hash(ds) == h
+    assert scan_dataset(ds).hash == h
     assert scan_dataset(ds, 2) == scan_dataset(ds, 1)
-    assert len({data_hash(Dataset('x', ds.samples[:n], ds.kinds)) for n in (6, 7, 8)} | {h}) == 3
-    assert data_hash(Dataset('x', ds.samples, dict(pill='texture', wood='texture'))) != h
+    assert (
+        len({scan_dataset(Dataset('x', ds.samples[:n], ds.kinds)).hash for n in (6, 7, 8)} | {h})
+        == 3
+    )
+    assert scan_dataset(Dataset('x', ds.samples, dict(pill='texture', wood='texture'))).hash != h
 
 
 def test_a_converted_set_is_the_same_set(tmp_path):

@@ -12,16 +12,15 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from zsad.cli.main import main
-from zsad.datasets.layouts import (
-    SOURCES,
-    find_sets,
-    load_dataset,
-    load_image,
-    read_folder,
-    read_mask,
-    scan_dataset,
-)
-from zsad.datasets.raw import RAW, arrange, cut_rows, draw_share, read_raw, seek
+from zsad.datasets.images import load_image
+from zsad.datasets.layouts import read_folder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.masks import read_mask
+from zsad.datasets.raw import RAW, arrange, read_raw
+from zsad.datasets.raw_folders import find_layout
+from zsad.datasets.raw_sdd import cut_rows, draw_share
+from zsad.datasets.sources import SOURCES, find_sets
+from zsad.datasets.survey import scan_dataset
 from zsad.learned.knowledge import look_up
 
 
@@ -296,18 +295,22 @@ def test_the_folder_is_looked_for_in_what_was_unpacked(tmp_path):
         return (p / 'x').is_dir()
 
     (tmp_path / 'a/b/c/x').mkdir(parents=True)
-    assert seek(tmp_path, fits, 'x') == seek(tmp_path / 'a/b/c', fits, 'x') == tmp_path / 'a/b/c'
+    assert (
+        find_layout(tmp_path, fits, 'x')
+        == find_layout(tmp_path / 'a/b/c', fits, 'x')
+        == tmp_path / 'a/b/c'
+    )
     (tmp_path / 'a/b/c/d/e/x').mkdir(parents=True)
-    assert seek(tmp_path, fits, 'x') == tmp_path / 'a/b/c'  # below a find is not searched
+    assert find_layout(tmp_path, fits, 'x') == tmp_path / 'a/b/c'  # below a find is not searched
     (tmp_path / 'liver/x').mkdir(parents=True)
     with pytest.raises(ValueError, match='liver and a/b/c have this layout; point to one'):
-        seek(tmp_path, fits, 'x', ('brain',))
+        find_layout(tmp_path, fits, 'x', ('brain',))
     assert (
-        seek(tmp_path, fits, 'x', ('liver',)) == tmp_path / 'liver'
-        and seek(tmp_path / 'a', fits, 'x', ('liver',)) == tmp_path / 'a/b/c'
+        find_layout(tmp_path, fits, 'x', ('liver',)) == tmp_path / 'liver'
+        and find_layout(tmp_path / 'a', fits, 'x', ('liver',)) == tmp_path / 'a/b/c'
     )
     with pytest.raises(FileNotFoundError):
-        seek(tmp_path / '..', lambda p: p == tmp_path / 'a/b/c', 'x')  # four levels down
+        find_layout(tmp_path / '..', lambda p: p == tmp_path / 'a/b/c', 'x')  # four levels down
 
 
 # ---- KolektorSDD
