@@ -12,8 +12,9 @@ from devices import Away, faked, sent
 
 from zsad.bench.jobs import Model, compute, load_model
 from zsad.core.identity import plain
-from zsad.datasets.layouts import load_dataset, scan_dataset
-from zsad.encoder.clip import load_encoder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.survey import scan_dataset
+from zsad.encoder.loading import load_encoder
 from zsad.learned.artifacts import artifact_name, cached_artifact, load_trained, save_trained
 from zsad.learned.configs import CONFIGS, resolve_config
 from zsad.learned.pretraining import Recipe, train

@@ -8,24 +8,23 @@ import pytest
 import torch
 from PIL import Image
 
+import zsad.encoder.shards
 import zsad.encoder.store
+import zsad.encoder.streams
 from zsad.core.files import digest, seeded_rng, write_atomic
-from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.shards import DamagedShard, read_shard, shard_bytes
+from zsad.encoder.spec import AttentionPath, EncodeSpec
 from zsad.encoder.store import (
-    DamagedShard,
-    Stream,
     index,
     load_or_encode,
     prune,
-    read_shard,
     rows_in,
-    shard_bytes,
-    split,
     streams_in,
-    streams_of,
     verify,
     write_shard,
 )
+from zsad.encoder.streams import Stream, split, streams_of
 
 S = Stream('mini', 'w', 'float32', 'cpu', 'bicubic', 'vv', 6, -1, rev=1, pipeline=1, made_by='2.14')
 T = torch.arange(24.0).view(4, 3, 2)
@@ -49,7 +48,7 @@ def images(tmp_path):
 @pytest.fixture
 def passes(monkeypatch):
     "Count how often images are encoded; the eleventh time fails."
-    seen, encode = [], zsad.encoder.store.encode_images
+    seen, encode = [], zsad.encoder.clip.encode_images
 
     def counted(*args, **more):
         seen.append(len(args[1]))
@@ -99,7 +98,7 @@ def test_streams_state_revisions_and_torch(enc, monkeypatch):
         s.usable and torch.__version__.startswith(s.made_by + '.') and s.device == 'cpu'
         for s in streams.values()
     )
-    monkeypatch.setattr(zsad.encoder.store, 'ENCODING_REV', 99)
+    monkeypatch.setattr(zsad.encoder.streams, 'ENCODING_REV', 99)
     assert not any(s.usable for s in streams.values())
     after = {s.part: s for s in streams_of(enc, spec, 'bicubic')}
     assert all(after[p].usable and after[p].key != streams[p].key for p in streams)
@@ -150,7 +149,7 @@ def torn(path, data):
 def test_shards_that_are_never_written_whole_end_with_an_error(
     enc, images, tmp_path, passes, monkeypatch
 ):
-    monkeypatch.setattr(zsad.encoder.store, 'write_atomic', torn)
+    monkeypatch.setattr(zsad.encoder.shards, 'write_atomic', torn)
     with pytest.raises(DamagedShard, match=r'\.safetensors: \d+ bytes instead of \d+'):
         load_or_encode(tmp_path / 't', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
     assert 1 <= len(passes) <= 5
