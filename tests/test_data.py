@@ -1,4 +1,4 @@
-"Layouts agree with each other, every kind of file is read or named, and one bad file never costs the others."
+"Layouts agree, every kind of file is read or named, and one bad file never costs the others."
 
 import csv
 import io
@@ -254,7 +254,7 @@ def test_masks_that_mark_nothing_and_inks(tmp_path):
 
 
 def test_masks_are_resized_as_the_public_codes_do(rendered):
-    "0/255 masks: the values of the plain reading, binarised and resized by Pillow; `any` keeps what a pixel touches."
+    "0/255 masks are binarised and resized as Pillow does; `any` keeps what a pixel touches."
     bad = [s for s in read_folder(rendered).samples if s.label]
     assert len(bad) == 4
     for s in bad:
@@ -272,7 +272,7 @@ def test_masks_are_resized_as_the_public_codes_do(rendered):
 
 @pytest.mark.parametrize('rule', MASK_RULES)
 def test_one_rule_has_one_answer(rule, tmp_path):
-    "480 -> 240 of a disk, where edges fall on one half: reading, resizing and a protocol with a size agree."
+    "A disk, 480 -> 240, whose edges fall on one half: reading, resizing and a protocol agree."
     y, x = np.mgrid[:480, :480]
     disk = (y - 239.5) ** 2 + (x - 239.5) ** 2 < 110**2
     disk[:120, 41:60] = True
@@ -298,7 +298,7 @@ def test_one_rule_has_one_answer(rule, tmp_path):
 
 @pytest.mark.parametrize('rule', MASK_RULES)
 def test_a_defect_smaller_than_a_pixel_stays_anomalous(rule, mvtec):
-    "A mask that marks something never becomes empty, so no anomalous image counts as normal; data check counts such masks."
+    "A mask that marks something never becomes empty; data check counts masks that would."
     ds = read_folder(mvtec)
     s = next(s for s in ds.samples if s.label)
     m = np.zeros((1280, 1280), 'u1')
@@ -887,7 +887,7 @@ WRONG = {
 
 
 def change_entry(root, others, **values):
-    "Write meta.json with one anomalous entry of pill changed; the others of its category lose their masks where `others` says so."
+    "Write meta.json with one anomalous entry of pill changed, and perhaps no masks of the others."
     told = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
     rows = told['test']['pill']
     n = next(n for n, r in enumerate(rows) if r['anomaly'])
@@ -1104,7 +1104,7 @@ def test_the_hash_names_what_numbers_depend_on(mvtec):
 
 
 def test_a_converted_set_is_the_same_set(tmp_path):
-    "Outlines travel with the list: what reads the folder through meta.json gets the same samples, kinds and hash."
+    "A folder that is read through meta.json has the same samples, outlines, kinds and hash."
     root = render_procad(
         ('pill', 'wood'), good=1, bad=2, train=1, size=128, root=tmp_path / 'set', workers=1
     )

@@ -1,4 +1,4 @@
-"""Everything that runs on a GPU, on a device that is not there (tests/devices.py), and on a real one if there is one."""
+"Everything that runs on a GPU, on a device that is not there, and on a real one if there is one."
 
 import shutil
 from dataclasses import replace
@@ -165,7 +165,7 @@ def test_the_bench_computes_every_row_on_the_device(files, cache, tmp_path):
 
 @pytest.mark.parametrize('name', LEARNED)
 def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
-    "In bfloat16 as autocast has it, with losses in float32; it goes on from a checkpoint and its artifact is used."
+    "In bfloat16 by autocast, losses in float32; training resumes and its artifact is used."
     c = resolve_config(course(name), small)
     lessons = load_train_set(c, small, aux)
     here = TrainableModel(c, small)(make_batch(lessons, list(range(8)), small))

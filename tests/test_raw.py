@@ -1,4 +1,7 @@
-"Nine sets in the layouts of their downloads: every image is tested on, a reference, or left out by name, and the public scripts choose the same."
+"""Nine sets in the layouts of their downloads.
+
+Every image is tested on, a reference, or left out by name; the public scripts choose the same.
+"""
 
 import json
 import math
@@ -137,7 +140,7 @@ def draw_covid(root):
 
 
 def draw_bmad(root, form='page', masks='anomaly_mask', bad='Ungood'):
-    "Two normal and three anomalous test images, one reference, two of the part for tuning, in one of the three forms."
+    "Two normal and three anomalous test images, one reference, two for tuning, in any form."
     test, one, two, valid, train = dict(
         page=('test', '{k}/img', '{k}/{m}', 'valid', 'train/good/img'),
         liver=('test', 'img/{k}', '{m}/{k}', 'valid', 'train/good'),
@@ -396,7 +399,11 @@ ADACLIP = [
 
 
 def test_the_public_scripts_choose_the_same_images(tmp_path):
-    "Frozen: AdaCLIP e27ee32, sdd-pre.py, and AnomalyCLIP 45ed4dd, DAGM.py and brainmri.py, run on these drawings with sorted listings; pixels and masks of the thirds were equal too."
+    """Frozen results of the public scripts on these drawings, with sorted listings.
+
+    AdaCLIP e27ee32, sdd-pre.py; AnomalyCLIP 45ed4dd, DAGM.py and brainmri.py. Pixels and masks of
+    the thirds were equal too.
+    """
     ds, _ = arrange('sdd', draw_sdd(tmp_path / 'sdd'))
     assert (
         [s.path.stem for s in ds.samples if not s.label] == ADACLIP
@@ -796,7 +803,8 @@ def test_a_set_is_arranged_and_checked_from_the_shell(tmp_path, capsys):
         lines[0].split()
         == ['electrical', 'commutators', '15', 'normal', '3', 'anomalous', '3', 'masks']
         and lines[1]
-        == "in all 15 + 3, references 15, left out 1; others report 181 + 74 (AnomalyCLIP) or 286 + 54 (its issue 19, by this rule)"
+        == 'in all 15 + 3, references 15, left out 1; '
+        'others report 181 + 74 (AnomalyCLIP) or 286 + 54 (its issue 19, by this rule)'
     )
     assert (
         lines[2:] == [str(out / 'meta.json')]
@@ -837,7 +845,8 @@ def test_choices_and_hints_of_the_command(tmp_path, capsys):
     for argv, word in (
         (
             ['br35h', raw],
-            'looked here and three levels below for folders yes and no of images; found Class1, Class10',
+            'looked here and three levels below for folders yes and no of images; '
+            'found Class1, Class10',
         ),
         (['btad', raw], "name='btad'"),
         (['dagm', raw, '--cut', '3'], 'cut: not a choice of dagm'),

@@ -1,5 +1,6 @@
-"""Windows against open_clip run on each window alone, sums written out, and the numbers of a public code; nothing is downloaded.
+"""Windows against open_clip on each window alone, sums written out, and a public code's numbers.
 
+Nothing is downloaded.
 NUMBERS were computed by Accurate-WinCLIP (commit eef4f8c) on the weights that `drawn` makes.
 """
 
@@ -113,7 +114,7 @@ def test_windows_that_do_not_fit_are_refused_by_name(k):
 @pytest.mark.parametrize('name', CONFIGS)
 @torch.inference_mode()
 def test_a_window_is_encoded_as_if_it_were_alone(name):
-    "In float64, where the order of sums does not show; the last norm and projection are float32 (6e-8 a rounding)."
+    "In float64, where the order of sums does not show; the last steps are float32 (6e-8 each)."
     v, rng = make(name)
     v, x = v.double(), normal(rng, 2, 3, 96, 96).double()
     p = F.unfold(x, 16, stride=16).mT @ v.conv1.weight.flatten(1).T + v.positional_embedding[1:]
