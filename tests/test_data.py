@@ -45,7 +45,7 @@ def mvtec(rendered, tmp_path):
 
 def arrange_visa(ds, root):
     "Write samples the way VisA is published; gives {id there: sample here}."
-    rows, twins, at = [], {}, {}
+    rows, originals, at = [], {}, {}
     for s in ds.samples:
         kind = ('Normal', 'Anomaly')[s.label]
         n = at[s.category, kind] = at.get((s.category, kind), -1) + 1
@@ -61,12 +61,12 @@ def arrange_visa(ds, root):
                 root / mask
             )  # the number of the defect's class
         rows.append((s.category, 'test', ('normal', 'anomaly')[s.label], image, mask))
-        twins[f'{s.category}/{kind}/{n:03}'] = s
+        originals[f'{s.category}/{kind}/{n:03}'] = s
     rows += [
         (c, 'train', 'normal', f'{c}/Data/Images/Normal/900.JPG', '') for c in ds.categories
     ]  # never looked for: only test rows count
     write_table(root, [('object', 'split', 'label', 'image', 'mask'), *rows])
-    return twins
+    return originals
 
 
 def write_table(root, rows):
@@ -418,18 +418,18 @@ def test_a_jpeg_mask_is_halved(tmp_path):
 
 def test_visa_as_published_is_the_same_set(rendered, tmp_path):
     ours = read_folder(rendered)
-    twins = arrange_visa(ours, tmp_path / 'visa')
+    originals = arrange_visa(ours, tmp_path / 'visa')
     ds = load_dataset('visa', tmp_path / 'visa')
     assert layout_of(tmp_path / 'visa') == 'visa' and layout_of(rendered) == 'mvtec'
     assert (
         ds.skipped == ()
         and ds.categories == ('pill', 'wood')
-        and set(twins) == {s.id for s in ds.samples}
+        and set(originals) == {s.id for s in ds.samples}
         and len(ds.samples) == len(ours.samples) == 8
     )
     classes = set()
     for s in ds.samples:
-        t = twins[s.id]
+        t = originals[s.id]
         assert (s.label, s.category) == (t.label, t.category) and (s.mask is None) == (
             t.mask is None
         ) == (s.label == 0)
@@ -466,12 +466,12 @@ def test_meta_round_trip(rendered, mvtec, tmp_path):
         ]
 
     write_meta(read_folder(mvtec), mvtec / 'meta.json')
-    told = json.loads((mvtec / 'meta.json').read_text())
+    content = json.loads((mvtec / 'meta.json').read_text())
     assert layout_of(mvtec) == 'meta' and not any(
-        r['img_path'].startswith('/') for rows in told['test'].values() for r in rows
+        r['img_path'].startswith('/') for rows in content['test'].values() for r in rows
     )
     assert read(read_folder(mvtec), rendered) == bare
-    (mvtec / 'meta.json').write_text(json.dumps({'Train': {}, 'Test': told['test']}))
+    (mvtec / 'meta.json').write_text(json.dumps({'Train': {}, 'Test': content['test']}))
     assert read(read_folder(mvtec), rendered) == bare
     elsewhere = write_meta(read_folder(rendered), tmp_path / 'other' / 'meta.json')
     assert all(
@@ -480,10 +480,10 @@ def test_meta_round_trip(rendered, mvtec, tmp_path):
         for r in rows
     )
     assert list(read_meta(elsewhere).samples) == bare
-    for rows in told['test'].values():
+    for rows in content['test'].values():
         for r in rows:
             r.update(mask_path=str(Path(r['img_path']).parent), specie_name='')
-    (mvtec / 'meta.json').write_text(json.dumps(told))
+    (mvtec / 'meta.json').write_text(json.dumps(content))
     ds = read_folder(mvtec)
     assert [(s.id, s.label, s.mask) for s in ds.samples] == [
         (s.id, s.label, None) for s in bare
@@ -888,13 +888,13 @@ WRONG = {
 
 def change_entry(root, others, **values):
     "Write meta.json with one anomalous entry of pill changed, and perhaps no masks of the others."
-    told = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
-    rows = told['test']['pill']
+    content = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
+    rows = content['test']['pill']
     n = next(n for n, r in enumerate(rows) if r['anomaly'])
     for r in rows if others else ():
         r['mask_path'] = ''
     rows[n] = {**rows[n], **values}
-    (root / 'meta.json').write_text(json.dumps(told))
+    (root / 'meta.json').write_text(json.dumps(content))
     return n, root / rows[n]['img_path'] if isinstance(rows[n]['img_path'], str) else None
 
 
@@ -931,9 +931,9 @@ def test_a_category_is_a_plain_name(name, where, mvtec, visa):
         rows[n][0] = name
         write_table(visa, rows)
     else:
-        told = json.loads(write_meta(read_folder(mvtec), mvtec / 'meta.json').read_text())
-        told[where]['pill'][0]['cls_name'] = name
-        (mvtec / 'meta.json').write_text(json.dumps(told))
+        content = json.loads(write_meta(read_folder(mvtec), mvtec / 'meta.json').read_text())
+        content[where]['pill'][0]['cls_name'] = name
+        (mvtec / 'meta.json').write_text(json.dumps(content))
     with pytest.raises(ValueError, match='no plain name'):
         read_folder(visa if where == 'csv' else mvtec)
 
@@ -945,12 +945,12 @@ def test_a_dataset_json_that_is_a_list_is_refused_by_name(mvtec):
 
 
 def drop_key(root, key, instead=None):
-    told = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
-    entry = told['test']['pill'][1]
+    content = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
+    entry = content['test']['pill'][1]
     del entry[key]
     if instead is not None:
         entry[key] = instead
-    (root / 'meta.json').write_text(json.dumps(told))
+    (root / 'meta.json').write_text(json.dumps(content))
 
 
 REFUSED = {  # what is done to a copy of both sets, what is loaded, the error, its words

@@ -552,9 +552,9 @@ def test_kinds_go_beside_meta_and_leave_what_is_there(tmp_path):
     raw = draw_dagm(tmp_path / 'dagm')
     (raw / 'dataset.json').write_text(json.dumps(dict(note='mine', kinds=dict(other='object'))))
     ds, _ = arrange('dagm', raw)
-    told = json.loads((raw / 'dataset.json').read_text())
+    description = json.loads((raw / 'dataset.json').read_text())
     assert (
-        told == dict(note='mine', kinds={'other': 'object', **ds.kinds})
+        description == dict(note='mine', kinds={'other': 'object', **ds.kinds})
         and read_folder(raw).kinds == ds.kinds
     )
     arrange('br35h', draw_br35h(tmp_path / 'br35h'))
@@ -797,8 +797,8 @@ def test_a_set_is_arranged_and_checked_from_the_shell(tmp_path, capsys):
         )
         == 0
     )
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
     assert (
         lines[0].split()
         == ['electrical', 'commutators', '15', 'normal', '3', 'anomalous', '3', 'masks']
@@ -808,7 +808,7 @@ def test_a_set_is_arranged_and_checked_from_the_shell(tmp_path, capsys):
     )
     assert (
         lines[2:] == [str(out / 'meta.json')]
-        and said.err
+        and captured.err
         == f'left out: {raw}/kos01/Part1.jpg: no Part1_label beside it tells whether it is normal\n'
     )
     assert (

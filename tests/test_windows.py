@@ -108,7 +108,7 @@ def test_windows_that_do_not_fit_are_refused_by_name(k):
             f()
 
 
-# --- embeddings: open_clip is the judge, one window at a time
+# --- embeddings: compared with open_clip, one window at a time
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -388,13 +388,13 @@ def test_few_shot_map_is_the_mean_over_memories_and_more_references_never_raise_
         )
         < 1e-6
     )
-    own = few_shot_map(
+    with_first = few_shot_map(
         w,
         p,
         build_memory_bank({k: torch.cat([rw[k], w[k][:1]]) for k in w}, torch.cat([rp, p[:1]])),
         (6, 6),
     )
-    assert own[0].max() < 1e-5 and own[1].min() > 0.01
+    assert with_first[0].max() < 1e-5 and with_first[1].min() > 0.01
     posts = v.ln_post(p), v.ln_post(rp)  # the other choice of features gives another map
     assert gap(few_shot_map(w, posts[0], build_memory_bank(rw, posts[1]), (6, 6)), m) > 1e-3
 
@@ -423,9 +423,9 @@ def test_references_are_drawn_by_key():
             ValueError, match=rf"k={k!r}.*30 images of 'pill'.*1 to 30.*fewer shots"
         ):
             choose_references(names, k, 0, 'pill')
-    for again in (True, False):
+    for replace in (True, False):
         with pytest.raises(ValueError, match='0 images'):
-            choose_references([], 1, replace=again)
+            choose_references([], 1, replace=replace)
 
 
 # --- the whole line
