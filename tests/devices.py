@@ -1,8 +1,8 @@
-"""A device that is not there: tensors of class `Away` compute on the CPU and say that they are on 'cuda:0'.
+"""A device that is not there: tensors of class `Away` compute on the CPU and claim another device.
 
-As on a GPU, an operation on tensors of two places raises, `numpy()` raises, and binary cross entropy
-refuses to run under autocast. Values are real, so that whole jobs run and can be compared with the CPU;
-torch's own fake tensors hold no values and give no gradients without a GPU.
+As on a GPU, an operation on tensors of two places raises, `numpy()` raises, and binary cross
+entropy refuses to run under autocast. Values are real, so that whole jobs run and can be compared
+with the CPU; torch's own fake tensors hold no values and give no gradients without a GPU.
 What is not covered: kernels, memory, order of sums, several devices, sparse tensors.
 """
 

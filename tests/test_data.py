@@ -1,4 +1,4 @@
-"Layouts agree with each other, every kind of file is read or named, and one bad file never costs the others."
+"Layouts agree, every kind of file is read or named, and one bad file never costs the others."
 
 import csv
 import io
@@ -13,24 +13,14 @@ import pytest
 from PIL import Image
 
 from zsad.core.files import digest
-from zsad.datasets.layouts import (
-    SOURCES,
-    Dataset,
-    Sample,
-    check_dataset,
-    data_hash,
-    find_sets,
-    layout_of,
-    load_dataset,
-    load_image,
-    load_mask,
-    read_folder,
-    read_mask,
-    read_meta,
-    scan_dataset,
-    vanishing,
-    write_meta,
-)
+from zsad.datasets.images import load_image
+from zsad.datasets.layouts import layout_of, read_folder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.masks import load_mask, read_mask
+from zsad.datasets.meta import read_meta, write_meta
+from zsad.datasets.samples import Dataset, Sample
+from zsad.datasets.sources import SOURCES, check_dataset, find_sets
+from zsad.datasets.survey import scan_dataset, vanishing
 from zsad.evaluation.metrics import MASK_RULES, Protocol, evaluate, resize_mask
 from zsad.rendered.procad import render_procad
 
@@ -55,7 +45,7 @@ def mvtec(rendered, tmp_path):
 
 def arrange_visa(ds, root):
     "Write samples the way VisA is published; gives {id there: sample here}."
-    rows, twins, at = [], {}, {}
+    rows, originals, at = [], {}, {}
     for s in ds.samples:
         kind = ('Normal', 'Anomaly')[s.label]
         n = at[s.category, kind] = at.get((s.category, kind), -1) + 1
@@ -71,12 +61,12 @@ def arrange_visa(ds, root):
                 root / mask
             )  # the number of the defect's class
         rows.append((s.category, 'test', ('normal', 'anomaly')[s.label], image, mask))
-        twins[f'{s.category}/{kind}/{n:03}'] = s
+        originals[f'{s.category}/{kind}/{n:03}'] = s
     rows += [
         (c, 'train', 'normal', f'{c}/Data/Images/Normal/900.JPG', '') for c in ds.categories
     ]  # never looked for: only test rows count
     write_table(root, [('object', 'split', 'label', 'image', 'mask'), *rows])
-    return twins
+    return originals
 
 
 def write_table(root, rows):
@@ -264,7 +254,7 @@ def test_masks_that_mark_nothing_and_inks(tmp_path):
 
 
 def test_masks_are_resized_as_the_public_codes_do(rendered):
-    "0/255 masks: the values of the plain reading, binarised and resized by Pillow; `any` keeps what a pixel touches."
+    "0/255 masks are binarised and resized as Pillow does; `any` keeps what a pixel touches."
     bad = [s for s in read_folder(rendered).samples if s.label]
     assert len(bad) == 4
     for s in bad:
@@ -282,7 +272,7 @@ def test_masks_are_resized_as_the_public_codes_do(rendered):
 
 @pytest.mark.parametrize('rule', MASK_RULES)
 def test_one_rule_has_one_answer(rule, tmp_path):
-    "480 -> 240 of a disk, where edges fall on one half: reading, resizing and a protocol with a size agree."
+    "A disk, 480 -> 240, whose edges fall on one half: reading, resizing and a protocol agree."
     y, x = np.mgrid[:480, :480]
     disk = (y - 239.5) ** 2 + (x - 239.5) ** 2 < 110**2
     disk[:120, 41:60] = True
@@ -308,7 +298,7 @@ def test_one_rule_has_one_answer(rule, tmp_path):
 
 @pytest.mark.parametrize('rule', MASK_RULES)
 def test_a_defect_smaller_than_a_pixel_stays_anomalous(rule, mvtec):
-    "A mask that marks something never becomes empty, so no anomalous image counts as normal; data check counts such masks."
+    "A mask that marks something never becomes empty; data check counts masks that would."
     ds = read_folder(mvtec)
     s = next(s for s in ds.samples if s.label)
     m = np.zeros((1280, 1280), 'u1')
@@ -428,18 +418,18 @@ def test_a_jpeg_mask_is_halved(tmp_path):
 
 def test_visa_as_published_is_the_same_set(rendered, tmp_path):
     ours = read_folder(rendered)
-    twins = arrange_visa(ours, tmp_path / 'visa')
+    originals = arrange_visa(ours, tmp_path / 'visa')
     ds = load_dataset('visa', tmp_path / 'visa')
     assert layout_of(tmp_path / 'visa') == 'visa' and layout_of(rendered) == 'mvtec'
     assert (
         ds.skipped == ()
         and ds.categories == ('pill', 'wood')
-        and set(twins) == {s.id for s in ds.samples}
+        and set(originals) == {s.id for s in ds.samples}
         and len(ds.samples) == len(ours.samples) == 8
     )
     classes = set()
     for s in ds.samples:
-        t = twins[s.id]
+        t = originals[s.id]
         assert (s.label, s.category) == (t.label, t.category) and (s.mask is None) == (
             t.mask is None
         ) == (s.label == 0)
@@ -476,12 +466,12 @@ def test_meta_round_trip(rendered, mvtec, tmp_path):
         ]
 
     write_meta(read_folder(mvtec), mvtec / 'meta.json')
-    told = json.loads((mvtec / 'meta.json').read_text())
+    content = json.loads((mvtec / 'meta.json').read_text())
     assert layout_of(mvtec) == 'meta' and not any(
-        r['img_path'].startswith('/') for rows in told['test'].values() for r in rows
+        r['img_path'].startswith('/') for rows in content['test'].values() for r in rows
     )
     assert read(read_folder(mvtec), rendered) == bare
-    (mvtec / 'meta.json').write_text(json.dumps({'Train': {}, 'Test': told['test']}))
+    (mvtec / 'meta.json').write_text(json.dumps({'Train': {}, 'Test': content['test']}))
     assert read(read_folder(mvtec), rendered) == bare
     elsewhere = write_meta(read_folder(rendered), tmp_path / 'other' / 'meta.json')
     assert all(
@@ -490,10 +480,10 @@ def test_meta_round_trip(rendered, mvtec, tmp_path):
         for r in rows
     )
     assert list(read_meta(elsewhere).samples) == bare
-    for rows in told['test'].values():
+    for rows in content['test'].values():
         for r in rows:
             r.update(mask_path=str(Path(r['img_path']).parent), specie_name='')
-    (mvtec / 'meta.json').write_text(json.dumps(told))
+    (mvtec / 'meta.json').write_text(json.dumps(content))
     ds = read_folder(mvtec)
     assert [(s.id, s.label, s.mask) for s in ds.samples] == [
         (s.id, s.label, None) for s in bare
@@ -897,14 +887,14 @@ WRONG = {
 
 
 def change_entry(root, others, **values):
-    "Write meta.json with one anomalous entry of pill changed; the others of its category lose their masks where `others` says so."
-    told = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
-    rows = told['test']['pill']
+    "Write meta.json with one anomalous entry of pill changed, and perhaps no masks of the others."
+    content = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
+    rows = content['test']['pill']
     n = next(n for n, r in enumerate(rows) if r['anomaly'])
     for r in rows if others else ():
         r['mask_path'] = ''
     rows[n] = {**rows[n], **values}
-    (root / 'meta.json').write_text(json.dumps(told))
+    (root / 'meta.json').write_text(json.dumps(content))
     return n, root / rows[n]['img_path'] if isinstance(rows[n]['img_path'], str) else None
 
 
@@ -941,9 +931,9 @@ def test_a_category_is_a_plain_name(name, where, mvtec, visa):
         rows[n][0] = name
         write_table(visa, rows)
     else:
-        told = json.loads(write_meta(read_folder(mvtec), mvtec / 'meta.json').read_text())
-        told[where]['pill'][0]['cls_name'] = name
-        (mvtec / 'meta.json').write_text(json.dumps(told))
+        content = json.loads(write_meta(read_folder(mvtec), mvtec / 'meta.json').read_text())
+        content[where]['pill'][0]['cls_name'] = name
+        (mvtec / 'meta.json').write_text(json.dumps(content))
     with pytest.raises(ValueError, match='no plain name'):
         read_folder(visa if where == 'csv' else mvtec)
 
@@ -955,12 +945,12 @@ def test_a_dataset_json_that_is_a_list_is_refused_by_name(mvtec):
 
 
 def drop_key(root, key, instead=None):
-    told = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
-    entry = told['test']['pill'][1]
+    content = json.loads(write_meta(read_folder(root), root / 'meta.json').read_text())
+    entry = content['test']['pill'][1]
     del entry[key]
     if instead is not None:
         entry[key] = instead
-    (root / 'meta.json').write_text(json.dumps(told))
+    (root / 'meta.json').write_text(json.dumps(content))
 
 
 REFUSED = {  # what is done to a copy of both sets, what is loaded, the error, its words
@@ -1092,26 +1082,29 @@ def test_no_set_in_the_folder(mvtec, tmp_path):
 
 def test_the_hash_names_what_numbers_depend_on(mvtec):
     ds = read_folder(mvtec)
-    h = data_hash(ds)
+    h = scan_dataset(ds).hash
     f = mvtec / f'{G}.png'
     old = f.read_bytes()
     Image.open(f).save(f, compress_level=9)
-    assert f.read_bytes() != old and data_hash(ds) == h
+    assert f.read_bytes() != old and scan_dataset(ds).hash == h
     for path in (ds.samples[0].path, ds.samples[0].mask, ds.samples[0].foreground):
         old = path.read_bytes()
         a = np.array(Image.open(path))
         a[0, 0] = 255 - a[0, 0]
         Image.fromarray(a).save(path)
-        assert data_hash(ds) != h
+        assert scan_dataset(ds).hash != h
         path.write_bytes(old)
-    assert data_hash(ds) == h
+    assert scan_dataset(ds).hash == h
     assert scan_dataset(ds, 2) == scan_dataset(ds, 1)
-    assert len({data_hash(Dataset('x', ds.samples[:n], ds.kinds)) for n in (6, 7, 8)} | {h}) == 3
-    assert data_hash(Dataset('x', ds.samples, dict(pill='texture', wood='texture'))) != h
+    assert (
+        len({scan_dataset(Dataset('x', ds.samples[:n], ds.kinds)).hash for n in (6, 7, 8)} | {h})
+        == 3
+    )
+    assert scan_dataset(Dataset('x', ds.samples, dict(pill='texture', wood='texture'))).hash != h
 
 
 def test_a_converted_set_is_the_same_set(tmp_path):
-    "Outlines travel with the list: what reads the folder through meta.json gets the same samples, kinds and hash."
+    "A folder that is read through meta.json has the same samples, outlines, kinds and hash."
     root = render_procad(
         ('pill', 'wood'), good=1, bad=2, train=1, size=128, root=tmp_path / 'set', workers=1
     )

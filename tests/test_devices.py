@@ -1,4 +1,4 @@
-"""Everything that runs on a GPU, on a device that is not there (tests/devices.py), and on a real one if there is one."""
+"Everything that runs on a GPU, on a device that is not there, and on a real one if there is one."
 
 import shutil
 from dataclasses import replace
@@ -12,8 +12,9 @@ from devices import Away, faked, sent
 
 from zsad.bench.jobs import Model, compute, load_model
 from zsad.core.identity import plain
-from zsad.datasets.layouts import load_dataset, scan_dataset
-from zsad.encoder.clip import load_encoder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.survey import scan_dataset
+from zsad.encoder.loading import load_encoder
 from zsad.learned.artifacts import artifact_name, cached_artifact, load_trained, save_trained
 from zsad.learned.configs import CONFIGS, resolve_config
 from zsad.learned.pretraining import Recipe, train
@@ -55,12 +56,12 @@ def cache(small, tmp_path_factory):
         folder = tmp_path_factory.mktemp('cache')
         patch.setenv('ZSAD_CACHE', str(folder))
         for name, on in ((n, on) for n in LEARNED for on in ('mvtec', 'procad-aux')):
-            c = resolve_config(course(name), small)
-            student = TrainableModel(c, small)
-            words = student.words and Learned(c.prompts, dict(student.words.items()))
+            c = resolve_config(tiny_config(name), small)
+            model = TrainableModel(c, small)
+            words = model.words and Learned(c.prompts, dict(model.words.items()))
             path = cached_artifact(artifact_name(METHODS[name].artifact, small.backbone, on), small)
             inputs = dict(encode=plain(c.encode), prompts=c.text)
-            save_trained(path, small, words, student.head, c.settings, inputs, dataset=on)
+            save_trained(path, small, words, model.head, c.settings, inputs, dataset=on)
         yield folder
 
 
@@ -72,7 +73,7 @@ def aux(tmp_path_factory):
     return scan_dataset(load_dataset('procad-aux', root), 1)
 
 
-def course(name):
+def tiny_config(name):
     settings = dict(heads=4) if name == 'kanoclip' else {}
     return replace(CONFIGS[name], epochs=1, batch=8, loss_size=48, settings=settings)
 
@@ -164,16 +165,16 @@ def test_the_bench_computes_every_row_on_the_device(files, cache, tmp_path):
 
 @pytest.mark.parametrize('name', LEARNED)
 def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
-    "In bfloat16 as autocast has it, with losses in float32; it goes on from a checkpoint and its artifact is used."
-    c = resolve_config(course(name), small)
-    lessons = load_train_set(c, small, aux)
-    here = TrainableModel(c, small)(make_batch(lessons, list(range(8)), small))
+    "In bfloat16 by autocast, losses in float32; training resumes and its artifact is used."
+    c = resolve_config(tiny_config(name), small)
+    train_set = load_train_set(c, small, aux)
+    here = TrainableModel(c, small)(make_batch(train_set, list(range(8)), small))
     with faked():
         there = sent(small)
         with torch.autocast('cuda', torch.bfloat16):
-            told = TrainableModel(c, there)(make_batch(lessons, list(range(8)), there))
-        assert all(v.dtype == torch.float32 and isinstance(v, Away) for v in told.values())
-        assert {k: v.item() for k, v in told.items()} == pytest.approx(
+            losses = TrainableModel(c, there)(make_batch(train_set, list(range(8)), there))
+        assert all(v.dtype == torch.float32 and isinstance(v, Away) for v in losses.values())
+        assert {k: v.item() for k, v in losses.items()} == pytest.approx(
             {k: v.item() for k, v in here.items()}, rel=0.05
         )
         assert (
@@ -184,12 +185,12 @@ def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
                 tmp_path / 'a',
                 tmp_path / 'run',
                 limit=1,
-                lessons=lessons,
+                lessons=train_set,
                 show=False,
             )
             == ''
         )
-        key = learn(c, there, aux, tmp_path / 'a', tmp_path / 'run', lessons=lessons, show=False)
+        key = learn(c, there, aux, tmp_path / 'a', tmp_path / 'run', lessons=train_set, show=False)
         assert load_trained(tmp_path / 'a', there).hash == key and small.device == 'cpu'
     assert load_trained(tmp_path / 'a', small).hash == key
 
@@ -223,7 +224,7 @@ def test_an_encoder_is_trained_on_the_device(tmp_path, monkeypatch):
 def test_a_method_learns_on_a_gpu(name, files, small, aux, tmp_path):
     "The same steps as on the CPU, in bfloat16; the artifact serves both."
     there = load_encoder(*files, device='cuda', dtype='float32')
-    c = resolve_config(course(name), small)
+    c = resolve_config(tiny_config(name), small)
     key = learn(c, there, aux, tmp_path / 'a', tmp_path / 'run', show=False)
     x = torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(3))
     a, b = (

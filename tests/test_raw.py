@@ -1,4 +1,7 @@
-"Nine sets in the layouts of their downloads: every image is tested on, a reference, or left out by name, and the public scripts choose the same."
+"""Nine sets in the layouts of their downloads.
+
+Every image is tested on, a reference, or left out by name; the public scripts choose the same.
+"""
 
 import json
 import math
@@ -12,16 +15,15 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from zsad.cli.main import main
-from zsad.datasets.layouts import (
-    SOURCES,
-    find_sets,
-    load_dataset,
-    load_image,
-    read_folder,
-    read_mask,
-    scan_dataset,
-)
-from zsad.datasets.raw import RAW, arrange, cut_rows, draw_share, read_raw, seek
+from zsad.datasets.images import load_image
+from zsad.datasets.layouts import read_folder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.masks import read_mask
+from zsad.datasets.raw import RAW, arrange, read_raw
+from zsad.datasets.raw_folders import find_layout
+from zsad.datasets.raw_sdd import cut_rows, draw_share
+from zsad.datasets.sources import SOURCES, find_sets
+from zsad.datasets.survey import scan_dataset
 from zsad.learned.knowledge import look_up
 
 
@@ -138,7 +140,7 @@ def draw_covid(root):
 
 
 def draw_bmad(root, form='page', masks='anomaly_mask', bad='Ungood'):
-    "Two normal and three anomalous test images, one reference, two of the part for tuning, in one of the three forms."
+    "Two normal and three anomalous test images, one reference, two for tuning, in any form."
     test, one, two, valid, train = dict(
         page=('test', '{k}/img', '{k}/{m}', 'valid', 'train/good/img'),
         liver=('test', 'img/{k}', '{m}/{k}', 'valid', 'train/good'),
@@ -296,18 +298,22 @@ def test_the_folder_is_looked_for_in_what_was_unpacked(tmp_path):
         return (p / 'x').is_dir()
 
     (tmp_path / 'a/b/c/x').mkdir(parents=True)
-    assert seek(tmp_path, fits, 'x') == seek(tmp_path / 'a/b/c', fits, 'x') == tmp_path / 'a/b/c'
+    assert (
+        find_layout(tmp_path, fits, 'x')
+        == find_layout(tmp_path / 'a/b/c', fits, 'x')
+        == tmp_path / 'a/b/c'
+    )
     (tmp_path / 'a/b/c/d/e/x').mkdir(parents=True)
-    assert seek(tmp_path, fits, 'x') == tmp_path / 'a/b/c'  # below a find is not searched
+    assert find_layout(tmp_path, fits, 'x') == tmp_path / 'a/b/c'  # below a find is not searched
     (tmp_path / 'liver/x').mkdir(parents=True)
     with pytest.raises(ValueError, match='liver and a/b/c have this layout; point to one'):
-        seek(tmp_path, fits, 'x', ('brain',))
+        find_layout(tmp_path, fits, 'x', ('brain',))
     assert (
-        seek(tmp_path, fits, 'x', ('liver',)) == tmp_path / 'liver'
-        and seek(tmp_path / 'a', fits, 'x', ('liver',)) == tmp_path / 'a/b/c'
+        find_layout(tmp_path, fits, 'x', ('liver',)) == tmp_path / 'liver'
+        and find_layout(tmp_path / 'a', fits, 'x', ('liver',)) == tmp_path / 'a/b/c'
     )
     with pytest.raises(FileNotFoundError):
-        seek(tmp_path / '..', lambda p: p == tmp_path / 'a/b/c', 'x')  # four levels down
+        find_layout(tmp_path / '..', lambda p: p == tmp_path / 'a/b/c', 'x')  # four levels down
 
 
 # ---- KolektorSDD
@@ -393,7 +399,11 @@ ADACLIP = [
 
 
 def test_the_public_scripts_choose_the_same_images(tmp_path):
-    "Frozen: AdaCLIP e27ee32, sdd-pre.py, and AnomalyCLIP 45ed4dd, DAGM.py and brainmri.py, run on these drawings with sorted listings; pixels and masks of the thirds were equal too."
+    """Frozen results of the public scripts on these drawings, with sorted listings.
+
+    AdaCLIP e27ee32, sdd-pre.py; AnomalyCLIP 45ed4dd, DAGM.py and brainmri.py. Pixels and masks of
+    the thirds were equal too.
+    """
     ds, _ = arrange('sdd', draw_sdd(tmp_path / 'sdd'))
     assert (
         [s.path.stem for s in ds.samples if not s.label] == ADACLIP
@@ -542,9 +552,9 @@ def test_kinds_go_beside_meta_and_leave_what_is_there(tmp_path):
     raw = draw_dagm(tmp_path / 'dagm')
     (raw / 'dataset.json').write_text(json.dumps(dict(note='mine', kinds=dict(other='object'))))
     ds, _ = arrange('dagm', raw)
-    told = json.loads((raw / 'dataset.json').read_text())
+    description = json.loads((raw / 'dataset.json').read_text())
     assert (
-        told == dict(note='mine', kinds={'other': 'object', **ds.kinds})
+        description == dict(note='mine', kinds={'other': 'object', **ds.kinds})
         and read_folder(raw).kinds == ds.kinds
     )
     arrange('br35h', draw_br35h(tmp_path / 'br35h'))
@@ -787,17 +797,18 @@ def test_a_set_is_arranged_and_checked_from_the_shell(tmp_path, capsys):
         )
         == 0
     )
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
     assert (
         lines[0].split()
         == ['electrical', 'commutators', '15', 'normal', '3', 'anomalous', '3', 'masks']
         and lines[1]
-        == "in all 15 + 3, references 15, left out 1; others report 181 + 74 (AnomalyCLIP) or 286 + 54 (its issue 19, by this rule)"
+        == 'in all 15 + 3, references 15, left out 1; '
+        'others report 181 + 74 (AnomalyCLIP) or 286 + 54 (its issue 19, by this rule)'
     )
     assert (
         lines[2:] == [str(out / 'meta.json')]
-        and said.err
+        and captured.err
         == f'left out: {raw}/kos01/Part1.jpg: no Part1_label beside it tells whether it is normal\n'
     )
     assert (
@@ -834,7 +845,8 @@ def test_choices_and_hints_of_the_command(tmp_path, capsys):
     for argv, word in (
         (
             ['br35h', raw],
-            'looked here and three levels below for folders yes and no of images; found Class1, Class10',
+            'looked here and three levels below for folders yes and no of images; '
+            'found Class1, Class10',
         ),
         (['btad', raw], "name='btad'"),
         (['dagm', raw, '--cut', '3'], 'cut: not a choice of dagm'),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.spec import AttentionPath, EncodeSpec
 from zsad.pipeline.detector import (
     Method,
     adapted_tokens,

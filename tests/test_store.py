@@ -8,24 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-import zsad.encoder.store
 from zsad.core.files import digest, seeded_rng, write_atomic
-from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.encoder import shards, store, streams
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.shards import DamagedShard, read_shard, shard_bytes
+from zsad.encoder.spec import AttentionPath, EncodeSpec
 from zsad.encoder.store import (
-    DamagedShard,
-    Stream,
     index,
     load_or_encode,
     prune,
-    read_shard,
     rows_in,
-    shard_bytes,
-    split,
     streams_in,
-    streams_of,
     verify,
     write_shard,
 )
+from zsad.encoder.streams import Stream, split, streams_of
 
 S = Stream('mini', 'w', 'float32', 'cpu', 'bicubic', 'vv', 6, -1, rev=1, pipeline=1, made_by='2.14')
 T = torch.arange(24.0).view(4, 3, 2)
@@ -49,14 +46,14 @@ def images(tmp_path):
 @pytest.fixture
 def passes(monkeypatch):
     "Count how often images are encoded; the eleventh time fails."
-    seen, encode = [], zsad.encoder.store.encode_images
+    seen, encode = [], store.encode_images
 
     def counted(*args, **more):
         seen.append(len(args[1]))
         assert len(seen) <= 10, 'encoded again and again'
         return encode(*args, **more)
 
-    monkeypatch.setattr(zsad.encoder.store, 'encode_images', counted)
+    monkeypatch.setattr(store, 'encode_images', counted)
     return seen
 
 
@@ -94,15 +91,15 @@ def test_a_stream_is_named_by_what_decides_its_numbers():
 
 def test_streams_state_revisions_and_torch(enc, monkeypatch):
     spec = EncodeSpec((AttentionPath('vv'),), windows=(2,)).resolved(enc.blocks)
-    streams = {s.part: s for s in streams_of(enc, spec, 'bicubic')}
+    by_part = {s.part: s for s in streams_of(enc, spec, 'bicubic')}
     assert all(
         s.usable and torch.__version__.startswith(s.made_by + '.') and s.device == 'cpu'
-        for s in streams.values()
+        for s in by_part.values()
     )
-    monkeypatch.setattr(zsad.encoder.store, 'ENCODING_REV', 99)
-    assert not any(s.usable for s in streams.values())
+    monkeypatch.setattr(streams, 'ENCODING_REV', 99)
+    assert not any(s.usable for s in by_part.values())
     after = {s.part: s for s in streams_of(enc, spec, 'bicubic')}
-    assert all(after[p].usable and after[p].key != streams[p].key for p in streams)
+    assert all(after[p].usable and after[p].key != by_part[p].key for p in by_part)
 
 
 def test_a_shard_that_is_not_what_its_header_promises_is_not_held(tmp_path):
@@ -150,14 +147,14 @@ def torn(path, data):
 def test_shards_that_are_never_written_whole_end_with_an_error(
     enc, images, tmp_path, passes, monkeypatch
 ):
-    monkeypatch.setattr(zsad.encoder.store, 'write_atomic', torn)
+    monkeypatch.setattr(shards, 'write_atomic', torn)
     with pytest.raises(DamagedShard, match=r'\.safetensors: \d+ bytes instead of \d+'):
         load_or_encode(tmp_path / 't', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
     assert 1 <= len(passes) <= 5
 
 
 def test_shards_that_vanish_end_with_an_error(enc, images, tmp_path, passes, monkeypatch):
-    monkeypatch.setattr(zsad.encoder.store, 'write_shard', lambda *args: None)
+    monkeypatch.setattr(store, 'write_shard', lambda *args: None)
     with pytest.raises(DamagedShard, match='3 images .* not there'):
         load_or_encode(tmp_path / 't', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
     assert 1 <= len(passes) <= 5
@@ -169,7 +166,7 @@ def test_shards_that_vanish_while_they_are_read_end_with_an_error(
     def gone(file):
         raise FileNotFoundError(file)
 
-    monkeypatch.setattr(zsad.encoder.store, 'read_shard', gone)
+    monkeypatch.setattr(store, 'read_shard', gone)
     with pytest.raises(DamagedShard, match='vanished'):
         load_or_encode(tmp_path / 't', enc, EncodeSpec((AttentionPath('vv'),)), 'bicubic', images)
 
