@@ -18,34 +18,37 @@ import pytest
 from PIL import Image
 
 from zsad.datasets.layouts import SOURCES, Sample
-from zsad.learned import knowledge as module
-from zsad.learned.knowledge import (
-    ASK,
-    FORMAT,
-    LOOK,
-    Question,
-    ask_categories,
-    ask_images,
-    background,
-    build_base,
+from zsad.learned import knowledge_builder as module
+from zsad.learned.descriptions import (
     color_words,
     colors_of,
-    count_tokens,
     describe,
     describe_mask,
-    estimate,
-    judge,
-    knowledge,
-    knowledge_of_image,
-    look_up,
-    measure,
-    messages,
-    parse_base,
-    read_base,
+    measure_mask,
     shape_of,
     shape_word,
     to_lab,
+)
+from zsad.learned.knowledge import (
+    FORMAT,
+    background,
+    count_tokens,
+    knowledge,
+    knowledge_of_image,
+    look_up,
+    parse_base,
+    read_base,
     write_base,
+)
+from zsad.learned.knowledge_builder import build_base, estimate
+from zsad.learned.questions import (
+    CATEGORY_QUESTION,
+    IMAGE_QUESTION,
+    Question,
+    category_questions,
+    check_answer,
+    image_questions,
+    messages,
 )
 from zsad.rendered.boards import BOARDS
 from zsad.rendered.medical import MEDICAL
@@ -409,7 +412,7 @@ CROSS = ((abs(X) < 30) & (abs(Y) < 6)) | ((abs(Y) < 30) & (abs(X) < 6))
 )
 def test_words_for_shapes(mask, word):
     image = np.full((120, 120, 3), 128, 'u1')
-    s = measure(image, mask & (R < 58))
+    s = measure_mask(image, mask & (R < 58))
     assert shape_word(s) == word
 
 
@@ -432,12 +435,12 @@ GRAY = np.full((90, 120, 3), 128, 'u1')
 @pytest.mark.parametrize('cell', range(9))
 def test_nine_places_in_the_image_and_on_the_object(cell):
     r, c = divmod(cell, 3)
-    s = measure(GRAY, put(6, 6, at=(30 * r + 12, 40 * c + 17)))
+    s = measure_mask(GRAY, put(6, 6, at=(30 * r + 12, 40 * c + 17)))
     assert (s.row, s.column) == (r, c) and f'mark {CELLS[cell]} of the plate covers' in describe(
         'plate', s
     )
     fore = put(30, 30, at=(50, 80))  # the object, far down and right: its own nine cells
-    s = measure(GRAY, put(4, 4, at=(50 + 10 * r + 3, 80 + 10 * c + 3)), fore)
+    s = measure_mask(GRAY, put(4, 4, at=(50 + 10 * r + 3, 80 + 10 * c + 3)), fore)
     assert (s.row, s.column) == (r, c) and math.isclose(s.share, 16 / 900)
     assert (
         describe_mask(
@@ -449,14 +452,14 @@ def test_nine_places_in_the_image_and_on_the_object(cell):
 
 def test_share_is_of_the_object_and_what_lies_outside_widens_it():
     m = put(10, 10)
-    assert math.isclose(measure(GRAY, m).share, 100 / 10800) and math.isclose(
-        measure(GRAY, m, put(20, 20)).share, 0.25
+    assert math.isclose(measure_mask(GRAY, m).share, 100 / 10800) and math.isclose(
+        measure_mask(GRAY, m, put(20, 20)).share, 0.25
     )
     assert math.isclose(
-        measure(GRAY, m, put(20, 20, at=(25, 20))).share, 100 / 450
+        measure_mask(GRAY, m, put(20, 20, at=(25, 20))).share, 100 / 450
     )  # half of the mask lies outside
     sizes = [
-        describe('x', dataclasses.replace(measure(GRAY, m), share=s)).split(',')[0]
+        describe('x', dataclasses.replace(measure_mask(GRAY, m), share=s)).split(',')[0]
         for s in (0.0049, 0.005, 0.0199, 0.02, 0.0599, 0.06, 0.1499, 0.15, 1.0)
     ]
     assert sizes == [
@@ -473,7 +476,7 @@ def test_share_is_of_the_object_and_what_lies_outside_widens_it():
     parts = [
         re.search(
             '(?:less|about).* percent',
-            describe('x', dataclasses.replace(measure(GRAY, m), share=s)),
+            describe('x', dataclasses.replace(measure_mask(GRAY, m), share=s)),
         )[0]
         for s in (0.001, 0.0099, 0.012, 0.055, 0.4)
     ]
@@ -488,7 +491,7 @@ def test_share_is_of_the_object_and_what_lies_outside_widens_it():
 
 def test_pieces_are_counted_and_the_largest_speaks():
     m = put(9, 3, at=(70, 100)) | put(3, 3, at=(5, 5)) | put(3, 1, at=(40, 60))
-    s = measure(GRAY, m)
+    s = measure_mask(GRAY, m)
     assert (s.pieces, s.row, s.column, round(s.elongation, 9)) == (
         3,
         2,
@@ -501,8 +504,10 @@ def test_pieces_are_counted_and_the_largest_speaks():
         )
         and s.share < 0.005
     )
-    assert measure(GRAY, m | put(2, 1, at=(20, 110))).pieces == 3  # specks do not count
-    assert measure(GRAY, put(3, 3, at=(5, 5)) | put(3, 3, at=(8, 8))).pieces == 1  # corners touch
+    assert measure_mask(GRAY, m | put(2, 1, at=(20, 110))).pieces == 3  # specks do not count
+    assert (
+        measure_mask(GRAY, put(3, 3, at=(5, 5)) | put(3, 3, at=(8, 8))).pieces == 1
+    )  # corners touch
     for n, word in ((2, 'Two'), (6, 'Six'), (7, 'Many'), (40, 'Many')):
         assert describe('x', dataclasses.replace(s, pieces=n)).startswith(word + ' ')
 
@@ -629,7 +634,7 @@ def test_whole_sentences():
 
 def test_pictures_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match='marks nothing.*normal image'):
-        measure(GRAY, put(0, 0))
+        measure_mask(GRAY, put(0, 0))
     for image, m, f in (
         (GRAY[..., 0], put(2, 2), None),
         (GRAY, put(2, 2, size=(80, 120)), None),
@@ -637,9 +642,9 @@ def test_pictures_that_do_not_fit_are_refused():
         (GRAY, put(2, 2)[None], None),
     ):
         with pytest.raises(ValueError, match=r'need \[H,W,3\]'):
-            measure(image, m, f)
+            measure_mask(image, m, f)
     with pytest.raises(ValueError, match='float64.*8-bit'):
-        measure(GRAY / 255, put(2, 2))
+        measure_mask(GRAY / 255, put(2, 2))
 
 
 # --- questions
@@ -653,12 +658,12 @@ def photo(tmp_path):
 
 
 def test_questions_are_the_papers(photo):
-    assert ASK == 'Q: Describe what an abnormal image of {noun} looks like?'
+    assert CATEGORY_QUESTION == 'Q: Describe what an abnormal image of {noun} looks like?'
     assert (
-        LOOK
+        IMAGE_QUESTION
         == "Q: Identify anomalies in the input image of {noun}. Describe each anomaly's location, color, shape, size, and other characteristics."
     )
-    (q,) = ask_categories({'metal_nut': 'metal nut'}, 'x')
+    (q,) = category_questions({'metal_nut': 'metal nut'}, 'x')
     system, user = messages(q)
     assert (
         user
@@ -667,7 +672,7 @@ def test_questions_are_the_papers(photo):
         and '[5 strings]' in system['content']
         and '"background"' in system['content']
     )
-    (q,) = ask_images([Sample(photo[0], 1, 'metal_nut', 'metal_nut/bent/0')], {}, 'x')
+    (q,) = image_questions([Sample(photo[0], 1, 'metal_nut', 'metal_nut/bent/0')], {}, 'x')
     system, user = messages(q)
     assert (
         (q.n, q.noun, q.name) == (1, 'metal nut', 'metal_nut/bent/0')
@@ -675,7 +680,7 @@ def test_questions_are_the_papers(photo):
         and 'background' not in system['content']
     )
     picture, text = user['content']  # <IMAGE> + Q
-    assert text == dict(type='text', text=LOOK.format(noun='metal nut'))
+    assert text == dict(type='text', text=IMAGE_QUESTION.format(noun='metal nut'))
     kind, data = picture['image_url']['url'].split(',')
     assert (
         kind == 'data:image/png;base64'
@@ -684,7 +689,7 @@ def test_questions_are_the_papers(photo):
 
 
 def test_estimate_by_hand(tmp_path):
-    qs = ask_categories({'a': 'mug', 'b': 'kettle'}, 'x', 3)
+    qs = category_questions({'a': 'mug', 'b': 'kettle'}, 'x', 3)
     a, b = sum((len(q.rules) + len(q.text)) // 4 + 8 for q in qs), 2 * (3 * 25 + 60)
     assert estimate(qs, (2.0, 10.0)) == dict(
         calls=2, tokens_in=a, tokens_out=b, cost=(2 * a + 10 * b) / 1e6
@@ -734,7 +739,7 @@ def said(*s, look='Fine.'):
     ],
 )
 def test_answers_that_are_kept_out_have_their_reason(text, why):
-    assert judge(text, 2) == (None, why)
+    assert check_answer(text, 2) == (None, why)
 
 
 def test_what_is_good_is_kept():
@@ -744,16 +749,16 @@ def test_what_is_good_is_kept():
         said(' a crack ', 'a dent', 'a third'),
         f'Sure:\n```json\n{said("a crack", "a dent")}\n```\nAnything else?',
     ):
-        assert judge(text, 2) == (good, [])
-    assert judge(said('a crack', '', 'a crack', 'a dent'), 2) == (
+        assert check_answer(text, 2) == (good, [])
+    assert check_answer(said('a crack', '', 'a crack', 'a dent'), 2) == (
         good,
         ['empty description', 'description said before'],
     )
-    assert judge('{"anomalies": ["a crack"]}', 1, category=False) == (
+    assert check_answer('{"anomalies": ["a crack"]}', 1, category=False) == (
         dict(anomalies=['a crack']),
         [],
     )
-    assert judge(said('a crack', 'a cracked mug that cannot hold water'), 2)[
+    assert check_answer(said('a crack', 'a cracked mug that cannot hold water'), 2)[
         0
     ]  # "cannot" of a mug is no refusal
 
@@ -843,7 +848,7 @@ def five(noun):
 
 
 def ask_about(*nouns):
-    return ask_categories({n: n for n in nouns}, 'shop')
+    return category_questions({n: n for n in nouns}, 'shop')
 
 
 @needs_client
@@ -1016,7 +1021,7 @@ def test_images_are_asked_by_their_pixels(tmp_path, photo):
     Image.fromarray(image).save(tmp_path / 'copy.bmp')
     Image.fromarray(image[::-1]).save(tmp_path / 'other.png')
     (tmp_path / 'text.png').write_text('no image')
-    qs = ask_images(
+    qs = image_questions(
         [
             Sample(p, 1, 'mug', f'mug/bad/{p.stem}')
             for p in (file, tmp_path / 'other.png', tmp_path / 'text.png')
@@ -1036,7 +1041,9 @@ def test_images_are_asked_by_their_pixels(tmp_path, photo):
             2, 0, 2, {'unreadable image': 1}, (('shop/mug/bad/text', 'unreadable image'),)
         )
         copied, done = build_base(
-            ask_images([Sample(tmp_path / 'copy.bmp', 1, 'mug', 'x')], {'mug': 'blue mug'}, 'shop'),
+            image_questions(
+                [Sample(tmp_path / 'copy.bmp', 1, 'mug', 'x')], {'mug': 'blue mug'}, 'shop'
+            ),
             **s.how(tmp_path / 'c'),
         )
         assert (
