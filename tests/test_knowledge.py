@@ -1,4 +1,6 @@
-"""The knowledge base word by word, descriptions of drawn masks whose answers are known, and the builder over real HTTP: a server in a thread that answers, is busy, fails, talks nonsense or is slow."""
+"""The knowledge base word by word, descriptions of drawn masks whose answers are known, and the
+builder over real HTTP: a server in a thread that answers, is busy, fails, sends nonsense or is slow.
+"""
 
 import base64
 import dataclasses
@@ -157,7 +159,8 @@ def test_each_phrase_is_short_plain_and_names_the_thing(dataset, category):
         assert e['noun'].split()[-1].lower().rstrip('s') in s.lower(), s
         assert (
             re.search(
-                r'[\d_{}<>"]|\b(anomal|defect|abnormal|maybe|may|might|could|because|due|caused|image of)',
+                r'[\d_{}<>"]|\b(anomal|defect|abnormal|maybe|may|might|could|because|due|caused|'
+                r'image of)',
                 s,
             )
             is None
@@ -500,7 +503,8 @@ def test_pieces_are_counted_and_the_largest_speaks():
     )  # 27, 9 and 3 pixels: 3 is more than a tenth of 27
     assert (
         describe('x', s).startswith(
-            'Three tiny, elongated marks, the largest in the lower right of the x, together cover less than 1 percent of the area'
+            'Three tiny, elongated marks, the largest in the lower right of the x, together cover '
+            'less than 1 percent of the area'
         )
         and s.share < 0.005
     )
@@ -601,7 +605,8 @@ def test_whole_sentences():
     image[m] = 40
     assert (
         describe_mask(image, m, 'carpet')
-        == 'A small, long, narrow mark in the lower left of the carpet covers about 2 percent of the area and is darker than its surroundings.'
+        == 'A small, long, narrow mark in the lower left of the carpet covers about 2 percent of '
+        'the area and is darker than its surroundings.'
     )
     assert describe_mask(GRAY, m, 'carpet').endswith(
         'covers about 2 percent of the area and differs little in color from its surroundings.'
@@ -610,7 +615,9 @@ def test_whole_sentences():
     image[two] = (230, 120, 110)
     assert (
         describe_mask(image, two, 'screws')
-        == 'Two medium-sized, long, narrow marks, the largest in the lower left of the screws, together cover about 3 percent of the area and are lighter and redder than their surroundings.'
+        == 'Two medium-sized, long, narrow marks, the largest in the lower left of the screws, '
+        'together cover about 3 percent of the area and are lighter and redder than their '
+        'surroundings.'
     )
     assert describe_mask(GRAY, two, 'screws').endswith(
         'and differ little in color from their surroundings.'
@@ -660,8 +667,8 @@ def photo(tmp_path):
 def test_questions_are_the_papers(photo):
     assert CATEGORY_QUESTION == 'Q: Describe what an abnormal image of {noun} looks like?'
     assert (
-        IMAGE_QUESTION
-        == "Q: Identify anomalies in the input image of {noun}. Describe each anomaly's location, color, shape, size, and other characteristics."
+        IMAGE_QUESTION == 'Q: Identify anomalies in the input image of {noun}. '
+        "Describe each anomaly's location, color, shape, size, and other characteristics."
     )
     (q,) = category_questions({'metal_nut': 'metal nut'}, 'x')
     system, user = messages(q)
@@ -772,7 +779,7 @@ needs_client = pytest.mark.skipif(
 
 
 class Server:
-    "A chat endpoint in a thread: `script(question, how many times it was asked)` gives (status, body or dict, seconds)."
+    "A chat endpoint in a thread: `script(noun, count of requests)` gives (status, body, seconds)."
 
     def __init__(self, script):
         self.asked, self.seen, lock = Counter(), [], threading.Lock()
