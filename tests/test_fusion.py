@@ -68,7 +68,7 @@ def rng():
 
 
 @pytest.fixture
-def scene(rng):
+def tokens(rng):
     "Tokens of three images, four stages, a grid of 3 x 5 patches and 16 channels."
     return (
         unit(normal(rng, 3, 16)),
@@ -384,8 +384,8 @@ def test_a_part_that_is_missing_is_a_part_that_adds_nothing(rng, missing):
     assert all(map(torch.equal, whole(p, t, (3, 5)), less(p, t, (3, 5))))
 
 
-def test_which_side_moves(scene):
-    _, p, t, grid = scene
+def test_which_side_moves(tokens):
+    _, p, t, grid = tokens
     with torch.no_grad():
         for part, moved in dict(
             text=(False, True), patches=(True, False), t2v=(True, False), v2t=(False, True)
@@ -399,8 +399,8 @@ def test_which_side_moves(scene):
 
 
 @torch.no_grad()
-def test_stages_have_their_own_weights_and_see_their_own_tokens(scene):
-    _, p, t, grid = scene
+def test_stages_have_their_own_weights_and_see_their_own_tokens(tokens):
+    _, p, t, grid = tokens
     m = BiCMCI(16, start='drawn', **SMALL)
     got = m(p, t, grid)
     assert [tuple(g.shape) for g in got] == [(4, 3, 15, 16), (4, 3, 2, 16)]
@@ -420,8 +420,8 @@ def test_stages_have_their_own_weights_and_see_their_own_tokens(scene):
 
 
 @torch.no_grad()
-def test_an_untrained_head_is_no_head(scene):
-    cls, p, t, grid = scene
+def test_an_untrained_head_is_no_head(tokens):
+    cls, p, t, grid = tokens
     plain = KAnoCLIP(16, cross=False, adapter=None)(cls, p, t, grid, 30)
     for kw in (
         dict(),
@@ -451,8 +451,8 @@ def test_an_untrained_head_is_no_head(scene):
     )  # no residual: it cannot be absent
 
 
-def test_plain_head_is_clip_vv(scene):
-    cls, p, t, grid = scene
+def test_plain_head_is_clip_vv(tokens):
+    cls, p, t, grid = tokens
     score, a, z = KAnoCLIP(16, cross=False, adapter=None, sigma=0.0)(cls, p, t, grid, grid)
     each = torch.stack([anomaly_score(q, t, 0.07) for q in p])
     want = each.mean(0)
@@ -716,8 +716,8 @@ def test_a_batch_of_four_is_four_of_one(rng):
 
 
 @pytest.mark.parametrize('adapter', ['figure', 'literal'])
-def test_gradients_reach_everything(scene, adapter):
-    cls, p, t, grid = scene
+def test_gradients_reach_everything(tokens, adapter):
+    cls, p, t, grid = tokens
     m, t = (
         KAnoCLIP(16, adapter=adapter, start='drawn', bias=(3, 5), reach=2.0, sigma=1.0, **SMALL),
         t.clone().requires_grad_(),
@@ -735,8 +735,8 @@ def test_gradients_reach_everything(scene, adapter):
     assert t.grad.abs().max() > 0  # the score alone, through max(M) too
 
 
-def test_training_leaves_zero_in_two_steps(scene):
-    cls, p, t, grid = scene
+def test_training_leaves_zero_in_two_steps(tokens):
+    cls, p, t, grid = tokens
     m = KAnoCLIP(16, **SMALL)
     adam = torch.optim.Adam(m.parameters(), 1e-2)
     y = torch.zeros(3, 15)
@@ -762,11 +762,11 @@ def test_training_leaves_zero_in_two_steps(scene):
     )
 
 
-def test_tokens_made_in_inference_mode_can_be_trained_on(scene):
+def test_tokens_made_in_inference_mode_can_be_trained_on(tokens):
     with torch.inference_mode():
-        cls, p, t = (u.clone() for u in scene[:3])
+        cls, p, t = (u.clone() for u in tokens[:3])
     m = KAnoCLIP(16, start='drawn', **SMALL)
-    m(cls, p, t, scene[3], 30)[0].sum().backward()
+    m(cls, p, t, tokens[3], 30)[0].sum().backward()
     assert m.cross.stages[0].parts['t2v'].q.weight.grad.abs().max() > 0
     with torch.no_grad():
         assert trainable_copy(p) is p
@@ -775,8 +775,8 @@ def test_tokens_made_in_inference_mode_can_be_trained_on(scene):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_finite_under_autocast(scene, dtype):
-    cls, p, t, grid = scene
+def test_finite_under_autocast(tokens, dtype):
+    cls, p, t, grid = tokens
     m = KAnoCLIP(16, start='drawn', bias=(3, 5), **SMALL)
     t = t.clone().requires_grad_()
     exact = m(cls, p, t, grid, 30)
@@ -793,8 +793,8 @@ def test_finite_under_autocast(scene, dtype):
     )
 
 
-def test_what_does_not_fit_is_refused(scene):
-    cls, p, t, grid = scene
+def test_what_does_not_fit_is_refused(tokens):
+    cls, p, t, grid = tokens
     m = KAnoCLIP(16, **SMALL)
     for bad, says in (
         (

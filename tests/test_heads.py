@@ -77,7 +77,7 @@ def rng():
 
 
 @pytest.fixture
-def scene(rng):
+def tokens(rng):
     "Raw tokens of three images, four stages, 2 x 3 patches of 10 channels, a joint space of 8."
     return (
         unit(normal(rng, 3, 8)),
@@ -156,8 +156,8 @@ def test_tokens_are_compared_by_direction(rng):
 
 
 @torch.no_grad()
-def test_april_gan_by_hand(rng, scene):
-    cls, p, t, grid = scene
+def test_april_gan_by_hand(rng, tokens):
+    cls, p, t, grid = tokens
     m = fill(AprilGan(10, 8), rng)
     score, a, z = m(cls, p, t, grid, 12)
     for b in range(3):
@@ -215,18 +215,20 @@ def test_weights_belong_to_the_seed(make):
     assert len({t.flatten()[0].item() for t in a.values()}) == len(a)  # no two layers alike
 
 
-def test_april_gan_trains_its_layers_alone(scene):
+def test_april_gan_trains_its_layers_alone(tokens):
     with torch.inference_mode():
-        cls, p, t = (u.clone() for u in scene[:3])
+        cls, p, t = (u.clone() for u in tokens[:3])
     m = AprilGan(10, 8)
-    score, a, z = m(cls, p, t, scene[3], 12)
+    score, a, z = m(cls, p, t, tokens[3], 12)
     assert not score.requires_grad  # nothing learned in it
     (a.sum() + z.sum()).backward()
     assert all(w.grad.abs().max() > 0 for w in m.parameters())
     y, adam, losses = torch.zeros(3, 6), torch.optim.Adam(m.parameters(), 1e-2), []
     y[:, 2] = 1
     for _ in range(60):
-        loss = F.binary_cross_entropy_with_logits(m(cls, p, t, scene[3], 6)[2], y.expand(4, -1, -1))
+        loss = F.binary_cross_entropy_with_logits(
+            m(cls, p, t, tokens[3], 6)[2], y.expand(4, -1, -1)
+        )
         losses.append(loss.item())
         adam.zero_grad()
         loss.backward()
@@ -234,8 +236,8 @@ def test_april_gan_trains_its_layers_alone(scene):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_april_gan_refuses_what_does_not_fit(scene):
-    cls, p, t, grid = scene
+def test_april_gan_refuses_what_does_not_fit(tokens):
+    cls, p, t, grid = tokens
     m = AprilGan(10, 8)
     for bad, says in (
         ((cls, p[:3], t, grid), r"patches: \[3, 3, 6, 10\].*\[4,3,6,10\].*2 x 3.*stage='raw'"),
@@ -293,19 +295,19 @@ def test_adapters_stand_between_blocks(world):
 @torch.no_grad()
 def test_no_share_is_clips_own_stream(world):
     v, x, t, m = world
-    own, kept = forward_paths(v, v._embeds(x), (AttentionPath('qkv'),), (1, 3))
+    plain, kept = forward_paths(v, v._embeds(x), (AttentionPath('qkv'),), (1, 3))
     z, seg, _ = forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), 0.0)
-    assert torch.equal(z, own) and gap(to_stage(v, z)[:, 0], unit(v(x))) < 1e-5
+    assert torch.equal(z, plain) and gap(to_stage(v, z)[:, 0], unit(v(x))) < 1e-5
     for i, y in enumerate(next(iter(kept.values()))):
         assert gap(seg[i], m.seg[i](y)[0]) < 1e-5
     silent = copy.deepcopy(m)
     for a in (*silent.seg, *silent.det):
         a.fc2[0].weight.zero_()
     shrunk = forward_adapted(v, v._embeds(x), silent.seg, silent.det, (1, 3))[0]
-    assert gap(shrunk, own) > 0.05  # adapters that add nothing are no absence
+    assert gap(shrunk, plain) > 0.05  # adapters that add nothing are no absence
     assert (
-        gap(forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), 0.2)[0], own)
-        > gap(forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), 0.02)[0], own)
+        gap(forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), 0.2)[0], plain)
+        > gap(forward_adapted(v, v._embeds(x), m.seg, m.det, (1, 3), 0.02)[0], plain)
         > 1e-3
     )
 
@@ -395,9 +397,9 @@ def test_gradients_pass_through_clip_and_leave_it_alone(world):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_finite_under_autocast(rng, scene, world, dtype):
+def test_finite_under_autocast(rng, tokens, world, dtype):
     v, x, t, m = world
-    cls, p, T, grid = scene
+    cls, p, T, grid = tokens
     april = fill(AprilGan(10, 8), rng)
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         got, other = m(v, x, t), april(cls, p, T, grid, 12)

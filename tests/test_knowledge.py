@@ -1,5 +1,6 @@
 """The knowledge base word by word, descriptions of drawn masks whose answers are known, and the
-builder over real HTTP: a server in a thread that answers, is busy, fails, sends nonsense or is slow.
+builder over real HTTP: a server in a thread that answers, is busy, fails, is slow or sends
+nonsense.
 """
 
 import base64
@@ -134,11 +135,11 @@ def test_every_category_has_ten_descriptions_and_a_normal_look(dataset, category
 
 
 def test_no_description_and_no_normal_look_is_there_twice():
-    for told in (
+    for texts in (
         [s.lower() for e in OWN.values() for s in e['anomalies']],
         [e['background'] for e in OWN.values()],
     ):
-        assert [s for s, n in Counter(told).items() if n > 1] == []
+        assert [s for s, n in Counter(texts).items() if n > 1] == []
 
 
 def test_descriptions_of_a_category_do_not_share_most_of_their_words():
@@ -167,13 +168,13 @@ def test_each_phrase_is_short_plain_and_names_the_thing(dataset, category):
         ), s
         assert re.search(r'colour|grey|fibre|centre|mould|tumour', s) is None, s
         assert count_tokens(s) <= 32
-    look = e['background']
+    normal = e['background']
     assert (
-        look[0].isupper()
-        and look[-1] == '.'
-        and look.count('. ') <= 1
-        and 8 <= len(look.split()) <= 45
-        and count_tokens(look) <= 64
+        normal[0].isupper()
+        and normal[-1] == '.'
+        and normal.count('. ') <= 1
+        and 8 <= len(normal.split()) <= 45
+        and count_tokens(normal) <= 64
     )
 
 
@@ -243,14 +244,14 @@ def test_unknown_names_are_answered_with_close_ones():
 ENTRY = dict(noun='mug', background='A mug.', anomalies=['a mug without a handle', 'a cracked mug'])
 
 
-def told(**sets):
+def content(**sets):
     return dict(format=FORMAT, source='me', sets=sets)
 
 
 def test_a_users_file_goes_over_the_base(tmp_path):
     f = write_base(
         tmp_path / 'mine.json',
-        told(shop=dict(mug=ENTRY, bottle=ENTRY, cup='shop/mug'), mvtec=dict(cable=ENTRY))
+        content(shop=dict(mug=ENTRY, bottle=ENTRY, cup='shop/mug'), mvtec=dict(cable=ENTRY))
         | dict(images=dict(shop={'mug/bad/1': ['x', 'y']})),
     )
     assert (
@@ -302,9 +303,9 @@ def test_a_users_file_goes_over_the_base(tmp_path):
 )
 def test_entries_that_cannot_be_used_are_named(entry, words, tmp_path):
     with pytest.raises(ValueError, match='shop/mug.*' + f'(?:{words})'):
-        parse_base(told(shop=dict(mug=entry)), 'mine')
+        parse_base(content(shop=dict(mug=entry)), 'mine')
     with pytest.raises(ValueError):
-        write_base(tmp_path / 'x.json', told(shop=dict(mug=entry)))
+        write_base(tmp_path / 'x.json', content(shop=dict(mug=entry)))
     assert list(tmp_path.iterdir()) == []  # nothing half written
 
 
@@ -314,9 +315,9 @@ def test_files_that_are_no_base_are_named(tmp_path):
         ('{', 'not valid JSON'),
         ('[]', 'not a knowledge base.*zsad-knowledge-1'),
         ('{"sets": {}}', 'not a knowledge base'),
-        (json.dumps(told(shop=[])), '"sets" and "images"'),
+        (json.dumps(content(shop=[])), '"sets" and "images"'),
         (
-            json.dumps(told() | dict(images={'shop': {'1': 'one string'}})),
+            json.dumps(content() | dict(images={'shop': {'1': 'one string'}})),
             'shop/1.*list of non-empty',
         ),
     ):
@@ -327,7 +328,9 @@ def test_files_that_are_no_base_are_named(tmp_path):
         read_base(tmp_path / 'none.json')
     for at in ('shop/none', 'none/mug', 'shop/b'):
         with pytest.raises(ValueError, match=f"shop/a: its alias '{at}'"):
-            look_up('a', 'shop', parse_base(told(shop=dict(mug=ENTRY, a=at, b='shop/mug')), 'mine'))
+            look_up(
+                'a', 'shop', parse_base(content(shop=dict(mug=ENTRY, a=at, b='shop/mug')), 'mine')
+            )
 
 
 # --- shape
@@ -711,8 +714,8 @@ def test_estimate_by_hand(tmp_path):
         )
 
 
-def said(*s, look='Fine.'):
-    return json.dumps(dict(anomalies=list(s), background=look))
+def answer_text(*s, background='Fine.'):
+    return json.dumps(dict(anomalies=list(s), background=background))
 
 
 @pytest.mark.parametrize(
@@ -730,19 +733,19 @@ def said(*s, look='Fine.'):
         ('["a crack"]', ['not JSON']),
         ('{"list": []}', ['not in the form asked for']),
         ('{"anomalies": "a crack"}', ['not in the form asked for']),
-        (said('a crack'), ['too few descriptions']),
-        (said('a crack', ' A crack. '), ['description said before', 'too few descriptions']),
+        (answer_text('a crack'), ['too few descriptions']),
+        (answer_text('a crack', ' A crack. '), ['description said before', 'too few descriptions']),
         (
-            said('a crack', '', 3),
+            answer_text('a crack', '', 3),
             ['empty description', 'empty description', 'too few descriptions'],
         ),
         (
-            said('a crack', 'a very ' * 80 + 'long crack'),
+            answer_text('a crack', 'a very ' * 80 + 'long crack'),
             ['description too long', 'too few descriptions'],
         ),
-        (said('I cannot tell', 'a dent'), ['refusing description', 'too few descriptions']),
-        (said('a crack', 'a dent', look=''), ['no background']),
-        (said('a crack', 'a dent', look=['x']), ['no background']),
+        (answer_text('I cannot tell', 'a dent'), ['refusing description', 'too few descriptions']),
+        (answer_text('a crack', 'a dent', background=''), ['no background']),
+        (answer_text('a crack', 'a dent', background=['x']), ['no background']),
     ],
 )
 def test_answers_that_are_kept_out_have_their_reason(text, why):
@@ -752,12 +755,12 @@ def test_answers_that_are_kept_out_have_their_reason(text, why):
 def test_what_is_good_is_kept():
     good = dict(anomalies=['a crack', 'a dent'], background='Fine.')
     for text in (
-        said('a crack', 'a dent'),
-        said(' a crack ', 'a dent', 'a third'),
-        f'Sure:\n```json\n{said("a crack", "a dent")}\n```\nAnything else?',
+        answer_text('a crack', 'a dent'),
+        answer_text(' a crack ', 'a dent', 'a third'),
+        f'Sure:\n```json\n{answer_text("a crack", "a dent")}\n```\nAnything else?',
     ):
         assert check_answer(text, 2) == (good, [])
-    assert check_answer(said('a crack', '', 'a crack', 'a dent'), 2) == (
+    assert check_answer(answer_text('a crack', '', 'a crack', 'a dent'), 2) == (
         good,
         ['empty description', 'description said before'],
     )
@@ -765,7 +768,7 @@ def test_what_is_good_is_kept():
         dict(anomalies=['a crack']),
         [],
     )
-    assert check_answer(said('a crack', 'a cracked mug that cannot hold water'), 2)[
+    assert check_answer(answer_text('a crack', 'a cracked mug that cannot hold water'), 2)[
         0
     ]  # "cannot" of a mug is no refusal
 
@@ -790,14 +793,14 @@ class Server:
                 pass
 
             def do_POST(self):
-                told = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-                text = told['messages'][1]['content']
+                request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+                text = request['messages'][1]['content']
                 text = text if isinstance(text, str) else text[1]['text']
                 noun = re.search(r'image of (.+?)(?: looks|\. )', text)[1]
                 with lock:
                     outer.asked[noun] += 1
                     n = outer.asked[noun]
-                    outer.seen.append((self.path, self.headers['Authorization'], told))
+                    outer.seen.append((self.path, self.headers['Authorization'], request))
                 status, body, wait = script(noun, n)
                 time.sleep(wait)
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
@@ -847,9 +850,9 @@ def chat(text):
 
 def five(noun):
     return chat(
-        said(
+        answer_text(
             *(f'a {noun} with {w}' for w in ('a crack', 'a dent', 'a stain', 'a hole', 'a cut')),
-            look=f'A whole {noun}.',
+            background=f'A whole {noun}.',
         )
     )
 
@@ -878,8 +881,8 @@ def test_answers_become_a_base(tmp_path):
         == tuple(f'a jug with {w}' for w in ('a crack', 'a dent', 'a stain', 'a hole', 'a cut'))
         and background('jug', user=f) == 'A whole jug.'
     )
-    path, key, told = s.seen[0]
-    assert (path, key, told['model']) == (
+    path, key, request = s.seen[0]
+    assert (path, key, request['model']) == (
         '/v1/chat/completions',
         'Bearer secret',
         'm',
@@ -942,7 +945,7 @@ def test_nonsense_is_kept_out_of_base_and_cache(tmp_path):
         null=chat(None),
         sorry=chat("I'm sorry, I cannot assist with that."),
         prose=chat('Mugs break.'),
-        few=chat(said('a crack', 'a crack', '')),
+        few=chat(answer_text('a crack', 'a crack', '')),
         good=None,
     )
     with Server(
@@ -1138,11 +1141,11 @@ def test_the_command_asks_about_a_folder_of_your_own(tmp_path, monkeypatch, caps
         ).items():
             monkeypatch.setenv(k, v)
         assert main(ask) == 1
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        'asked 2, stored 0, kept 1' in told.out
-        and 'no answer for folder/tea_pot' in told.err
-        and 'word' not in told.out + told.err.replace('words', '')
+        'asked 2, stored 0, kept 1' in printed.out
+        and 'no answer for folder/tea_pot' in printed.err
+        and 'word' not in printed.out + printed.err.replace('words', '')
     )
     assert knowledge('mug', 'folder', user=tmp_path / 'k.json')[0] == 'a mug with a crack' and set(
         s.asked

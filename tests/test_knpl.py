@@ -328,7 +328,7 @@ def slowly(e, l, category):
 
 RECIPES = dict(
     knpl=KNPL,
-    own=replace(KNPL, shared=False, length=5),
+    separate=replace(KNPL, shared=False, length=5),
     deep=replace(KNPL, length=6, depth=3, deep=2),
     agnostic=replace(AGNOSTIC, depth=3),
     uneven=PromptRecipe(('{}', 'good {}', 'fine {} here'), 'bad {}', length=3, depth=2, deep=3),
@@ -391,9 +391,9 @@ def test_no_learned_words_or_a_phrase_give_the_hand_written_sentence(small, name
                     ),
                     c,
                 )
-                told = [t.pair, *t.each]
+                vectors = [t.pair, *t.each]
                 for a, b in zip(
-                    told, [hand.pair, *hand.each], strict=True
+                    vectors, [hand.pair, *hand.each], strict=True
                 ):  # unit vectors in float32: 1e-5 is 170 roundings
                     assert gap(a.detach(), b) < 1e-5, (front, depth)
     with pytest.raises(
@@ -528,7 +528,7 @@ def test_gradients_reach_what_is_learned_and_nothing_else(small):
 
 def test_knowledge_is_the_mean_of_sentences_as_they_leave_the_tower(small):
     e = small()
-    said = dict(
+    sentences = dict(
         bottle=[
             'a cracked bottle',
             'a bottle with a broken neck',
@@ -536,8 +536,8 @@ def test_knowledge_is_the_mean_of_sentences_as_they_leave_the_tower(small):
         ],
         cable=['a cut wire'],
     )
-    k = knowledge_vectors(e, said)
-    for c, rows in said.items():
+    k = knowledge_vectors(e, sentences)
+    for c, rows in sentences.items():
         want = unit(sum(e.embed_text([s])[0] for s in rows) / len(rows))
         assert gap(k[c], want) < 1e-5 and not k[c].is_inference()
     for bad in (dict(bottle=[]), dict(bottle='a cracked bottle')):
@@ -563,22 +563,23 @@ def test_knowledge_loss_pulls_the_anomalous_prompt_and_pushes_the_normal_one():
     )
     assert abs((kd_loss(pair, k, 9.0) + kd_loss(pair.flip(1), k, 9.0)).item() - 18) < 1e-5
     wrong = pair[[i for i in range(5) if d[i][1] > d[i][0]][:1]].requires_grad_()
-    own = k[[i for i in range(5) if d[i][1] > d[i][0]][:1]]
-    kd_loss(wrong, own).backward()
+    matched = k[[i for i in range(5) if d[i][1] > d[i][0]][:1]]
+    kd_loss(wrong, matched).backward()
     with torch.no_grad():
         moved = wrong - 0.05 * wrong.grad
 
         def near(p, s):
-            return float((unit(own[0]) - unit(p[0, s])).norm())
+            return float((unit(matched[0]) - unit(p[0, s])).norm())
 
         assert near(moved, 1) < near(wrong, 1) and near(moved, 0) > near(wrong, 0)
-    right = torch.stack([-own, own], 1).requires_grad_()
-    kd_loss(right, own).backward()
+    right = torch.stack([-matched, matched], 1).requires_grad_()
+    kd_loss(right, matched).backward()
     assert (
-        right.grad.abs().max() == 0 and kd_loss(torch.stack([own, own], 1), own).item() == 0
+        right.grad.abs().max() == 0
+        and kd_loss(torch.stack([matched, matched], 1), matched).item() == 0
     )  # silent as soon as the order is right
-    same = torch.stack([-own, own], 1).requires_grad_()
-    kd_loss(same, own, 3.0).backward()
+    same = torch.stack([-matched, matched], 1).requires_grad_()
+    kd_loss(same, matched, 3.0).backward()
     assert same.grad.isfinite().all()  # distance 0 has a gradient too
 
 
@@ -746,10 +747,10 @@ def test_artifacts_come_back_as_they_were(tmp_path):
     name = write_tensor_files(tmp_path / 'v0.1-head', tensors, about)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['v0.1-head.json', 'v0.1-head.safetensors']
     for path in ('v0.1-head', 'v0.1-head.json', 'v0.1-head.safetensors'):
-        back, said, h = read_tensor_files(tmp_path / path, 'head')
+        back, description, h = read_tensor_files(tmp_path / path, 'head')
         assert (
             h == name
-            and said == {**about, 'recipe': dict(t=[1, 2])}
+            and description == {**about, 'recipe': dict(t=[1, 2])}
             and all(
                 torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items()
             )
@@ -1011,11 +1012,11 @@ def test_training_lowers_the_loss_and_moves_only_prompts(small):
     )
     for _ in range(30):
         t = text_of(l, e, ['bottle', 'cable'])
-        own = torch.stack([t[c].pair for c in names])
+        pairs = torch.stack([t[c].pair for c in names])
         loss = (
-            kd_loss(own[:2], k, 0.1)
-            + image_loss(cls, own, y)
-            + local_loss(state_maps(p, own, (6, 6)), g)
+            kd_loss(pairs[:2], k, 0.1)
+            + image_loss(cls, pairs, y)
+            + local_loss(state_maps(p, pairs, (6, 6)), g)
         )
         opt.zero_grad()
         loss.backward()

@@ -1,5 +1,5 @@
-"""Artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the key
-of a run; subsets of an unlabelled set."""
+"""Artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the
+key of a run; subsets of an unlabelled set."""
 
 import copy
 import json
@@ -195,12 +195,12 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
         )
 
     plan, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
-    told = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}
-    assert {k: bool(r['artifact']) for k, r in told.items()} == dict.fromkeys(m, True) | dict(
+    runs = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}
+    assert {k: bool(r['artifact']) for k, r in runs.items()} == dict.fromkeys(m, True) | dict(
         anoclip=False
     )
-    assert told['mvfa']['artifact'] == load_artifact(m['mvfa'].artifact, enc).hash and json.loads(
-        told['mvfa']['revs']
+    assert runs['mvfa']['artifact'] == load_artifact(m['mvfa'].artifact, enc).hash and json.loads(
+        runs['mvfa']['revs']
     ).keys() == {'head mvfa', 'encoding', 'pipeline'}
 
     def key(row):
@@ -232,7 +232,7 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
         p.score.numpy(),
         np.array([k.label for k in s]),
     )
-    assert results[told['mvfa']['run']]['pill']['values']['pixel_auroc'] == pytest.approx(
+    assert results[runs['mvfa']['run']]['pill']['values']['pixel_auroc'] == pytest.approx(
         want['pixel_auroc'], abs=1e-9
     )
 
@@ -311,16 +311,16 @@ def test_an_artifacts_hash_is_of_what_changes_predictions(enc, made, tmp_path):
         return save_artifact(tmp_path / n, enc, None, head, settings, inputs, **notes)
 
     first = save('a', seed=1, losses=dict(local=[1.0, 0.5]), images=4)
-    assert save('b', seed=1, seconds=3.0) == first  # what is told beside
+    assert save('b', seed=1, seconds=3.0) == first  # notes do not count
     assert first not in (
         save('c', {**settings, 'tau': 0.07}),
         save('d', inputs=dict(encode={}, prompts='april-gan')),
     )
-    said = json.loads((tmp_path / 'a.json').read_text())
-    assert set(said) == {'hash', 'identity', 'notes', 'tensors'} and said['notes'][
+    description = json.loads((tmp_path / 'a.json').read_text())
+    assert set(description) == {'hash', 'identity', 'notes', 'tensors'} and description['notes'][
         'losses'
     ] == dict(local=[1.0, 0.5])
-    assert set(said['identity']) == {
+    assert set(description['identity']) == {
         'kind',
         'head',
         'settings',
@@ -330,12 +330,15 @@ def test_an_artifacts_hash_is_of_what_changes_predictions(enc, made, tmp_path):
         'vision_weights',
     }
     (tmp_path / 'a.json').write_text(
-        json.dumps(dict(reversed(said.items())), sort_keys=True)
+        json.dumps(dict(reversed(description.items())), sort_keys=True)
     )  # another format of the file
     assert load_artifact(tmp_path / 'a', enc).hash == first
     (tmp_path / 'a.json').write_text(
         json.dumps(
-            {**said, 'identity': {**said['identity'], 'settings': {**settings, 'tau': 0.07}}}
+            {
+                **description,
+                'identity': {**description['identity'], 'settings': {**settings, 'tau': 0.07}},
+            }
         )
     )
     with pytest.raises(ValueError, match='one of the two was changed'):
@@ -370,11 +373,11 @@ def test_the_artifact_that_fits_the_encoder_is_found(tmp_path, monkeypatch, caps
         find_artifact(name) == find_artifact(name, mini) == shipped
         and load_artifact(name, other).hash == keys[other]
     )
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        said.count('\n') == 1
-        and name in said
-        and keys[mini] in said
-        and 'the shipped one is used' in said
+        message.count('\n') == 1
+        and name in message
+        and keys[mini] in message
+        and 'the shipped one is used' in message
     )
     assert load_artifact(cached_artifact(name, mini), mini).hash == keys[mini]  # named by its file
