@@ -1,6 +1,8 @@
-"""KAnoCLIP's modules against sums written out and against their own absence; the deformable attention against numbers of DAT's code.
+"""KAnoCLIP's modules against sums written out and against their own absence; the deformable
+attention against numbers of DAT's code.
 
-NUMBERS were computed by DAT (commit 32173fc) on the weights that `drawn` makes; KAnoCLIP itself has no public code.
+NUMBERS were computed by DAT (commit 32173fc) on the weights that `drawn` makes; KAnoCLIP itself
+has no public code.
 """
 
 import itertools
@@ -14,28 +16,29 @@ from scipy.ndimage import gaussian_filter
 from test_parity import drawn
 
 from zsad.encoder.clip import anomaly_score
-from zsad.learned.fusion import (
+from zsad.learned.attention import (
     PARTS,
-    RULES,
     BiCA,
     BiCMCI,
-    ConvAdapter,
     CrossAttention,
     DeformableAttention,
+    displacement_bias,
+    init_last_layer,
+    reference_points,
+    sample_places,
+    weights_from,
+)
+from zsad.learned.fusion import (
+    SCORE_RULES,
+    ConvAdapter,
     KAnoCLIP,
     blur,
     blur_matrix,
-    count_parameters,
-    displacement_bias,
     fuse_maps,
     global_score,
-    last,
-    norm_map,
-    ordinary,
-    read_places,
-    reference_points,
+    normalize_map,
     stage_logits,
-    weights_from,
+    trainable_copy,
 )
 
 SMALL = dict(heads=4, groups=2)
@@ -65,7 +68,7 @@ def rng():
 
 
 @pytest.fixture
-def scene(rng):
+def tokens(rng):
     "Tokens of three images, four stages, a grid of 3 x 5 patches and 16 channels."
     return (
         unit(normal(rng, 3, 16)),
@@ -179,7 +182,7 @@ def test_deformable_attention_place_by_place(rng, how):
         ],
         1,
     )
-    assert gap(read_places(y, at, (h, w))[1], read) < 1e-5
+    assert gap(sample_places(y, at, (h, w))[1], read) < 1e-5
     bias = None
     if m.bias is not None:
         R = [
@@ -216,11 +219,8 @@ def test_reference_grids():
     for n in (2, 5, 8):
         assert gap(reference_points(n, n, 'code'), reference_points(n, n) + 1 / (n - 1)) < 1e-6
     assert torch.isfinite(reference_points(1, 1, 'code')).all()
-    for n in (
-        5,
-        15,
-        37,
-    ):  # stride 2 on an odd side: a place for every second patch, exactly where the convolution looks
+    # stride 2 on an odd side: a place for every second patch, at the centre of the convolution
+    for n in (5, 15, 37):
         m = DeformableAttention(8, 2, 1)
         q = torch.zeros(1, n * n, 8)
         assert (
@@ -236,9 +236,9 @@ def test_reference_grids():
 def test_places_of_patches_are_the_patches(rng):
     x = normal(rng, 2, 15, 8)
     at = reference_points(3, 5).view(1, 1, 15, 2).expand(2, 2, -1, -1)
-    assert gap(read_places(x, at, (3, 5)), x) < 1e-6
+    assert gap(sample_places(x, at, (3, 5)), x) < 1e-6
     order = torch.tensor([4, 0, 14, 7])
-    assert gap(read_places(x, at[:, :, order], (3, 5)), x[:, order]) < 1e-6
+    assert gap(sample_places(x, at[:, :, order], (3, 5)), x[:, order]) < 1e-6
     table = normal(rng, 4, 5, 9)
     assert (
         gap(displacement_bias(table, at, (3, 5))[:, :, 0, 0], table[:, 2, 4].expand(2, 4)) < 1e-6
@@ -384,8 +384,8 @@ def test_a_part_that_is_missing_is_a_part_that_adds_nothing(rng, missing):
     assert all(map(torch.equal, whole(p, t, (3, 5)), less(p, t, (3, 5))))
 
 
-def test_which_side_moves(scene):
-    _, p, t, grid = scene
+def test_which_side_moves(tokens):
+    _, p, t, grid = tokens
     with torch.no_grad():
         for part, moved in dict(
             text=(False, True), patches=(True, False), t2v=(True, False), v2t=(False, True)
@@ -399,8 +399,8 @@ def test_which_side_moves(scene):
 
 
 @torch.no_grad()
-def test_stages_have_their_own_weights_and_see_their_own_tokens(scene):
-    _, p, t, grid = scene
+def test_stages_have_their_own_weights_and_see_their_own_tokens(tokens):
+    _, p, t, grid = tokens
     m = BiCMCI(16, start='drawn', **SMALL)
     got = m(p, t, grid)
     assert [tuple(g.shape) for g in got] == [(4, 3, 15, 16), (4, 3, 2, 16)]
@@ -420,8 +420,8 @@ def test_stages_have_their_own_weights_and_see_their_own_tokens(scene):
 
 
 @torch.no_grad()
-def test_an_untrained_head_is_no_head(scene):
-    cls, p, t, grid = scene
+def test_an_untrained_head_is_no_head(tokens):
+    cls, p, t, grid = tokens
     plain = KAnoCLIP(16, cross=False, adapter=None)(cls, p, t, grid, 30)
     for kw in (
         dict(),
@@ -451,8 +451,8 @@ def test_an_untrained_head_is_no_head(scene):
     )  # no residual: it cannot be absent
 
 
-def test_plain_head_is_clip_vv(scene):
-    cls, p, t, grid = scene
+def test_plain_head_is_clip_vv(tokens):
+    cls, p, t, grid = tokens
     score, a, z = KAnoCLIP(16, cross=False, adapter=None, sigma=0.0)(cls, p, t, grid, grid)
     each = torch.stack([anomaly_score(q, t, 0.07) for q in p])
     want = each.mean(0)
@@ -462,7 +462,7 @@ def test_plain_head_is_clip_vv(scene):
 
 def test_start():
     for start, zero in (('zero', True), ('drawn', False)):
-        layer = last(torch.nn.Linear(3, 3), start)
+        layer = init_last_layer(torch.nn.Linear(3, 3), start)
         assert all((w == 0).all().item() == zero for w in layer.parameters())
     with pytest.raises(ValueError, match="start='ones'.*'zero'.*'drawn'"):
         BiCMCI(16, start='ones', **SMALL)
@@ -523,13 +523,16 @@ def test_blur_at_zero_and_below(rng):
 
 def test_norms_written_out():
     a = torch.tensor([[[0.0, 1.0], [2.0, 4.0]], [[3.0, 3.0], [3.0, 3.0]]])
-    assert norm_map(a, 4, 'fixed').tolist() == [[[0, 0.25], [0.5, 1]], [[0.75, 0.75], [0.75, 0.75]]]
-    assert norm_map(a, 4, 'image').tolist() == [
+    assert normalize_map(a, 4, 'fixed').tolist() == [
+        [[0, 0.25], [0.5, 1]],
+        [[0.75, 0.75], [0.75, 0.75]],
+    ]
+    assert normalize_map(a, 4, 'image').tolist() == [
         [[0, 0.25], [0.5, 1]],
         [[0, 0], [0, 0]],
     ]  # a flat map stays finite
     with pytest.raises(ValueError, match="norm='max'.*'fixed'.*'image'"):
-        norm_map(a, 4, 'max')
+        normalize_map(a, 4, 'max')
 
 
 @pytest.mark.parametrize('norm', ['fixed', 'image'])
@@ -652,7 +655,7 @@ def test_scores_written_out(rng):
         m = a[b].max().item()
         for rule, want in dict(mean=(s + m) / 2, sum=s + m, max=m).items():
             assert abs(global_score(cls, t, a, rule)[b].item() - want) < 1e-5
-    assert set(RULES) == {'mean', 'sum', 'max'}
+    assert set(SCORE_RULES) == {'mean', 'sum', 'max'}
     assert gap(global_score(cls, t[0], a), global_score(cls, t[:1].expand(4, -1, -1), a)) < 1e-6
     with pytest.raises(ValueError, match=r"rule='max\(M\)'.*'mean', 'sum', 'max'"):
         global_score(cls, t, a, 'max(M)')
@@ -713,8 +716,8 @@ def test_a_batch_of_four_is_four_of_one(rng):
 
 
 @pytest.mark.parametrize('adapter', ['figure', 'literal'])
-def test_gradients_reach_everything(scene, adapter):
-    cls, p, t, grid = scene
+def test_gradients_reach_everything(tokens, adapter):
+    cls, p, t, grid = tokens
     m, t = (
         KAnoCLIP(16, adapter=adapter, start='drawn', bias=(3, 5), reach=2.0, sigma=1.0, **SMALL),
         t.clone().requires_grad_(),
@@ -732,8 +735,8 @@ def test_gradients_reach_everything(scene, adapter):
     assert t.grad.abs().max() > 0  # the score alone, through max(M) too
 
 
-def test_training_leaves_zero_in_two_steps(scene):
-    cls, p, t, grid = scene
+def test_training_leaves_zero_in_two_steps(tokens):
+    cls, p, t, grid = tokens
     m = KAnoCLIP(16, **SMALL)
     adam = torch.optim.Adam(m.parameters(), 1e-2)
     y = torch.zeros(3, 15)
@@ -759,21 +762,21 @@ def test_training_leaves_zero_in_two_steps(scene):
     )
 
 
-def test_tokens_made_in_inference_mode_can_be_trained_on(scene):
+def test_tokens_made_in_inference_mode_can_be_trained_on(tokens):
     with torch.inference_mode():
-        cls, p, t = (u.clone() for u in scene[:3])
+        cls, p, t = (u.clone() for u in tokens[:3])
     m = KAnoCLIP(16, start='drawn', **SMALL)
-    m(cls, p, t, scene[3], 30)[0].sum().backward()
+    m(cls, p, t, tokens[3], 30)[0].sum().backward()
     assert m.cross.stages[0].parts['t2v'].q.weight.grad.abs().max() > 0
     with torch.no_grad():
-        assert ordinary(p) is p
+        assert trainable_copy(p) is p
     plain = torch.ones(2)
-    assert ordinary(plain) is plain
+    assert trainable_copy(plain) is plain
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_finite_under_autocast(scene, dtype):
-    cls, p, t, grid = scene
+def test_finite_under_autocast(tokens, dtype):
+    cls, p, t, grid = tokens
     m = KAnoCLIP(16, start='drawn', bias=(3, 5), **SMALL)
     t = t.clone().requires_grad_()
     exact = m(cls, p, t, grid, 30)
@@ -790,8 +793,8 @@ def test_finite_under_autocast(scene, dtype):
     )
 
 
-def test_what_does_not_fit_is_refused(scene):
-    cls, p, t, grid = scene
+def test_what_does_not_fit_is_refused(tokens):
+    cls, p, t, grid = tokens
     m = KAnoCLIP(16, **SMALL)
     for bad, says in (
         (
@@ -817,11 +820,11 @@ def test_what_does_not_fit_is_refused(scene):
         KAnoCLIP(16, adapter='eq11', **SMALL)
 
 
+def count_parameters(module):
+    return sum(t.numel() for t in module.parameters() if t.requires_grad)
+
+
 def test_count_of_parameters():
-    m = torch.nn.Linear(3, 2)
-    assert count_parameters(m) == 8
-    m.bias.requires_grad_(False)
-    assert count_parameters(m) == 6
     assert count_parameters(KAnoCLIP(16, cross=False, adapter=None)) == 0
     C = 64
     attention, group = 4 * C * C + 4 * C, C // 4

@@ -1,4 +1,7 @@
-"""The knowledge base word by word, descriptions of drawn masks whose answers are known, and the builder over real HTTP: a server in a thread that answers, is busy, fails, talks nonsense or is slow."""
+"""The knowledge base word by word, descriptions of drawn masks whose answers are known, and the
+builder over real HTTP: a server in a thread that answers, is busy, fails, is slow or sends
+nonsense.
+"""
 
 import base64
 import dataclasses
@@ -18,34 +21,37 @@ import pytest
 from PIL import Image
 
 from zsad.datasets.layouts import SOURCES, Sample
-from zsad.learned import knowledge as module
-from zsad.learned.knowledge import (
-    ASK,
-    FORMAT,
-    LOOK,
-    Question,
-    ask_categories,
-    ask_images,
-    background,
-    build_base,
+from zsad.learned import knowledge_builder as module
+from zsad.learned.descriptions import (
     color_words,
     colors_of,
-    count_tokens,
     describe,
     describe_mask,
-    estimate,
-    judge,
-    knowledge,
-    knowledge_of_image,
-    look_up,
-    measure,
-    messages,
-    parse_base,
-    read_base,
+    measure_mask,
     shape_of,
     shape_word,
     to_lab,
+)
+from zsad.learned.knowledge import (
+    FORMAT,
+    background,
+    count_tokens,
+    knowledge,
+    knowledge_of_image,
+    look_up,
+    parse_base,
+    read_base,
     write_base,
+)
+from zsad.learned.knowledge_builder import build_base, estimate
+from zsad.learned.questions import (
+    CATEGORY_QUESTION,
+    IMAGE_QUESTION,
+    Question,
+    category_questions,
+    check_answer,
+    image_questions,
+    messages,
 )
 from zsad.rendered.boards import BOARDS
 from zsad.rendered.medical import MEDICAL
@@ -129,11 +135,11 @@ def test_every_category_has_ten_descriptions_and_a_normal_look(dataset, category
 
 
 def test_no_description_and_no_normal_look_is_there_twice():
-    for told in (
+    for texts in (
         [s.lower() for e in OWN.values() for s in e['anomalies']],
         [e['background'] for e in OWN.values()],
     ):
-        assert [s for s, n in Counter(told).items() if n > 1] == []
+        assert [s for s, n in Counter(texts).items() if n > 1] == []
 
 
 def test_descriptions_of_a_category_do_not_share_most_of_their_words():
@@ -154,20 +160,21 @@ def test_each_phrase_is_short_plain_and_names_the_thing(dataset, category):
         assert e['noun'].split()[-1].lower().rstrip('s') in s.lower(), s
         assert (
             re.search(
-                r'[\d_{}<>"]|\b(anomal|defect|abnormal|maybe|may|might|could|because|due|caused|image of)',
+                r'[\d_{}<>"]|\b(anomal|defect|abnormal|maybe|may|might|could|because|due|caused|'
+                r'image of)',
                 s,
             )
             is None
         ), s
         assert re.search(r'colour|grey|fibre|centre|mould|tumour', s) is None, s
         assert count_tokens(s) <= 32
-    look = e['background']
+    normal = e['background']
     assert (
-        look[0].isupper()
-        and look[-1] == '.'
-        and look.count('. ') <= 1
-        and 8 <= len(look.split()) <= 45
-        and count_tokens(look) <= 64
+        normal[0].isupper()
+        and normal[-1] == '.'
+        and normal.count('. ') <= 1
+        and 8 <= len(normal.split()) <= 45
+        and count_tokens(normal) <= 64
     )
 
 
@@ -237,14 +244,14 @@ def test_unknown_names_are_answered_with_close_ones():
 ENTRY = dict(noun='mug', background='A mug.', anomalies=['a mug without a handle', 'a cracked mug'])
 
 
-def told(**sets):
+def content(**sets):
     return dict(format=FORMAT, source='me', sets=sets)
 
 
 def test_a_users_file_goes_over_the_base(tmp_path):
     f = write_base(
         tmp_path / 'mine.json',
-        told(shop=dict(mug=ENTRY, bottle=ENTRY, cup='shop/mug'), mvtec=dict(cable=ENTRY))
+        content(shop=dict(mug=ENTRY, bottle=ENTRY, cup='shop/mug'), mvtec=dict(cable=ENTRY))
         | dict(images=dict(shop={'mug/bad/1': ['x', 'y']})),
     )
     assert (
@@ -296,9 +303,9 @@ def test_a_users_file_goes_over_the_base(tmp_path):
 )
 def test_entries_that_cannot_be_used_are_named(entry, words, tmp_path):
     with pytest.raises(ValueError, match='shop/mug.*' + f'(?:{words})'):
-        parse_base(told(shop=dict(mug=entry)), 'mine')
+        parse_base(content(shop=dict(mug=entry)), 'mine')
     with pytest.raises(ValueError):
-        write_base(tmp_path / 'x.json', told(shop=dict(mug=entry)))
+        write_base(tmp_path / 'x.json', content(shop=dict(mug=entry)))
     assert list(tmp_path.iterdir()) == []  # nothing half written
 
 
@@ -308,9 +315,9 @@ def test_files_that_are_no_base_are_named(tmp_path):
         ('{', 'not valid JSON'),
         ('[]', 'not a knowledge base.*zsad-knowledge-1'),
         ('{"sets": {}}', 'not a knowledge base'),
-        (json.dumps(told(shop=[])), '"sets" and "images"'),
+        (json.dumps(content(shop=[])), '"sets" and "images"'),
         (
-            json.dumps(told() | dict(images={'shop': {'1': 'one string'}})),
+            json.dumps(content() | dict(images={'shop': {'1': 'one string'}})),
             'shop/1.*list of non-empty',
         ),
     ):
@@ -321,7 +328,9 @@ def test_files_that_are_no_base_are_named(tmp_path):
         read_base(tmp_path / 'none.json')
     for at in ('shop/none', 'none/mug', 'shop/b'):
         with pytest.raises(ValueError, match=f"shop/a: its alias '{at}'"):
-            look_up('a', 'shop', parse_base(told(shop=dict(mug=ENTRY, a=at, b='shop/mug')), 'mine'))
+            look_up(
+                'a', 'shop', parse_base(content(shop=dict(mug=ENTRY, a=at, b='shop/mug')), 'mine')
+            )
 
 
 # --- shape
@@ -409,7 +418,7 @@ CROSS = ((abs(X) < 30) & (abs(Y) < 6)) | ((abs(Y) < 30) & (abs(X) < 6))
 )
 def test_words_for_shapes(mask, word):
     image = np.full((120, 120, 3), 128, 'u1')
-    s = measure(image, mask & (R < 58))
+    s = measure_mask(image, mask & (R < 58))
     assert shape_word(s) == word
 
 
@@ -432,12 +441,12 @@ GRAY = np.full((90, 120, 3), 128, 'u1')
 @pytest.mark.parametrize('cell', range(9))
 def test_nine_places_in_the_image_and_on_the_object(cell):
     r, c = divmod(cell, 3)
-    s = measure(GRAY, put(6, 6, at=(30 * r + 12, 40 * c + 17)))
+    s = measure_mask(GRAY, put(6, 6, at=(30 * r + 12, 40 * c + 17)))
     assert (s.row, s.column) == (r, c) and f'mark {CELLS[cell]} of the plate covers' in describe(
         'plate', s
     )
     fore = put(30, 30, at=(50, 80))  # the object, far down and right: its own nine cells
-    s = measure(GRAY, put(4, 4, at=(50 + 10 * r + 3, 80 + 10 * c + 3)), fore)
+    s = measure_mask(GRAY, put(4, 4, at=(50 + 10 * r + 3, 80 + 10 * c + 3)), fore)
     assert (s.row, s.column) == (r, c) and math.isclose(s.share, 16 / 900)
     assert (
         describe_mask(
@@ -449,14 +458,14 @@ def test_nine_places_in_the_image_and_on_the_object(cell):
 
 def test_share_is_of_the_object_and_what_lies_outside_widens_it():
     m = put(10, 10)
-    assert math.isclose(measure(GRAY, m).share, 100 / 10800) and math.isclose(
-        measure(GRAY, m, put(20, 20)).share, 0.25
+    assert math.isclose(measure_mask(GRAY, m).share, 100 / 10800) and math.isclose(
+        measure_mask(GRAY, m, put(20, 20)).share, 0.25
     )
     assert math.isclose(
-        measure(GRAY, m, put(20, 20, at=(25, 20))).share, 100 / 450
+        measure_mask(GRAY, m, put(20, 20, at=(25, 20))).share, 100 / 450
     )  # half of the mask lies outside
     sizes = [
-        describe('x', dataclasses.replace(measure(GRAY, m), share=s)).split(',')[0]
+        describe('x', dataclasses.replace(measure_mask(GRAY, m), share=s)).split(',')[0]
         for s in (0.0049, 0.005, 0.0199, 0.02, 0.0599, 0.06, 0.1499, 0.15, 1.0)
     ]
     assert sizes == [
@@ -473,7 +482,7 @@ def test_share_is_of_the_object_and_what_lies_outside_widens_it():
     parts = [
         re.search(
             '(?:less|about).* percent',
-            describe('x', dataclasses.replace(measure(GRAY, m), share=s)),
+            describe('x', dataclasses.replace(measure_mask(GRAY, m), share=s)),
         )[0]
         for s in (0.001, 0.0099, 0.012, 0.055, 0.4)
     ]
@@ -488,7 +497,7 @@ def test_share_is_of_the_object_and_what_lies_outside_widens_it():
 
 def test_pieces_are_counted_and_the_largest_speaks():
     m = put(9, 3, at=(70, 100)) | put(3, 3, at=(5, 5)) | put(3, 1, at=(40, 60))
-    s = measure(GRAY, m)
+    s = measure_mask(GRAY, m)
     assert (s.pieces, s.row, s.column, round(s.elongation, 9)) == (
         3,
         2,
@@ -497,12 +506,15 @@ def test_pieces_are_counted_and_the_largest_speaks():
     )  # 27, 9 and 3 pixels: 3 is more than a tenth of 27
     assert (
         describe('x', s).startswith(
-            'Three tiny, elongated marks, the largest in the lower right of the x, together cover less than 1 percent of the area'
+            'Three tiny, elongated marks, the largest in the lower right of the x, together cover '
+            'less than 1 percent of the area'
         )
         and s.share < 0.005
     )
-    assert measure(GRAY, m | put(2, 1, at=(20, 110))).pieces == 3  # specks do not count
-    assert measure(GRAY, put(3, 3, at=(5, 5)) | put(3, 3, at=(8, 8))).pieces == 1  # corners touch
+    assert measure_mask(GRAY, m | put(2, 1, at=(20, 110))).pieces == 3  # specks do not count
+    assert (
+        measure_mask(GRAY, put(3, 3, at=(5, 5)) | put(3, 3, at=(8, 8))).pieces == 1
+    )  # corners touch
     for n, word in ((2, 'Two'), (6, 'Six'), (7, 'Many'), (40, 'Many')):
         assert describe('x', dataclasses.replace(s, pieces=n)).startswith(word + ' ')
 
@@ -596,7 +608,8 @@ def test_whole_sentences():
     image[m] = 40
     assert (
         describe_mask(image, m, 'carpet')
-        == 'A small, long, narrow mark in the lower left of the carpet covers about 2 percent of the area and is darker than its surroundings.'
+        == 'A small, long, narrow mark in the lower left of the carpet covers about 2 percent of '
+        'the area and is darker than its surroundings.'
     )
     assert describe_mask(GRAY, m, 'carpet').endswith(
         'covers about 2 percent of the area and differs little in color from its surroundings.'
@@ -605,7 +618,9 @@ def test_whole_sentences():
     image[two] = (230, 120, 110)
     assert (
         describe_mask(image, two, 'screws')
-        == 'Two medium-sized, long, narrow marks, the largest in the lower left of the screws, together cover about 3 percent of the area and are lighter and redder than their surroundings.'
+        == 'Two medium-sized, long, narrow marks, the largest in the lower left of the screws, '
+        'together cover about 3 percent of the area and are lighter and redder than their '
+        'surroundings.'
     )
     assert describe_mask(GRAY, two, 'screws').endswith(
         'and differ little in color from their surroundings.'
@@ -629,7 +644,7 @@ def test_whole_sentences():
 
 def test_pictures_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match='marks nothing.*normal image'):
-        measure(GRAY, put(0, 0))
+        measure_mask(GRAY, put(0, 0))
     for image, m, f in (
         (GRAY[..., 0], put(2, 2), None),
         (GRAY, put(2, 2, size=(80, 120)), None),
@@ -637,9 +652,9 @@ def test_pictures_that_do_not_fit_are_refused():
         (GRAY, put(2, 2)[None], None),
     ):
         with pytest.raises(ValueError, match=r'need \[H,W,3\]'):
-            measure(image, m, f)
+            measure_mask(image, m, f)
     with pytest.raises(ValueError, match='float64.*8-bit'):
-        measure(GRAY / 255, put(2, 2))
+        measure_mask(GRAY / 255, put(2, 2))
 
 
 # --- questions
@@ -653,12 +668,12 @@ def photo(tmp_path):
 
 
 def test_questions_are_the_papers(photo):
-    assert ASK == 'Q: Describe what an abnormal image of {noun} looks like?'
+    assert CATEGORY_QUESTION == 'Q: Describe what an abnormal image of {noun} looks like?'
     assert (
-        LOOK
-        == "Q: Identify anomalies in the input image of {noun}. Describe each anomaly's location, color, shape, size, and other characteristics."
+        IMAGE_QUESTION == 'Q: Identify anomalies in the input image of {noun}. '
+        "Describe each anomaly's location, color, shape, size, and other characteristics."
     )
-    (q,) = ask_categories({'metal_nut': 'metal nut'}, 'x')
+    (q,) = category_questions({'metal_nut': 'metal nut'}, 'x')
     system, user = messages(q)
     assert (
         user
@@ -667,7 +682,7 @@ def test_questions_are_the_papers(photo):
         and '[5 strings]' in system['content']
         and '"background"' in system['content']
     )
-    (q,) = ask_images([Sample(photo[0], 1, 'metal_nut', 'metal_nut/bent/0')], {}, 'x')
+    (q,) = image_questions([Sample(photo[0], 1, 'metal_nut', 'metal_nut/bent/0')], {}, 'x')
     system, user = messages(q)
     assert (
         (q.n, q.noun, q.name) == (1, 'metal nut', 'metal_nut/bent/0')
@@ -675,7 +690,7 @@ def test_questions_are_the_papers(photo):
         and 'background' not in system['content']
     )
     picture, text = user['content']  # <IMAGE> + Q
-    assert text == dict(type='text', text=LOOK.format(noun='metal nut'))
+    assert text == dict(type='text', text=IMAGE_QUESTION.format(noun='metal nut'))
     kind, data = picture['image_url']['url'].split(',')
     assert (
         kind == 'data:image/png;base64'
@@ -684,7 +699,7 @@ def test_questions_are_the_papers(photo):
 
 
 def test_estimate_by_hand(tmp_path):
-    qs = ask_categories({'a': 'mug', 'b': 'kettle'}, 'x', 3)
+    qs = category_questions({'a': 'mug', 'b': 'kettle'}, 'x', 3)
     a, b = sum((len(q.rules) + len(q.text)) // 4 + 8 for q in qs), 2 * (3 * 25 + 60)
     assert estimate(qs, (2.0, 10.0)) == dict(
         calls=2, tokens_in=a, tokens_out=b, cost=(2 * a + 10 * b) / 1e6
@@ -699,8 +714,8 @@ def test_estimate_by_hand(tmp_path):
         )
 
 
-def said(*s, look='Fine.'):
-    return json.dumps(dict(anomalies=list(s), background=look))
+def answer_text(*s, background='Fine.'):
+    return json.dumps(dict(anomalies=list(s), background=background))
 
 
 @pytest.mark.parametrize(
@@ -718,42 +733,42 @@ def said(*s, look='Fine.'):
         ('["a crack"]', ['not JSON']),
         ('{"list": []}', ['not in the form asked for']),
         ('{"anomalies": "a crack"}', ['not in the form asked for']),
-        (said('a crack'), ['too few descriptions']),
-        (said('a crack', ' A crack. '), ['description said before', 'too few descriptions']),
+        (answer_text('a crack'), ['too few descriptions']),
+        (answer_text('a crack', ' A crack. '), ['description said before', 'too few descriptions']),
         (
-            said('a crack', '', 3),
+            answer_text('a crack', '', 3),
             ['empty description', 'empty description', 'too few descriptions'],
         ),
         (
-            said('a crack', 'a very ' * 80 + 'long crack'),
+            answer_text('a crack', 'a very ' * 80 + 'long crack'),
             ['description too long', 'too few descriptions'],
         ),
-        (said('I cannot tell', 'a dent'), ['refusing description', 'too few descriptions']),
-        (said('a crack', 'a dent', look=''), ['no background']),
-        (said('a crack', 'a dent', look=['x']), ['no background']),
+        (answer_text('I cannot tell', 'a dent'), ['refusing description', 'too few descriptions']),
+        (answer_text('a crack', 'a dent', background=''), ['no background']),
+        (answer_text('a crack', 'a dent', background=['x']), ['no background']),
     ],
 )
 def test_answers_that_are_kept_out_have_their_reason(text, why):
-    assert judge(text, 2) == (None, why)
+    assert check_answer(text, 2) == (None, why)
 
 
 def test_what_is_good_is_kept():
     good = dict(anomalies=['a crack', 'a dent'], background='Fine.')
     for text in (
-        said('a crack', 'a dent'),
-        said(' a crack ', 'a dent', 'a third'),
-        f'Sure:\n```json\n{said("a crack", "a dent")}\n```\nAnything else?',
+        answer_text('a crack', 'a dent'),
+        answer_text(' a crack ', 'a dent', 'a third'),
+        f'Sure:\n```json\n{answer_text("a crack", "a dent")}\n```\nAnything else?',
     ):
-        assert judge(text, 2) == (good, [])
-    assert judge(said('a crack', '', 'a crack', 'a dent'), 2) == (
+        assert check_answer(text, 2) == (good, [])
+    assert check_answer(answer_text('a crack', '', 'a crack', 'a dent'), 2) == (
         good,
         ['empty description', 'description said before'],
     )
-    assert judge('{"anomalies": ["a crack"]}', 1, category=False) == (
+    assert check_answer('{"anomalies": ["a crack"]}', 1, category=False) == (
         dict(anomalies=['a crack']),
         [],
     )
-    assert judge(said('a crack', 'a cracked mug that cannot hold water'), 2)[
+    assert check_answer(answer_text('a crack', 'a cracked mug that cannot hold water'), 2)[
         0
     ]  # "cannot" of a mug is no refusal
 
@@ -767,7 +782,7 @@ needs_client = pytest.mark.skipif(
 
 
 class Server:
-    "A chat endpoint in a thread: `script(question, how many times it was asked)` gives (status, body or dict, seconds)."
+    "A chat endpoint in a thread: `script(noun, count of requests)` gives (status, body, seconds)."
 
     def __init__(self, script):
         self.asked, self.seen, lock = Counter(), [], threading.Lock()
@@ -778,14 +793,14 @@ class Server:
                 pass
 
             def do_POST(self):
-                told = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-                text = told['messages'][1]['content']
+                request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+                text = request['messages'][1]['content']
                 text = text if isinstance(text, str) else text[1]['text']
                 noun = re.search(r'image of (.+?)(?: looks|\. )', text)[1]
                 with lock:
                     outer.asked[noun] += 1
                     n = outer.asked[noun]
-                    outer.seen.append((self.path, self.headers['Authorization'], told))
+                    outer.seen.append((self.path, self.headers['Authorization'], request))
                 status, body, wait = script(noun, n)
                 time.sleep(wait)
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
@@ -835,15 +850,15 @@ def chat(text):
 
 def five(noun):
     return chat(
-        said(
+        answer_text(
             *(f'a {noun} with {w}' for w in ('a crack', 'a dent', 'a stain', 'a hole', 'a cut')),
-            look=f'A whole {noun}.',
+            background=f'A whole {noun}.',
         )
     )
 
 
 def ask_about(*nouns):
-    return ask_categories({n: n for n in nouns}, 'shop')
+    return category_questions({n: n for n in nouns}, 'shop')
 
 
 @needs_client
@@ -866,8 +881,8 @@ def test_answers_become_a_base(tmp_path):
         == tuple(f'a jug with {w}' for w in ('a crack', 'a dent', 'a stain', 'a hole', 'a cut'))
         and background('jug', user=f) == 'A whole jug.'
     )
-    path, key, told = s.seen[0]
-    assert (path, key, told['model']) == (
+    path, key, request = s.seen[0]
+    assert (path, key, request['model']) == (
         '/v1/chat/completions',
         'Bearer secret',
         'm',
@@ -930,7 +945,7 @@ def test_nonsense_is_kept_out_of_base_and_cache(tmp_path):
         null=chat(None),
         sorry=chat("I'm sorry, I cannot assist with that."),
         prose=chat('Mugs break.'),
-        few=chat(said('a crack', 'a crack', '')),
+        few=chat(answer_text('a crack', 'a crack', '')),
         good=None,
     )
     with Server(
@@ -1016,7 +1031,7 @@ def test_images_are_asked_by_their_pixels(tmp_path, photo):
     Image.fromarray(image).save(tmp_path / 'copy.bmp')
     Image.fromarray(image[::-1]).save(tmp_path / 'other.png')
     (tmp_path / 'text.png').write_text('no image')
-    qs = ask_images(
+    qs = image_questions(
         [
             Sample(p, 1, 'mug', f'mug/bad/{p.stem}')
             for p in (file, tmp_path / 'other.png', tmp_path / 'text.png')
@@ -1036,7 +1051,9 @@ def test_images_are_asked_by_their_pixels(tmp_path, photo):
             2, 0, 2, {'unreadable image': 1}, (('shop/mug/bad/text', 'unreadable image'),)
         )
         copied, done = build_base(
-            ask_images([Sample(tmp_path / 'copy.bmp', 1, 'mug', 'x')], {'mug': 'blue mug'}, 'shop'),
+            image_questions(
+                [Sample(tmp_path / 'copy.bmp', 1, 'mug', 'x')], {'mug': 'blue mug'}, 'shop'
+            ),
             **s.how(tmp_path / 'c'),
         )
         assert (
@@ -1124,11 +1141,11 @@ def test_the_command_asks_about_a_folder_of_your_own(tmp_path, monkeypatch, caps
         ).items():
             monkeypatch.setenv(k, v)
         assert main(ask) == 1
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        'asked 2, stored 0, kept 1' in told.out
-        and 'no answer for folder/tea_pot' in told.err
-        and 'word' not in told.out + told.err.replace('words', '')
+        'asked 2, stored 0, kept 1' in printed.out
+        and 'no answer for folder/tea_pot' in printed.err
+        and 'word' not in printed.out + printed.err.replace('words', '')
     )
     assert knowledge('mug', 'folder', user=tmp_path / 'k.json')[0] == 'a mug with a crack' and set(
         s.asked

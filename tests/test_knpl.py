@@ -1,7 +1,9 @@
-"""Learned prompts against open_clip's own text tower run prompt by prompt, losses written out pixel by pixel, and the numbers of AnomalyCLIP's code; nothing is downloaded.
+"""Learned prompts against open_clip's own text tower run prompt by prompt, losses written out
+pixel by pixel, and the numbers of AnomalyCLIP's code; nothing is downloaded.
 
-NUMBERS were computed by AnomalyCLIP (commit 45ed4dd) on the weights, contexts and images that `setup` draws: 6 vision blocks of which 3 walk its DPAM path,
-5 text blocks of which 3 get deep prompts, layers 2, 4 and 6 read out, maps of 60 pixels.
+NUMBERS were computed by AnomalyCLIP (commit 45ed4dd) on the weights, contexts and images that
+`setup` draws: 6 vision blocks, the last 3 of them on its DPAM path, 5 text blocks of which 3 get
+deep prompts, layers 2, 4 and 6 read out, maps of 60 pixels.
 """
 
 import json
@@ -15,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from test_parity import drawn
 
-import zsad.learned.prompts as knpl
-from zsad.encoder.attention import forward_paths
+import zsad.learned.tensor_files as tensor_files
+from zsad.encoder.attention import forward_paths, to_stage
 from zsad.encoder.clip import (
     AttentionPath,
     Encoder,
@@ -27,34 +29,28 @@ from zsad.encoder.clip import (
     load_encoder,
     plain_tokenizer,
 )
-from zsad.learned.prompts import (
-    PROMPT_RECIPES,
-    Learned,
-    PromptRecipe,
-    check_text,
+from zsad.learned.anomalyclip import add_layer_maps, dpam_path, image_token, state_maps
+from zsad.learned.artifacts import load_artifact, save_artifact, text_weights
+from zsad.learned.checkpoints import load_anomalyclip
+from zsad.learned.losses import (
     dice_loss,
-    dpam_path,
     focal_loss,
-    forward_text,
     global_loss,
     image_loss,
-    joined_map,
     kd_loss,
     knowledge_vectors,
-    lay_prompts,
-    load_anomalyclip,
-    load_artifact,
-    load_learned,
     local_loss,
-    prompt_ids,
-    read_dpam,
-    save_artifact,
-    save_learned,
-    start_prompts,
-    state_maps,
-    text_of,
-    text_weights,
 )
+from zsad.learned.prompts import (
+    PROMPT_RECIPES,
+    LearnedPrompts,
+    PromptRecipe,
+    prompt_ids,
+    start_prompts,
+    text_of,
+)
+from zsad.learned.tensor_files import read_tensor_files, write_tensor_files
+from zsad.learned.text_tower import clip_text_tower, embed_prompts, forward_text
 from zsad.methods.prompts import encode_text
 
 VISION = dict(image_size=96, patch_size=16, width=128, layers=6, head_width=64)
@@ -241,11 +237,11 @@ def test_other_text_towers_are_refused_by_name(small):
             },
         )
         with pytest.raises(ValueError, match=rf"backbone='siglip'.*{says}.*ViT-B-16-plus-240"):
-            check_text(replace(e, model=m, backbone='siglip'))
+            clip_text_tower(replace(e, model=m, backbone='siglip'))
     with pytest.raises(ValueError, match='text tower is Linear'):
-        check_text(replace(e, model=SimpleNamespace(text=torch.nn.Linear(1, 1))))
+        clip_text_tower(replace(e, model=SimpleNamespace(text=torch.nn.Linear(1, 1))))
     with pytest.raises(ValueError, match='tokenizer is function'):
-        check_text(replace(e, tokenizer=lambda s: s))
+        clip_text_tower(replace(e, tokenizer=lambda s: s))
     for f in (
         lambda b: start_prompts(KNPL, b),
         lambda b: text_of(start_prompts(KNPL, e), b, ['a']),
@@ -264,7 +260,8 @@ def test_prompts_use_all_the_room_and_the_longest_is_named_when_it_is_not_enough
         assert text_of(learned, e, ['nut ' * most])['nut ' * most].pair.isfinite().all()
         with pytest.raises(
             ValueError,
-            match=rf"category '{'nut ' * (most + 1)}'.*{most + 2} tokens; with {K} learned.*makes {room + 1}.*reads {room}; shorten",
+            match=rf"category '{'nut ' * (most + 1)}'.*{most + 2} tokens; with {K} learned.*"
+            rf"makes {room + 1}.*reads {room}; shorten",
         ):
             text_of(learned, e, ['bottle', 'nut ' * (most + 1), 'cable'])
     with pytest.raises(ValueError, match=rf'at most length={room - 5}'):
@@ -331,7 +328,7 @@ def slowly(e, l, category):
 
 RECIPES = dict(
     knpl=KNPL,
-    own=replace(KNPL, shared=False, length=5),
+    separate=replace(KNPL, shared=False, length=5),
     deep=replace(KNPL, length=6, depth=3, deep=2),
     agnostic=replace(AGNOSTIC, depth=3),
     uneven=PromptRecipe(('{}', 'good {}', 'fine {} here'), 'bad {}', length=3, depth=2, deep=3),
@@ -394,9 +391,9 @@ def test_no_learned_words_or_a_phrase_give_the_hand_written_sentence(small, name
                     ),
                     c,
                 )
-                told = [t.pair, *t.each]
+                vectors = [t.pair, *t.each]
                 for a, b in zip(
-                    told, [hand.pair, *hand.each], strict=True
+                    vectors, [hand.pair, *hand.each], strict=True
                 ):  # unit vectors in float32: 1e-5 is 170 roundings
                     assert gap(a.detach(), b) < 1e-5, (front, depth)
     with pytest.raises(
@@ -440,7 +437,7 @@ def test_deep_prompts_take_the_first_places_of_their_blocks(small):
     r = replace(KNPL, length=6, depth=3, deep=2, std=0.3)
     l = start_prompts(r, e)
     t = getattr(e.model, 'text', e.model)
-    h, _ = lay_prompts(
+    h, _ = embed_prompts(
         t, prompt_ids(e, r, ['bottle']), l.tensors['normal'].detach().expand(4, -1, -1)
     )
     plain, deep = forward_text(t, h), forward_text(t, h, l.tensors['deep'].detach())
@@ -451,7 +448,9 @@ def test_deep_prompts_take_the_first_places_of_their_blocks(small):
     same = torch.stack([s[0, 1:3] for s in plain[:2]])  # what the tower makes of them anyway
     assert all(gap(a, b) < 1e-6 for a, b in zip(plain, forward_text(t, h, same)))
     alone = text_of(
-        Learned(replace(r, depth=2), {**l.tensors, 'deep': l.tensors['deep'][:1]}), e, ['bottle']
+        LearnedPrompts(replace(r, depth=2), {**l.tensors, 'deep': l.tensors['deep'][:1]}),
+        e,
+        ['bottle'],
     )['bottle'].pair
     assert gap(alone, text_of(l, e, ['bottle'])['bottle'].pair) > 1e-3
     with pytest.raises(ValueError, match='depth=4: this text tower has 3 blocks; choose 1 to 3'):
@@ -529,7 +528,7 @@ def test_gradients_reach_what_is_learned_and_nothing_else(small):
 
 def test_knowledge_is_the_mean_of_sentences_as_they_leave_the_tower(small):
     e = small()
-    said = dict(
+    sentences = dict(
         bottle=[
             'a cracked bottle',
             'a bottle with a broken neck',
@@ -537,8 +536,8 @@ def test_knowledge_is_the_mean_of_sentences_as_they_leave_the_tower(small):
         ],
         cable=['a cut wire'],
     )
-    k = knowledge_vectors(e, said)
-    for c, rows in said.items():
+    k = knowledge_vectors(e, sentences)
+    for c, rows in sentences.items():
         want = unit(sum(e.embed_text([s])[0] for s in rows) / len(rows))
         assert gap(k[c], want) < 1e-5 and not k[c].is_inference()
     for bad in (dict(bottle=[]), dict(bottle='a cracked bottle')):
@@ -564,22 +563,23 @@ def test_knowledge_loss_pulls_the_anomalous_prompt_and_pushes_the_normal_one():
     )
     assert abs((kd_loss(pair, k, 9.0) + kd_loss(pair.flip(1), k, 9.0)).item() - 18) < 1e-5
     wrong = pair[[i for i in range(5) if d[i][1] > d[i][0]][:1]].requires_grad_()
-    own = k[[i for i in range(5) if d[i][1] > d[i][0]][:1]]
-    kd_loss(wrong, own).backward()
+    matched = k[[i for i in range(5) if d[i][1] > d[i][0]][:1]]
+    kd_loss(wrong, matched).backward()
     with torch.no_grad():
         moved = wrong - 0.05 * wrong.grad
 
         def near(p, s):
-            return float((unit(own[0]) - unit(p[0, s])).norm())
+            return float((unit(matched[0]) - unit(p[0, s])).norm())
 
         assert near(moved, 1) < near(wrong, 1) and near(moved, 0) > near(wrong, 0)
-    right = torch.stack([-own, own], 1).requires_grad_()
-    kd_loss(right, own).backward()
+    right = torch.stack([-matched, matched], 1).requires_grad_()
+    kd_loss(right, matched).backward()
     assert (
-        right.grad.abs().max() == 0 and kd_loss(torch.stack([own, own], 1), own).item() == 0
+        right.grad.abs().max() == 0
+        and kd_loss(torch.stack([matched, matched], 1), matched).item() == 0
     )  # silent as soon as the order is right
-    same = torch.stack([-own, own], 1).requires_grad_()
-    kd_loss(same, own, 3.0).backward()
+    same = torch.stack([-matched, matched], 1).requires_grad_()
+    kd_loss(same, matched, 3.0).backward()
     assert same.grad.isfinite().all()  # distance 0 has a gradient too
 
 
@@ -680,22 +680,33 @@ def test_image_and_global_losses_are_cross_entropies():
 
 
 @torch.inference_mode()
+def dpam(visual, x, depth=None, layers=(-1,)):
+    "Image tokens [B,C] and patch tokens [L,B,N,C] of AnomalyCLIP's DPAM, in one pass."
+    n = len(visual.transformer.resblocks)
+    path = dpam_path(n) if depth is None else AttentionPath('vv', depth)
+    blocks = tuple(l % n for l in layers)
+    z, streams = forward_paths(visual, visual._embeds(x), (path,), blocks)
+    patches = [to_stage(visual, y[:, 1:]) for y in streams[path]]
+    return image_token(visual, z), torch.stack(patches)
+
+
+@torch.inference_mode()
 def test_patches_are_the_vv_path_and_the_image_token_skips_the_last_norm(setup):
     v, x = setup.e.model.visual, setup.x
     for depth in (0, 3, 6):
-        cls, p = read_dpam(v, x, depth, (1, -1))
+        cls, p = dpam(v, x, depth, (1, -1))
         t = setup.e.tokens(x, EncodeSpec((AttentionPath('vv', depth),), (1, 5)))
         assert torch.equal(p, t.patches[AttentionPath('vv', depth)]) and gap(p[0], p[1]) > 0.01
     z = forward_paths(v, v._embeds(x), (), ())[0]
     assert gap(cls, unit(z[:, 0] @ v.proj)) < 1e-6 and gap(cls, t.cls) > 0.01
     four = torch.cat([x, 0.5 * x])
-    alone = [read_dpam(v, four[i : i + 1]) for i in range(4)]
-    cls, p = read_dpam(v, four)
+    alone = [dpam(v, four[i : i + 1]) for i in range(4)]
+    cls, p = dpam(v, four)
     assert (
         gap(cls, torch.cat([a[0] for a in alone])) < 1e-5
         and gap(p, torch.cat([a[1] for a in alone], 1)) < 1e-5
     )
-    assert torch.equal(p, read_dpam(v, four, 5)[1])  # 19 of 24 is 5 of 6
+    assert torch.equal(p, dpam(v, four, 5)[1])  # 19 of 24 is 5 of 6
     assert [dpam_path(n).depth for n in (24, 12, 6)] == [19, 10, 5]
 
 
@@ -711,15 +722,17 @@ def test_maps_are_softmaxes_enlarged_and_added():
         and gap(wide[1], F.interpolate(m[1], size=20, mode='bilinear')) < 1e-6
         and gap(wide.sum(2), torch.ones(3, 2, 20, 20)) < 1e-5
     )
-    assert gap(joined_map(wide), wide[:, :, 1].sum(0)) < 1e-5
+    assert gap(add_layer_maps(wide), wide[:, :, 1].sum(0)) < 1e-5
     assert (
-        gap(joined_map(torch.tensor([0.3, 0.9]).view(1, 1, 2, 1, 1)), torch.full((1, 1, 1), 0.8))
+        gap(
+            add_layer_maps(torch.tensor([0.3, 0.9]).view(1, 1, 2, 1, 1)), torch.full((1, 1, 1), 0.8)
+        )
         < 1e-6
     )  # (.9 + 1 - .3)/2
     with torch.inference_mode():
         stored = p.clone()
     learned = pair.clone().requires_grad_()
-    joined_map(state_maps(stored, learned, (3, 4))).sum().backward()
+    add_layer_maps(state_maps(stored, learned, (3, 4))).sum().backward()
     assert learned.grad.abs().max() > 0  # tokens of an inference pass may be trained on
 
 
@@ -731,63 +744,63 @@ def test_artifacts_come_back_as_they_were(tmp_path):
         a=noise(2, 3), b=torch.arange(4), c=noise(5).bfloat16(), empty=torch.zeros(1, 0, 3)
     )
     about = dict(kind='head', seed=3, recipe=dict(t=(1, 2)), metrics=dict(pixel_auroc=0.5))
-    name = save_artifact(tmp_path / 'v0.1-head', tensors, about)
+    name = write_tensor_files(tmp_path / 'v0.1-head', tensors, about)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['v0.1-head.json', 'v0.1-head.safetensors']
     for path in ('v0.1-head', 'v0.1-head.json', 'v0.1-head.safetensors'):
-        back, said, h = load_artifact(tmp_path / path, 'head')
+        back, description, h = read_tensor_files(tmp_path / path, 'head')
         assert (
             h == name
-            and said == {**about, 'recipe': dict(t=[1, 2])}
+            and description == {**about, 'recipe': dict(t=[1, 2])}
             and all(
                 torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items()
             )
         )
     files = [p.read_bytes() for p in sorted(tmp_path.iterdir())]
     assert (
-        save_artifact(tmp_path / 'v0.1-head.json', tensors, about) == name
+        write_tensor_files(tmp_path / 'v0.1-head.json', tensors, about) == name
         and [p.read_bytes() for p in sorted(tmp_path.iterdir())] == files
     )
     assert json.loads(files[0])['tensors']['a'] == 'float32 [2, 3]'
     assert (
-        save_artifact(tmp_path / 'x', {**tensors, 'a': tensors['a'] + 1}, about)
+        write_tensor_files(tmp_path / 'x', {**tensors, 'a': tensors['a'] + 1}, about)
         != name
-        != save_artifact(tmp_path / 'y', tensors, {**about, 'seed': 4})
+        != write_tensor_files(tmp_path / 'y', tensors, {**about, 'seed': 4})
     )
 
 
 def test_artifacts_that_do_not_belong_together_are_refused(tmp_path):
     for n in 'xy':
-        save_artifact(tmp_path / n, dict(a=noise(2, seed=ord(n))), dict(kind='head', seed=0))
+        write_tensor_files(tmp_path / n, dict(a=noise(2, seed=ord(n))), dict(kind='head', seed=0))
     (tmp_path / 'x.safetensors').write_bytes((tmp_path / 'y.safetensors').read_bytes())
     with pytest.raises(
         ValueError, match='x.json.*hash.*changed, cut short or comes from another save'
     ):
-        load_artifact(tmp_path / 'x')
+        read_tensor_files(tmp_path / 'x')
     (tmp_path / 'y.json').write_text(
         (tmp_path / 'y.json').read_text().replace('"seed": 0', '"seed": 1')
     )
     with pytest.raises(ValueError, match='one of the two was changed'):
-        load_artifact(tmp_path / 'y')
+        read_tensor_files(tmp_path / 'y')
     (tmp_path / 'y.safetensors').write_bytes((tmp_path / 'y.safetensors').read_bytes()[:-1])
     with pytest.raises(ValueError, match='one of the two'):
-        load_artifact(tmp_path / 'y')
+        read_tensor_files(tmp_path / 'y')
     for bad in ('{', '[]', '{"about": 3, "hash": ""}', '{"hash": ""}'):
         (tmp_path / 'y.json').write_text(bad)
         with pytest.raises(ValueError, match='y.json cannot be read'):
-            load_artifact(tmp_path / 'y')
+            read_tensor_files(tmp_path / 'y')
     (tmp_path / 'y.json').unlink()
     with pytest.raises(
         FileNotFoundError, match=r'y.json is missing.*y.safetensors and y.json side by side'
     ):
-        load_artifact(tmp_path / 'y')
-    save_artifact(tmp_path / 'z', {}, dict(kind='head'))
+        read_tensor_files(tmp_path / 'y')
+    write_tensor_files(tmp_path / 'z', {}, dict(kind='head'))
     with pytest.raises(ValueError, match="kind='head', need 'prompts'"):
-        load_artifact(tmp_path / 'z', 'prompts')
+        read_tensor_files(tmp_path / 'z', 'prompts')
 
 
 def test_a_save_that_is_cut_off_is_noticed(tmp_path, monkeypatch):
-    save_artifact(tmp_path / 'x', dict(a=noise(2)), dict(kind='head'))
-    write, calls = knpl.write_atomic, []
+    write_tensor_files(tmp_path / 'x', dict(a=noise(2)), dict(kind='head'))
+    write, calls = tensor_files.write_atomic, []
 
     def dies(path, data):
         calls.append(path.name)
@@ -795,26 +808,26 @@ def test_a_save_that_is_cut_off_is_noticed(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return write(path, data)
 
-    monkeypatch.setattr(knpl, 'write_atomic', dies)
+    monkeypatch.setattr(tensor_files, 'write_atomic', dies)
     with pytest.raises(KeyboardInterrupt):
-        save_artifact(tmp_path / 'x', dict(a=noise(2, seed=1)), dict(kind='head'))
+        write_tensor_files(tmp_path / 'x', dict(a=noise(2, seed=1)), dict(kind='head'))
     assert calls == ['x.safetensors', 'x.json'] and len(list(tmp_path.iterdir())) == 2
     with pytest.raises(ValueError, match='one of the two'):
-        load_artifact(tmp_path / 'x')
+        read_tensor_files(tmp_path / 'x')
 
 
 def test_learned_prompts_belong_to_one_text_tower(small, tmp_path):
     e = small()
     l = start_prompts(replace(KNPL, length=6, depth=3, deep=2, shared=False), e, 2)
-    save_learned(tmp_path / 'p', l, e, seed=2, data='abc', metrics=dict(loss=0.5))
-    about = load_artifact(tmp_path / 'p', 'prompts')[1]
+    save_artifact(tmp_path / 'p', e, l, seed=2, data='abc', metrics=dict(loss=0.5))
+    about = read_tensor_files(tmp_path / 'p', 'trained')[1]
     assert (about['seed'], about['data'], about['backbone'], about['text_weights']) == (
         2,
         'abc',
         'drawn',
         text_weights(e),
     )
-    back = load_learned(tmp_path / 'p.json', e)
+    back = load_artifact(tmp_path / 'p.json', e).prompts
     assert (
         back.recipe == l.recipe
         and all(
@@ -825,11 +838,11 @@ def test_learned_prompts_belong_to_one_text_tower(small, tmp_path):
     with pytest.raises(
         ValueError, match='belongs to the text tower .*load the encoder that it was trained with'
     ):
-        load_learned(tmp_path / 'p', small(seed=8))
+        load_artifact(tmp_path / 'p', small(seed=8))
     with pytest.raises(ValueError, match='belongs to the text tower'):
-        load_learned(tmp_path / 'p', small('quick_gelu'))
+        load_artifact(tmp_path / 'p', small('quick_gelu'))
     with pytest.raises(ValueError, match=r"'normal' has shape \[2, 6, 16\].*need \[2, 6, 96\]"):
-        load_learned(tmp_path / 'p', load_encoder('mini', device='cpu'))
+        load_artifact(tmp_path / 'p', load_encoder('mini', device='cpu'))
     for tensors, says in (
         (
             dict(normal=l.tensors['normal']),
@@ -841,9 +854,9 @@ def test_learned_prompts_belong_to_one_text_tower(small, tmp_path):
         ),
         ({**l.tensors, 'deep': l.tensors['deep'][:1]}, r"'deep' has shape \[1, 2, 16\]"),
     ):
-        save_learned(tmp_path / 'q', Learned(l.recipe, tensors), e)
+        save_artifact(tmp_path / 'q', e, LearnedPrompts(l.recipe, tensors))
         with pytest.raises(ValueError, match=says):
-            load_learned(tmp_path / 'q', e)
+            load_artifact(tmp_path / 'q', e)
 
 
 def test_a_towers_hash_ignores_image_size_and_vision(small):
@@ -887,8 +900,8 @@ def test_published_prompts_are_read(setup, tmp_path):
         'normal',
         'abnormal',
     ]
-    save_learned(tmp_path / 'mine', l, e, source='epoch_15.pth')
-    assert gap(pair_of(load_learned(tmp_path / 'mine', e), e), pair_of(l, e)) == 0
+    save_artifact(tmp_path / 'mine', e, l, source='epoch_15.pth')
+    assert gap(pair_of(load_artifact(tmp_path / 'mine', e).prompts, e), pair_of(l, e)) == 0
 
 
 def test_deep_prompts_are_read_in_the_order_of_their_blocks(tmp_path):
@@ -999,11 +1012,11 @@ def test_training_lowers_the_loss_and_moves_only_prompts(small):
     )
     for _ in range(30):
         t = text_of(l, e, ['bottle', 'cable'])
-        own = torch.stack([t[c].pair for c in names])
+        pairs = torch.stack([t[c].pair for c in names])
         loss = (
-            kd_loss(own[:2], k, 0.1)
-            + image_loss(cls, own, y)
-            + local_loss(state_maps(p, own, (6, 6)), g)
+            kd_loss(pairs[:2], k, 0.1)
+            + image_loss(cls, pairs, y)
+            + local_loss(state_maps(p, pairs, (6, 6)), g)
         )
         opt.zero_grad()
         loss.backward()
@@ -1133,11 +1146,11 @@ def test_numbers_of_anomalyclip(setup, tmp_path):
     pair = text_of(l, s.e, ['anything'])['anything'].pair
     fixed = pair.detach()
     assert gap(fixed[:, :12], want['text']) < 2e-5
-    cls, p = read_dpam(v, s.x, 3, (1, 3, 5))
+    cls, p = dpam(v, s.x, 3, (1, 3, 5))
     assert gap(cls[:, :8], want['cls']) < 1e-5 and gap(p[:, :, 7, :4], want['patch']) < 1e-5
     maps = state_maps(p, fixed, (6, 6), 60)
     assert (
-        gap(joined_map(maps)[:, ::13, ::13], want['map']) < 1e-4
+        gap(add_layer_maps(maps)[:, ::13, ::13], want['map']) < 1e-4
         and gap(anomaly_score(cls, fixed, 0.07), want['score']) < 2e-5
     )
     assert (
@@ -1165,11 +1178,11 @@ def test_numbers_of_anomalyclip_at_another_size(setup, tmp_path):
     v = copy.deepcopy(setup.e.model.visual)
     fit_positions(v, 144, 'bilinear')
     pair = pair_of(load_anomalyclip(saved(tmp_path, setup.state), setup.e), setup.e)
-    cls, p = read_dpam(v, setup.big, 3, (3, 5))
+    cls, p = dpam(v, setup.big, 3, (3, 5))
     assert (
         gap(cls[0, :8], torch.tensor(NUMBERS['big_cls'])) < 1e-5
         and gap(
-            joined_map(state_maps(p, pair, (9, 9), 72))[0, ::13, ::13],
+            add_layer_maps(state_maps(p, pair, (9, 9), 72))[0, ::13, ::13],
             torch.tensor(NUMBERS['big_map']),
         )
         < 1e-4

@@ -1,4 +1,5 @@
-"""Trained artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the key of a run; subsets of an unlabelled set."""
+"""Artifacts as rows: prompts that replace sentences, heads that replace terms, their hash in the
+key of a run; subsets of an unlabelled set."""
 
 import copy
 import json
@@ -12,12 +13,12 @@ from test_parity import gap
 from zsad.bench.jobs import Model, compute, plan_jobs
 from zsad.datasets.layouts import load_dataset, scan_dataset
 from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.learned.anomalyclip import LayerMaps
 from zsad.learned.artifacts import (
-    LayerMaps,
     cached_artifact,
     find_artifact,
-    load_trained,
-    save_trained,
+    load_artifact,
+    save_artifact,
     shipped_artifact,
 )
 from zsad.learned.fusion import KAnoCLIP
@@ -57,7 +58,7 @@ def made(enc, tmp_path_factory):
         'anomalyclip': (LayerMaps, dict(sigma=2.0)),
     }
     for k, (kind, settings) in heads.items():
-        save_trained(
+        save_artifact(
             d / k,
             enc,
             words if k in ('kanoclip', 'anomalyclip') else None,
@@ -65,7 +66,7 @@ def made(enc, tmp_path_factory):
             settings,
             seed=1,
         )
-    save_trained(d / 'words', enc, words)
+    save_artifact(d / 'words', enc, words)
     return d
 
 
@@ -86,7 +87,7 @@ def rows(made):
 @pytest.mark.parametrize('name', ['kanoclip', 'anomalyclip', 'april-gan', 'mvfa'])
 def test_a_head_row_gives_what_the_head_gives(enc, x, made, name):
     m = rows(made)[name]
-    t = load_trained(m.artifact, enc)
+    t = load_artifact(m.artifact, enc)
     det = build(m, ['pill', 'wood'], enc)
     pair = (
         text_of(t.prompts, enc, ['pill'])['pill'].pair
@@ -123,7 +124,7 @@ def test_prompts_replace_sentences_and_nothing_else(enc, x, made):
         build('anoclip', ['pill'], enc),
     )
     by_hand = replace(
-        plain, texts=text_of(load_trained(made / 'words', enc).prompts, enc, ['pill'])
+        plain, texts=text_of(load_artifact(made / 'words', enc).prompts, enc, ['pill'])
     )
     a, b = words(x, ['pill'] * 5), by_hand(x, ['pill'] * 5)
     assert (
@@ -137,8 +138,8 @@ def test_prompts_replace_sentences_and_nothing_else(enc, x, made):
 
 
 def test_an_artifact_keeps_its_bits(enc, made):
-    t = load_trained(made / 'kanoclip.json', enc)
-    again = load_trained(made / 'kanoclip', enc)
+    t = load_artifact(made / 'kanoclip.json', enc)
+    again = load_artifact(made / 'kanoclip', enc)
     assert t.hash == again.hash and all(
         torch.equal(a, b)
         for a, b in zip(t.head.state_dict().values(), again.head.state_dict().values())
@@ -148,7 +149,7 @@ def test_an_artifact_keeps_its_bits(enc, made):
         and not t.head.training
         and t.about['seed'] == 1
     )
-    assert len({load_trained(f, enc).hash for f in made.glob('*.json')}) == 5
+    assert len({load_artifact(f, enc).hash for f in made.glob('*.json')}) == 5
 
 
 def test_what_does_not_fit_is_refused(enc, files, made, tmp_path):
@@ -159,20 +160,20 @@ def test_what_does_not_fit_is_refused(enc, files, made, tmp_path):
     with pytest.raises(FileNotFoundError, match="'nowhere'.*zsad train"):
         build('anoclip', ['pill'], enc, artifact='nowhere')
     with pytest.raises(ValueError, match='text tower'):
-        load_trained(
+        load_artifact(
             made / 'april-gan', load_encoder(files[0], 'random:5', device='cpu', dtype='float32')
         )
     with pytest.raises(ValueError, match='nothing to save.*kanoclip'):
-        save_trained(tmp_path / 'a', enc)
+        save_artifact(tmp_path / 'a', enc)
     head = AprilGan(enc.model.visual.conv1.out_channels, enc.dim)
-    save_trained(tmp_path / 'b', enc, None, head, dict(width=8, dim=enc.dim))
+    save_artifact(tmp_path / 'b', enc, None, head, dict(width=8, dim=enc.dim))
     with pytest.raises(ValueError, match="do not fill.*april-gan"):
-        load_trained(tmp_path / 'b', enc)
+        load_artifact(tmp_path / 'b', enc)
     assert find_artifact(made / 'words') == made / 'words'
 
 
 def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
-    "The bench gives what the detector gives; another artifact is another run, and rows without one are as they were."
+    "The bench and the detector agree; another artifact is another run, other rows stay the same."
     root = render_procad(
         ('pill', 'wood'), good=2, bad=2, train=1, size=S, root=tmp_path / 'procad', workers=1
     )
@@ -194,12 +195,12 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
         )
 
     plan, results = compute(shown(*m.values(), METHODS['anoclip']), sets, model, show=False)
-    told = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}
-    assert {k: bool(r['artifact']) for k, r in told.items()} == dict.fromkeys(m, True) | dict(
+    runs = {label: plan.runs[run] for (_, _, label), (run,) in plan.shown.items()}
+    assert {k: bool(r['artifact']) for k, r in runs.items()} == dict.fromkeys(m, True) | dict(
         anoclip=False
     )
-    assert told['mvfa']['artifact'] == load_trained(m['mvfa'].artifact, enc).hash and json.loads(
-        told['mvfa']['revs']
+    assert runs['mvfa']['artifact'] == load_artifact(m['mvfa'].artifact, enc).hash and json.loads(
+        runs['mvfa']['revs']
     ).keys() == {'head mvfa', 'encoding', 'pipeline'}
 
     def key(row):
@@ -231,7 +232,7 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
         p.score.numpy(),
         np.array([k.label for k in s]),
     )
-    assert results[told['mvfa']['run']]['pill']['values']['pixel_auroc'] == pytest.approx(
+    assert results[runs['mvfa']['run']]['pill']['values']['pixel_auroc'] == pytest.approx(
         want['pixel_auroc'], abs=1e-9
     )
 
@@ -287,9 +288,9 @@ def test_an_artifact_belongs_to_both_towers_of_its_encoder(enc, made, name):
         with pytest.raises(
             ValueError, match=f'belongs to {says}.*load the encoder that it was trained with'
         ):
-            load_trained(made / name, changed(enc, tensor))
+            load_artifact(made / name, changed(enc, tensor))
     with pytest.raises(ValueError, match='text tower.*and the vision tower'):
-        load_trained(made / name, changed(enc, vision, text))
+        load_artifact(made / name, changed(enc, vision, text))
 
 
 @pytest.mark.parametrize('name', ['kanoclip', 'anomalyclip', 'april-gan', 'mvfa'])
@@ -303,23 +304,23 @@ def test_a_head_serves_its_towers_at_any_size_and_in_bfloat16(files, made, name)
 
 
 def test_an_artifacts_hash_is_of_what_changes_predictions(enc, made, tmp_path):
-    head = load_trained(made / 'april-gan', enc).head
+    head = load_artifact(made / 'april-gan', enc).head
     settings = dict(width=head.width, dim=enc.dim)
 
     def save(n, settings=settings, inputs=None, **notes):
-        return save_trained(tmp_path / n, enc, None, head, settings, inputs, **notes)
+        return save_artifact(tmp_path / n, enc, None, head, settings, inputs, **notes)
 
     first = save('a', seed=1, losses=dict(local=[1.0, 0.5]), images=4)
-    assert save('b', seed=1, seconds=3.0) == first  # what is told beside
+    assert save('b', seed=1, seconds=3.0) == first  # notes do not count
     assert first not in (
         save('c', {**settings, 'tau': 0.07}),
         save('d', inputs=dict(encode={}, prompts='april-gan')),
     )
-    said = json.loads((tmp_path / 'a.json').read_text())
-    assert set(said) == {'hash', 'identity', 'notes', 'tensors'} and said['notes'][
+    description = json.loads((tmp_path / 'a.json').read_text())
+    assert set(description) == {'hash', 'identity', 'notes', 'tensors'} and description['notes'][
         'losses'
     ] == dict(local=[1.0, 0.5])
-    assert set(said['identity']) == {
+    assert set(description['identity']) == {
         'kind',
         'head',
         'settings',
@@ -329,20 +330,23 @@ def test_an_artifacts_hash_is_of_what_changes_predictions(enc, made, tmp_path):
         'vision_weights',
     }
     (tmp_path / 'a.json').write_text(
-        json.dumps(dict(reversed(said.items())), sort_keys=True)
+        json.dumps(dict(reversed(description.items())), sort_keys=True)
     )  # another format of the file
-    assert load_trained(tmp_path / 'a', enc).hash == first
+    assert load_artifact(tmp_path / 'a', enc).hash == first
     (tmp_path / 'a.json').write_text(
         json.dumps(
-            {**said, 'identity': {**said['identity'], 'settings': {**settings, 'tau': 0.07}}}
+            {
+                **description,
+                'identity': {**description['identity'], 'settings': {**settings, 'tau': 0.07}},
+            }
         )
     )
     with pytest.raises(ValueError, match='one of the two was changed'):
-        load_trained(tmp_path / 'a', enc)
+        load_artifact(tmp_path / 'a', enc)
 
 
 def test_the_artifact_that_fits_the_encoder_is_found(tmp_path, monkeypatch, capsys):
-    "Of those with one name, in the package and in the cache; what ships comes first, and a difference is told."
+    "Of those with one name in package and cache, the shipped one is first; a conflict is reported."
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
     name = 'april-gan-mini-procad-aux-s0'
     mini, other = (
@@ -353,12 +357,12 @@ def test_the_artifact_that_fits_the_encoder_is_found(tmp_path, monkeypatch, caps
     with pytest.raises(ValueError, match='text tower.*vision tower.*load the encoder'):
         find_artifact(name, other)
     keys = {
-        e: save_trained(
+        e: save_artifact(
             cached_artifact(name, e), e, None, AprilGan(width, e.dim), dict(width=width, dim=e.dim)
         )
         for e in (mini, other)
     }
-    save_trained(
+    save_artifact(
         tmp_path / 'trained' / name,
         other,
         None,
@@ -367,13 +371,13 @@ def test_the_artifact_that_fits_the_encoder_is_found(tmp_path, monkeypatch, caps
     )  # a stray file of that name
     assert (
         find_artifact(name) == find_artifact(name, mini) == shipped
-        and load_trained(name, other).hash == keys[other]
+        and load_artifact(name, other).hash == keys[other]
     )
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        said.count('\n') == 1
-        and name in said
-        and keys[mini] in said
-        and 'the shipped one is used' in said
+        message.count('\n') == 1
+        and name in message
+        and keys[mini] in message
+        and 'the shipped one is used' in message
     )
-    assert load_trained(cached_artifact(name, mini), mini).hash == keys[mini]  # named by its file
+    assert load_artifact(cached_artifact(name, mini), mini).hash == keys[mini]  # named by its file
