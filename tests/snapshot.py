@@ -20,22 +20,13 @@ import torch
 from zsad.core.identity import identity_key
 from zsad.encoder.clip import EncodeSpec, load_encoder, untrained
 from zsad.papers.exhibits import EXHIBITS, PICTURES
-from zsad.pipeline.detector import (
-    METHODS,
-    REFERENCES,
-    SCORES,
-    SET_STEPS,
-    TERMS,
-    Reference,
-    build,
-    fit,
-    fuse_terms,
-    method_identity,
-    revs_of,
-    run_terms,
-    select_images,
-    upsample,
-)
+from zsad.pipeline.detector import build, fuse_terms, resolve_artifact, run_terms
+from zsad.pipeline.identity import method_identity, revs_of
+from zsad.pipeline.inputs import select_images
+from zsad.pipeline.references import REFERENCES, Reference
+from zsad.pipeline.rows import METHODS
+from zsad.pipeline.scores import SCORES, SET_STEPS, upsample
+from zsad.pipeline.terms import TERMS
 from zsad.rendered.procad import design, render
 
 FILE = Path(__file__).with_name('snapshots.json')
@@ -103,7 +94,7 @@ def why_not(m, encoder) -> str:
     if max([p.depth or 0 for p in m.encode.paths], default=0) > encoder.blocks:
         return f'needs more than {encoder.blocks} blocks'
     try:
-        fit(m, encoder)
+        resolve_artifact(m, encoder)
     except FileNotFoundError:
         return 'artifact not shipped'
     return ''

@@ -24,7 +24,7 @@ from zsad.papers.exhibits import (
     reported,
     seeds_of,
 )
-from zsad.pipeline.detector import METHODS
+from zsad.pipeline.rows import METHODS
 from zsad.reporting.tables import (
     Results,
     caption,
