@@ -19,30 +19,23 @@ import torch
 
 from zsad.core.identity import identity_key
 from zsad.encoder.clip import EncodeSpec, load_encoder, untrained
-from zsad.papers.exhibits import EXHIBITS, PICTURES
-from zsad.pipeline.detector import (
-    METHODS,
-    REFERENCES,
-    SCORES,
-    SET_STEPS,
-    TERMS,
-    Reference,
-    build,
-    fit,
-    fuse_terms,
-    method_identity,
-    revs_of,
-    run_terms,
-    select_images,
-    upsample,
-)
+from zsad.papers.exhibits import EXHIBITS
+from zsad.papers.pictures import PICTURES
+from zsad.pipeline.detector import build, fuse_terms, resolve_artifact, run_terms
+from zsad.pipeline.identity import method_identity, revs_of
+from zsad.pipeline.inputs import select_images
+from zsad.pipeline.references import REFERENCES, Reference
+from zsad.pipeline.rows import METHODS
+from zsad.pipeline.scores import SCORES, SET_STEPS, upsample
+from zsad.pipeline.terms import TERMS
 from zsad.rendered.procad import design, render
 
 FILE = Path(__file__).with_name('snapshots.json')
 CATEGORIES = dict(bottle='object', carpet='texture')
 SMALL, LARGE = 6, 18  # images that references are drawn from: for most rows, for many references
 DIGITS = 7  # significant digits that are stored
-TOLERANCE = 2e-5  # of the largest stored value of a stage; other CPU instructions move 5e-6 (mutual), else 4e-6
+# of the largest stored value of a stage; other CPU instructions move 5e-6 (mutual), else 4e-6
+TOLERANCE = 2e-5
 
 # --- images
 
@@ -103,7 +96,7 @@ def why_not(m, encoder) -> str:
     if max([p.depth or 0 for p in m.encode.paths], default=0) > encoder.blocks:
         return f'needs more than {encoder.blocks} blocks'
     try:
-        fit(m, encoder)
+        resolve_artifact(m, encoder)
     except FileNotFoundError:
         return 'artifact not shipped'
     return ''
@@ -199,7 +192,7 @@ def spots(n: int, count: int) -> np.ndarray:
 
 
 def summary(t: torch.Tensor) -> list:
-    "Give mean, standard deviation, lowest, highest and eight values at fixed places of every image."
+    "Give mean, deviation, lowest, highest and eight values at fixed places of every image."
     out = []
     for a in t.detach().cpu():
         v = a.double().flatten()
@@ -255,7 +248,7 @@ def references_of(kept, control, m, category, name, which) -> tuple:  # Referenc
     return Reference(kept.tokens(control, m, category, few), rows), rows
 
 
-def walk_stages(det, s) -> list:
+def scoring_stages(det, s) -> list:
     "Take the scoring inputs through terms, fusion, smoothing, upsampling, score and set steps."
     m, s = det.method, run_terms(det.method, s)
     out = [(f'term {name}', s.maps[name]) for name, _ in m.terms]
@@ -289,7 +282,7 @@ def row_stages(kept, row, category: str, kind: str) -> list:  # [(stage, numbers
         some = s.prompt_embeddings[spots(len(s.prompt_embeddings), 6)]
         out += [('prompts, single', some), ('prompts', s.class_embeddings)]
     if m.terms:
-        out += walk_stages(det, s)
+        out += scoring_stages(det, s)
     p = det.predict(tokens, [name] * len(ids), reference and {name: reference}, x, ids)
     head = (
         f"head {det.trained.about['head']}"
@@ -300,7 +293,7 @@ def row_stages(kept, row, category: str, kind: str) -> list:  # [(stage, numbers
 
 
 def compute(names=(), categories=CATEGORIES) -> dict:
-    "Compute the stages of all rows, or of those of some names: {'rows': ..., 'revs': ..., 'left out': ...}."
+    "Compute the stages of all rows, or of those of some names: {'rows', 'revs', 'skipped'}."
     rows = {k: r for k, r in all_rows().items() if not names or r['name'] in names}
     kept, out = Encodings(rows), dict(rows={}, revs={}, skipped={})
     for key, row in rows.items():
@@ -371,7 +364,7 @@ def operation_of(stage: str) -> str:
 
 
 def differs(was: list, now: list):
-    "Give (image, number of the value, stored, computed) of the largest difference beyond tolerance, or None."
+    "Give (image, number of the value, stored, computed) of the largest difference, or None."
     if [len(a) for a in was] != [len(a) for a in now]:
         return 0, 0, f'{len(was)} images', f'{len(now)} images'
     a, b = (np.concatenate([np.asarray(t, float) for t in part]) for part in (was, now))
@@ -385,7 +378,7 @@ def differs(was: list, now: list):
 
 
 def first_difference(was: dict, now: dict):
-    "Walk the stages of a row in the order of the data flow: (category, stage, image, place, stored, computed)."
+    "Compare the stages in the order of the data flow: (category, stage, image, place, was, is)."
     for (c, stage, a), (c2, stage2, b) in zip(was['stages'], now['stages']):
         if (c, stage) != (c2, stage2):
             return c2, stage2, 0, 0, f'stage {stage!r}', f'stage {stage2!r}'
@@ -406,7 +399,8 @@ def compare(stored: dict, now: dict, whole: bool = True) -> list:  # [(row name,
         if not found:
             continue
         category, stage, i, j, was, is_ = found
-        text = f'first differs at {stage!r} on {category}, image {i}, value {j}: {was!r} stored, {is_!r} now'
+        where = f'{stage!r} on {category}, image {i}, value {j}'
+        text = f'first differs at {where}: {was!r} stored, {is_!r} now'
         out.append((row['name'], operation_of(stage), text))
     gone = set(stored['rows']) - set(now['rows']) if whole else ()
     return out + [
@@ -415,32 +409,34 @@ def compare(stored: dict, now: dict, whole: bool = True) -> list:  # [(row name,
 
 
 def message(stored: dict, now: dict, whole: bool = True) -> str:
-    "Say what differs, operation by operation, and what to do; '' where nothing does."
-    found, said = defaultdict(list), []
+    "Describe what differs, operation by operation, and what to do; '' where nothing does."
+    found, lines = defaultdict(list), []
     for name, op, text in compare(stored, now, whole):
         found[op].append((name, text))
     for op, rows in found.items():
         if op == 'row':
-            said += [f'{name}: {text}; store the values of today' for name, text in rows]
+            lines += [f'{name}: {text}; store the values of today' for name, text in rows]
             continue
         rev = now['revs'].get(op)
-        said.append(
-            f'{op} (rev {rev}) gives other values in {len(rows)} rows: {", ".join(n for n, _ in rows[:12])}\n'
+        names = ', '.join(name for name, _ in rows[:12])
+        lines.append(
+            f'{op} (rev {rev}) gives other values in {len(rows)} rows: {names}\n'
             f'  {rows[0][0]} {rows[0][1]}\n'
-            f'  Fix the code, or raise the rev of {RAISE.get(op, op)} and run `python tests/snapshot.py --store`'
+            f'  Fix the code, or raise the rev of {RAISE.get(op, op)} and run '
+            '`python tests/snapshot.py --store`'
         )
     for op, rev in now['revs'].items():
         if stored['revs'].get(op) != rev:
-            said.append(
+            lines.append(
                 f'{op} has rev {rev}, the stored values are of rev {stored["revs"].get(op)}: '
                 'run `python tests/snapshot.py --store`, and commit the new values with the new rev'
             )
-    return '\n'.join(said)
+    return '\n'.join(lines)
 
 
 RAISE = dict(
-    pipeline='the pipeline, PIPELINE_REV in nbs/00_identity.ipynb',
-    encoding='encoding, ENCODING_REV in nbs/00_identity.ipynb',
+    pipeline='the pipeline, PIPELINE_REV in nbs/core/identity.ipynb',
+    encoding='encoding, ENCODING_REV in nbs/core/identity.ipynb',
 )
 
 
@@ -465,7 +461,8 @@ def main() -> int:
         same = refused(stored, now)
         if same:
             print(
-                f'not stored: {", ".join(same)} give other values under the rev they had\n{message(stored, now)}',
+                f'not stored: {", ".join(same)} give other values under the rev they had\n'
+                f'{message(stored, now)}',
                 file=sys.stderr,
             )
             return 1
@@ -474,9 +471,9 @@ def main() -> int:
     whole = not given.rows and len(given.categories) == len(CATEGORIES)
     for row in stored['rows'].values():
         row['stages'] = [s for s in row['stages'] if s[0] in given.categories]
-    said = message(stored, now, whole)
-    print(said or f'{len(now["rows"])} rows as stored')
-    return 1 if said else 0
+    text = message(stored, now, whole)
+    print(text or f'{len(now["rows"])} rows as stored')
+    return 1 if text else 0
 
 
 if __name__ == '__main__':

@@ -1,30 +1,27 @@
-"""Exhibits and the tables made from them: rows as the papers print them, several data sets in one table, a word in every empty cell, differences only where they mean something.
+"""Exhibits and the tables made from them.
 
-Results are made up: two categories, every row's values differ from those of every other row, metric and data set.
+Rows as the papers print them, several data sets in one table, a word in every empty cell,
+differences only where they mean something. Results are made up: two categories, every row's values
+differ from those of every other row, metric and data set.
 """
 
 import csv
 import re
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
-from zsad.papers.exhibits import (
-    COLUMNS,
-    EXHIBITS,
-    ROLES,
-    STAND_INS,
-    Exhibit,
-    Row,
-    datasets_of,
-    printed,
-    reported,
-    seeds_of,
-)
-from zsad.pipeline.detector import METHODS
+from zsad.papers.exhibit import COLUMNS, ROLES, STAND_INS, Exhibit, Row, datasets_of, seeds_of
+from zsad.papers.exhibits import EXHIBITS, printed, reported
+from zsad.papers.pictures import PICTURES
+from zsad.pipeline.checks import check_method
+from zsad.pipeline.rows import METHODS
 from zsad.reporting.tables import (
     Results,
     caption,
@@ -45,7 +42,9 @@ from zsad.reporting.tables import (
 )
 
 TABLES = ['anoclip-t1', 'anoclip-t2', 'anoclip-t3', 'anoclip-t4']
-METRICS = 'image_auroc image_f1max image_ap pixel_auroc pixel_f1max pixel_ap pro pixel_auroc_within'.split()
+METRICS = (
+    'image_auroc image_f1max image_ap pixel_auroc pixel_f1max pixel_ap pro pixel_auroc_within'
+).split()
 CONTRASTS = 'exhibit dataset better worse metric over difference low high'.split()
 PAPER = dict(encoder='ViT-B-16-plus-240', source='laion400m_e32', complete='yes')
 
@@ -54,93 +53,73 @@ def value(*key):
     return 10 + zlib.crc32('/'.join(key).encode()) % 8000 / 100  # in percent, never 0
 
 
+SPANS = ('mean', 'mean objects', 'mean textures', 'pill', 'wood')
+NOT_DEFINED = [('mean textures', 'pixel_auroc_within'), ('wood', 'pixel_auroc_within')]
+
+
+def names_of(row) -> tuple:
+    "Name the method and the control of a row's run."
+    return row.method.name if row.method else 'foreground', row.control
+
+
+def source_of(row, source: str) -> str:
+    "Name where the weights of a row's run come from."
+    if row.control == 'random weights':
+        return 'random:0'
+    return source if row.method else '-'
+
+
+def made_up_run(dataset, row, encoder, source, more) -> dict:
+    name, control = names_of(row)
+    run = dict(dataset=dataset, row=row.label, seed=0, run=f'{dataset} {name} {control}')
+    run |= dict(method=name, control=control, data=f'hash-of-{dataset}', encoder=encoder)
+    run |= dict(weights='w', source=source_of(row, source), size=240, dtype='float32')
+    return run | dict(zsad='0', torch='2', device='cpu') | more
+
+
+def made_up_metrics(dataset, row) -> list:
+    metrics = [m for m in METRICS if row.method or not m.startswith('image')]
+    lines = []
+    for m in metrics:  # a foreground mask has no image score
+        for span in SPANS:
+            if (span, m) in NOT_DEFINED:
+                continue
+            v = value(dataset, *names_of(row), m, span)
+            cell = dict(dataset=dataset, row=row.label, category=span, metric=m)
+            lines.append(cell | dict(value=v, low=v - 1, high=v + 1, seeds=1, n=9))
+    return lines
+
+
+def write_csv(file, columns, lines):
+    with file.open('w', newline='') as f:
+        writer = csv.DictWriter(f, columns, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def made_up(
     folder,
     datasets=('procad',),
     rows=None,
-    contrasts=(),
+    contrasts=(),  # (exhibit, ...)
     encoder='mini',
     source='shipped',
-    shown=None,
-    **more,
+    exhibits=None,
+    **more,  # further columns of runs
 ):
-    "Write results of exhibits as a run on `datasets` would, and read them; contrasts are (exhibit, ...)."
-    for e in shown or EXHIBITS.values():
+    "Write results of exhibits as a run on `datasets` would, and read them."
+    for e in exhibits or EXHIBITS.values():
         if e.name == 'vv-depth':
             continue
-        runs, metrics = [], []
-        for d in datasets:
-            for r in (r for r in e.rows if not r.state and (rows is None or r in rows)):
-                name, control = r.method.name if r.method else 'foreground', r.control
-                weights = dict(
-                    source='random:0'
-                    if control == 'random weights'
-                    else '-'
-                    if r.method is None
-                    else source
-                )
-                runs.append(
-                    dict(
-                        dataset=d,
-                        row=r.label,
-                        seed=0,
-                        run=f'{d} {name} {control}',
-                        method=name,
-                        control=control,
-                        data=f'hash-of-{d}',
-                        encoder=encoder,
-                        weights='w',
-                        **weights,
-                        size=240,
-                        dtype='float32',
-                        zsad='0',
-                        torch='2',
-                        device='cpu',
-                        **more,
-                    )
-                )
-                for m in METRICS:
-                    if r.method is None and m.startswith('image'):
-                        continue  # an outline has no image score
-                    for span in ('mean', 'mean objects', 'mean textures', 'pill', 'wood'):
-                        if (span, m) not in (
-                            ('mean textures', 'pixel_auroc_within'),
-                            ('wood', 'pixel_auroc_within'),
-                        ):
-                            v = value(d, name, control, m, span)
-                            metrics.append(
-                                dict(
-                                    dataset=d,
-                                    row=r.label,
-                                    category=span,
-                                    metric=m,
-                                    value=v,
-                                    low=v - 1,
-                                    high=v + 1,
-                                    seeds=1,
-                                    n=9,
-                                )
-                            )
-        found = [dict(zip(CONTRASTS, c)) for c in contrasts if c[0] == e.name]
+        run = [r for r in e.rows if not r.state and (rows is None or r in rows)]
+        tables = dict.fromkeys(COLUMNS, ())
+        tables['runs'] = [made_up_run(d, r, encoder, source, more) for d in datasets for r in run]
+        tables['metrics'] = [line for d in datasets for r in run for line in made_up_metrics(d, r)]
+        tables['contrasts'] = [dict(zip(CONTRASTS, c)) for c in contrasts if c[0] == e.name]
         (folder / e.name).mkdir(parents=True, exist_ok=True)
-        for name, lines in (
-            ('runs', runs),
-            ('metrics', metrics),
-            ('contrasts', found),
-            ('defects', []),
-        ):
-            head = [
-                *COLUMNS[name],
-                *(
-                    k
-                    for k in (runs[0] if name == 'runs' and runs else ())
-                    if k not in COLUMNS['runs']
-                ),
-            ]
-            with (folder / e.name / f'{name}.csv').open('w', newline='') as f:
-                w = csv.DictWriter(f, head, extrasaction='ignore')
-                w.writeheader()
-                w.writerows(lines)
+        for name, lines in tables.items():
+            columns = dict.fromkeys([*COLUMNS[name], *(more if name == 'runs' else ())])
+            write_csv(folder / e.name / f'{name}.csv', list(columns), lines)
     return read_results(folder)
 
 
@@ -218,6 +197,27 @@ def test_rows_that_say_nothing_or_too_much_are_refused(wrong):
         Row('x', **wrong)
 
 
+def test_rows_of_exhibits_and_pictures_are_valid():
+    for e in (*EXHIBITS.values(), *PICTURES.values()):
+        for row in e.rows:
+            assert row.method is None or check_method(row.method) is row.method
+
+
+def test_a_row_is_checked_when_it_is_built_not_when_it_is_written_down():
+    row = Row('x', replace(METHODS['anoclip'], terms=(('txt', {}),)))
+    with pytest.raises(ValueError, match="term='txt': choose from"):
+        check_method(row.method)
+
+
+def test_exhibits_load_no_torch():
+    pytest.importorskip('zsad.encoder.spec')
+    pytest.importorskip('zsad.methods.prompt_sets')
+    code = (
+        'import sys, zsad.papers.exhibits, zsad.papers.pictures; sys.exit("torch" in sys.modules)'
+    )
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
 def test_rows_have_the_seeds_of_their_exhibit():
     drawn, plain = Row('x', METHODS['dual']), Row('y', METHODS['anoclip'])
     assert (
@@ -278,14 +278,14 @@ def test_one_role_keeps_its_columns(mini):
         for k in ('ours', 'low', 'high', 'paper')
     ] + [('pixel AUROC', k) for k in ('objects', 'textures', 'within object')]
 
-    def own(metric, span='mean'):
+    def ours(metric, span='mean'):
         return pytest.approx(value('procad', 'anoclip', '', metric, span))
 
     row = t.loc['with V-V attention (multi-layer)']
     assert (
-        row['PRO', 'ours'] == own('pro')
-        and row['pixel AUROC', 'textures'] == own('pixel_auroc', 'mean textures')
-        and row['pixel AUROC', 'within object'] == own('pixel_auroc_within')
+        row['PRO', 'ours'] == ours('pro')
+        and row['pixel AUROC', 'textures'] == ours('pixel_auroc', 'mean textures')
+        and row['pixel AUROC', 'within object'] == ours('pixel_auroc_within')
         and row['PRO', 'paper'] == 70.4
     )
 
@@ -495,10 +495,10 @@ def test_no_difference_beside_another_input_size_or_other_weights(tmp_path, othe
 
 
 def test_kanoclip_is_compared_at_its_own_size(tmp_path):
-    "ViT-L-14-336 with OpenAI's weights at 518 pixels; one seed at another size is enough to show no difference."
+    "ViT-L-14-336 with OpenAI's weights at 518 pixels; one seed at another size: no difference."
     e = EXHIBITS['kanoclip-t1']
     res = made_up(
-        tmp_path, ('mvtec',), encoder='ViT-L-14-336', source='openai', complete='yes', shown=[e]
+        tmp_path, ('mvtec',), encoder='ViT-L-14-336', source='openai', complete='yes', exhibits=[e]
     )
     row = e.rows[-4]
 
@@ -511,12 +511,7 @@ def test_kanoclip_is_compared_at_its_own_size(tmp_path):
         and not comparable(at('518'), e, row, 'visa')
     )
     two = Results(
-        {
-            e.name: replace(
-                res.of(e),
-                runs=__import__('pandas').concat([at('518').of(e).runs, at('336').of(e).runs]),
-            )
-        }
+        {e.name: replace(res.of(e), runs=pd.concat([at('518').of(e).runs, at('336').of(e).runs]))}
     )
     assert not comparable(two, e, row, 'mvtec')
 
@@ -533,8 +528,9 @@ def test_a_role_is_played_by_one_data_set(tmp_path):
     assert runs(res, anoclip) == ['mvtec anoclip '] and runs(res, anoclip, 'visa') == [] == runs(
         res, outline
     )
-    own = res.of(e)
-    res = Results({e.name: replace(own, runs=own.runs[own.runs.run != 'mvtec anoclip '])})
+    stored = res.of(e)
+    fewer = stored.runs[stored.runs.run != 'mvtec anoclip ']
+    res = Results({e.name: replace(stored, runs=fewer)})
     assert runs(res, anoclip) == []
 
 
@@ -561,8 +557,10 @@ def test_contrasts_name_their_data_set_where_there_are_several(tmp_path):
     assert [contrast_sentence(r) for r in res.all('contrasts').itertuples()] == [
         'AnoCLIP over CLIP in PRO on MVTec-AD: +30.0 points [20.0, 40.0], holds',
         'AnoCLIP over CLIP in PRO on VisA: -5.0 points [-9.0, -1.0], is reversed',
-        'AnoCLIP over foreground mask in pixel AUROC on objects of VisA: +1.0 points [-1.0, 3.0], is not shown',
-        'with V-V attention (multi-layer) over with QKV attention in PRO: +30.0 points [20.0, 40.0], holds',
+        'AnoCLIP over foreground mask in pixel AUROC on objects of VisA: '
+        '+1.0 points [-1.0, 3.0], is not shown',
+        'with V-V attention (multi-layer) over with QKV attention in PRO: '
+        '+30.0 points [20.0, 40.0], holds',
     ]
     assert (
         'in PRO on MVTec-AD: +30.0' in caption('anoclip-t1', res)
@@ -584,7 +582,7 @@ def test_contrasts_on_data_sets_that_play_no_role_stay_out(tmp_path):
 
 
 def test_files_of_another_version_are_refused(tmp_path):
-    made_up(tmp_path, shown=[EXHIBITS['anoclip-t3']])
+    made_up(tmp_path, exhibits=[EXHIBITS['anoclip-t3']])
     file = tmp_path / 'anoclip-t3' / 'contrasts.csv'
     file.write_text('dataset,better,worse,metric,over,difference,lo,hi\n')
     with pytest.raises(ValueError, match="contrasts.csv has no columns .*low"):
@@ -594,24 +592,24 @@ def test_files_of_another_version_are_refused(tmp_path):
 
 
 def test_captions_name_each_data_set_once_and_what_is_not_there(both, mini):
-    said = caption(waiting(), both)
+    text = caption(waiting(), both)
     assert (
-        said.count('hash-of-mvtec') == said.count('hash-of-visa') == 1
-        and 'played by' not in said
-        and 'Not here yet: TransMM, WinCLIP, AnoCLIP+.' in said
+        text.count('hash-of-mvtec') == text.count('hash-of-visa') == 1
+        and 'played by' not in text
+        and 'Not here yet: TransMM, WinCLIP, AnoCLIP+.' in text
     )
     assert 'visa' not in caption('anoclip-t3', both) and provenance(
         both, [EXHIBITS['anoclip-t1']]
     ) in page([EXHIBITS['anoclip-t1']], both)
-    said = caption('anoclip-t1', mini)
+    text = caption('anoclip-t1', mini)
     assert (
-        said.count('hash-of-procad') == 1
-        and 'MVTec-AD is played by procad. VisA: no stand-in.' in said
-        and 'left out' not in said
+        text.count('hash-of-procad') == 1
+        and 'MVTec-AD is played by procad. VisA: no stand-in.' in text
+        and 'left out' not in text
     )
     assert (
         f"{value('procad', 'anoclip', '', 'pixel_auroc', 'mean objects'):.1f}, the bare outline"
-        in said
+        in text
         and 'bare outline' not in caption('anoclip-t2', mini)
     )
     assert 'lost' in caption(
@@ -623,8 +621,8 @@ def test_captions_name_each_data_set_once_and_what_is_not_there(both, mini):
     'left_out,says', [('', None), (0, None), (1, '1 file left out'), (12, '12 files left out')]
 )
 def test_captions_count_files_left_out(tmp_path, left_out, says):
-    said = caption('anoclip-t1', made_up(tmp_path, left_out=left_out))
-    assert f', {says})' in said if says else 'left out' not in said
+    text = caption('anoclip-t1', made_up(tmp_path, left_out=left_out))
+    assert f', {says})' in text if says else 'left out' not in text
 
 
 @pytest.mark.parametrize('name', TABLES)
@@ -732,7 +730,9 @@ def test_text_is_escaped_in_html_markdown_and_latex(tmp_path):
         print_state='own',
     )
     res = made_up(
-        tmp_path, shown=[e], contrasts=[('own', 'procad', SCRIPT, 'b', 'pro', 'all', 1.0, 0.5, 2.0)]
+        tmp_path,
+        exhibits=[e],
+        contrasts=[('own', 'procad', SCRIPT, 'b', 'pro', 'all', 1.0, 0.5, 2.0)],
     )
     d = readable(table(e, res))
     html = page([e], res, [('p.png', SCRIPT, SCRIPT)])
@@ -741,8 +741,8 @@ def test_text_is_escaped_in_html_markdown_and_latex(tmp_path):
         and html.count('&lt;script&gt;alert(1)&lt;/script&gt; &amp; _a_ | 50 % #1') >= 5
         and '<td class="">' in html
     )
-    said = contrast_sentences(e, res).to_html()
-    assert '<script>' not in said and '&lt;script&gt;' in said
+    text = contrast_sentences(e, res).to_html()
+    assert '<script>' not in text and '&lt;script&gt;' in text
     lines = markdown(d).splitlines()
     assert (
         all('<script>' not in l for l in lines)
@@ -759,7 +759,7 @@ def test_text_is_escaped_in_html_markdown_and_latex(tmp_path):
 
 def test_an_exhibit_reads_its_own_files_alone(tmp_path):
     "Files of other exhibits may be damaged or missing."
-    made_up(tmp_path, shown=[EXHIBITS['anoclip-t3'], EXHIBITS['anoclip-t4']])
+    made_up(tmp_path, exhibits=[EXHIBITS['anoclip-t3'], EXHIBITS['anoclip-t4']])
     want = table('anoclip-t3', tmp_path), caption('anoclip-t3', tmp_path)
     (tmp_path / 'anoclip-t4' / 'metrics.csv').write_text('x')
     assert (
@@ -775,9 +775,9 @@ def test_what_is_not_accepted_yet_says_so(tmp_path):
     (tmp_path / 'NOT_ACCEPTED').write_text('anoclip-t1\n')
     for e in EXHIBITS.values():
         d = readable(table(e, tmp_path))
-        own = [r.label for r in e.rows if not r.state]
+        run = [r.label for r in e.rows if not r.state]
         assert 'not accepted yet' in d.loc[
-            [l for l in own if l in d.index]
+            [label for label in run if label in d.index]
         ].to_numpy().ravel() and 'Not accepted yet' in caption(e, tmp_path)
         assert list(contrast_sentences(e, tmp_path).data.finding) == ['not accepted yet']
     for e in {e.form: e for e in EXHIBITS.values()}.values():  # a figure of each form

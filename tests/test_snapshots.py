@@ -1,4 +1,4 @@
-"Rows compute what is stored for them, and a difference names the operation where it stands (HOUSE: the evidence for a result)."
+"Rows compute what is stored for them, and a difference names its operation."
 
 import copy
 
@@ -22,11 +22,11 @@ def now():
 
 
 def test_every_row_computes_what_is_stored(stored, now):
-    said = message(stored, now)
-    assert not said, said
+    text = message(stored, now)
+    assert not text, text
 
 
-def test_every_row_of_the_exhibits_is_looked_at_or_named(stored):
+def test_every_row_of_the_exhibits_is_computed_or_named(stored):
     rows = all_rows()
     assert set(rows) == set(stored['rows']) | set(stored['skipped']) and len(stored['rows']) >= 117
     assert {why for _, why in stored['skipped'].values()} <= {
@@ -36,8 +36,8 @@ def test_every_row_of_the_exhibits_is_looked_at_or_named(stored):
     assert {r['method'].name for r in rows.values()} >= set(snapshot.METHODS)
     assert {
         f'{kind} {name}'
-        for kind, known in (('term', snapshot.TERMS), ('score', snapshot.SCORES))
-        for name in known
+        for kind, registry in (('term', snapshot.TERMS), ('score', snapshot.SCORES))
+        for name in registry
     } <= set(stored['revs'])
     assert FILE.stat().st_size < 1e6
 
@@ -69,11 +69,11 @@ def changed(stored, name, stage):
     ],
 )
 def test_the_first_difference_names_its_operation(stored, name, stage, op):
-    said = message(stored, changed(stored, name, stage))
-    assert said.startswith(f'{op} (rev 1) gives other values in 1 rows: {name}\n')
-    assert f'{name} first differs at {stage!r} on bottle, image ' in said
+    text = message(stored, changed(stored, name, stage))
+    assert text.startswith(f'{op} (rev 1) gives other values in 1 rows: {name}\n')
+    assert f'{name} first differs at {stage!r} on bottle, image ' in text
     assert (
-        'Fix the code, or raise the rev of' in said and 'python tests/snapshot.py --store' in said
+        'Fix the code, or raise the rev of' in text and 'python tests/snapshot.py --store' in text
     )
 
 
@@ -111,7 +111,7 @@ def test_the_file_holds_what_was_packed(stored):
 
 
 def test_differences_are_measured_by_the_size_of_the_stage():
-    "A difference counts from 2e-5 of the largest stored value; NaN, lost images and lost values count too."
+    "A difference counts from 2e-5 of the largest stored value; NaN and lost images count too."
     was = [[0.5, 0.1, 2.0], [0.5, 0.2, 1.0]]
     near, far = [[0.5, 0.1, 2.0], [0.5, 0.2 + 3e-5, 1.0]], [[0.5, 0.1, 2.0], [0.5, 0.2 + 5e-5, 1.0]]
     assert differs(was, near) is None and differs(was, was) is None
