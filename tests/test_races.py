@@ -1,7 +1,9 @@
-"""Two processes that do the same thing at once give the same bytes as one, and a killed one leaves nothing that is taken for whole.
+"""Two processes that do the same thing at once give the same bytes as one.
 
-Each test starts an interpreter of its own, which forks two racers per repetition: one starts at a random moment after the
-other, and one of them is killed at a random moment. All moments are seeded."""
+A killed one leaves nothing that is taken for whole. Each test starts an interpreter of its own,
+which forks two racers per repetition: one starts at a random moment after the other, and one of
+them is killed at a random moment. All moments are seeded.
+"""
 
 import json
 import os
@@ -35,7 +37,7 @@ def start(work, folder, want, wait=0.0):
 
 def undisturbed(work, folder):
     "What one process is given, what it leaves, and the seconds it takes."
-    answer, kept = FORK.SimpleQueue(), None
+    answer = FORK.SimpleQueue()
     p = FORK.Process(target=lambda: answer.put((work(folder), time.time())))
     begin = time.time()
     p.start()
