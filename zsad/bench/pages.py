@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['WIDGET', 'KERNEL', 'READERS', 'OF_ALL', 'is_not_run', 'joined_streams', 'is_progress', 'tidy_output', 'tidy',
            'run_notebook', 'execute', 'code_of_page', 'name_of', 'called_functions', 'strings_in', 'uses_all_results',
-           'timed_exhibits', 'shows', 'pages_of']
+           'parse_page', 'timed_exhibits', 'shows', 'pages_of']
 
-# %% ../../nbs/bench/pages.ipynb #386324e2
+# %% ../../nbs/bench/pages.ipynb #d25d4067
 import ast
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import nbformat
@@ -147,7 +148,14 @@ def uses_all_results(nodes) -> bool:
     read = [n for n in nodes if isinstance(n, ast.Attribute) and name_of(n.value) in names]
     return bool({n.attr for n in read} & {'all', 'exhibits'} or called_functions(nodes) & OF_ALL)
 
-# %% ../../nbs/bench/pages.ipynb #325f94cf
+# %% ../../nbs/bench/pages.ipynb #42982a04
+@lru_cache(256)
+def parse_page(code: str) -> tuple:
+    "Give the functions that code calls, its strings, and whether it uses the results of all."
+    nodes = list(ast.walk(ast.parse(code)))
+    return called_functions(nodes), strings_in(nodes), uses_all_results(nodes)
+
+
 def timed_exhibits() -> list:
     "List the exhibits that show times of cost.csv."
     return [n for n, e in EXHIBITS.items() if 'time_ms' in e.metrics]
@@ -155,8 +163,7 @@ def timed_exhibits() -> list:
 
 def shows(code: str, names) -> bool:
     "Tell whether code reads results of one of the exhibits `names` (or 'cost'), or of all."
-    nodes = list(ast.walk(ast.parse(code)))
-    called, strings = called_functions(nodes), strings_in(nodes)
+    called, strings, uses_all = parse_page(code)
     shows_cost = any(name.startswith('cost_') for name in called)
     if 'cost' in names and shows_cost:
         return True
@@ -164,7 +171,7 @@ def shows(code: str, names) -> bool:
     if not (called & READERS or shows_cost or reads_files):
         return False
     wanted = {*names, *(timed_exhibits() if 'cost' in names else ())}
-    return bool(wanted & strings) or uses_all_results(nodes)
+    return uses_all or bool(wanted & strings)
 
 
 def pages_of(folder, names) -> list:
