@@ -1,4 +1,7 @@
-"""Accepting results: what is replaced, what stays, what a failure leaves behind, and whether accepted results are those of today's code."""
+"""Accepting results: what is replaced, what stays, and what a failure leaves behind.
+
+Also whether the accepted results are those of today's code.
+"""
 
 import warnings
 from pathlib import Path
@@ -6,16 +9,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from zsad import accept as A
-from zsad.bench.accept import (
-    accept,
-    joined_streams,
-    pages_of,
-    same_results,
-    shows,
-    stale,
-    unaccepted,
-)
+from zsad.bench import accept as accepting
+from zsad.bench import outdated
+from zsad.bench.accept import accept, same_results, unaccepted
+from zsad.bench.outdated import identity_of, outdated_results
+from zsad.bench.pages import code_of_page, joined_streams, pages_of, shows
+from zsad.bench.plan import Plan
+from zsad.bench.records import run_key
+from zsad.bench.results import to_csv
 from zsad.papers.exhibits import COLUMNS, EXHIBITS
 from zsad.reporting.tables import UNACCEPTED, caption, figure, readable, table
 
@@ -28,7 +29,13 @@ def write_exhibit(folder, name, value='50', seconds='1.0'):
     (folder / name).mkdir(parents=True, exist_ok=True)
     for n in COLUMNS:
         (folder / name / f'{n}.csv').write_text(f'dataset,row,value\nprocad,a,{value}\n')
-    (folder / name / 'runs.csv').write_text(f'dataset,row,seconds_scoring\nprocad,a,{seconds}\n')
+    runs = f'dataset,row,run,seconds_scoring\nprocad,a,x,{seconds}\n'
+    (folder / name / 'runs.csv').write_text(runs)
+
+
+def plan_of(name):
+    "The plan of which `write_exhibit` writes the results."
+    return Plan((EXHIBITS[name],), shown={(name, 'procad', 'a'): ['x']})
 
 
 def notebook(path, code):
@@ -62,7 +69,7 @@ def state(root):
 def test_an_exhibit_replaces_its_own_folder_and_its_pages_are_executed(checkout, tmp_path):
     before = state(checkout)
     write_exhibit(tmp_path / 'new', 'anoclip-t3', '60')
-    changed, pages = accept(tmp_path / 'new', ['anoclip-t3'], folder=checkout)
+    changed, pages = accept(tmp_path / 'new', plan_of('anoclip-t3'), folder=checkout)
     assert changed == ['anoclip-t3'] and sorted(p.stem for p in pages) == ['anoclip-t3', 'index']
     after = state(checkout)
     touched = {k for k in after if after[k] != before.get(k)}
@@ -79,7 +86,7 @@ def test_an_exhibit_replaces_its_own_folder_and_its_pages_are_executed(checkout,
 
 def test_what_is_not_accepted_yet_is_listed(checkout, tmp_path):
     write_exhibit(tmp_path / 'new', 'anoclip-t2')
-    accept(tmp_path / 'new', ['anoclip-t2'], folder=checkout)
+    accept(tmp_path / 'new', plan_of('anoclip-t2'), folder=checkout)
     listed = (checkout / 'nbs' / 'results' / UNACCEPTED).read_text().split()
     assert (
         listed
@@ -99,25 +106,27 @@ def test_a_failure_leaves_everything_as_it_was(checkout, tmp_path, monkeypatch, 
         (checkout / '.ci').mkdir()
         (checkout / '.ci' / 'readme.py').write_text('raise SystemExit(1)')
     if how == 'killed':
-        monkeypatch.setattr(A, 'settle', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+        def interrupt(*a):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(accepting, 'settle', interrupt)
     before = state(checkout)
     write_exhibit(tmp_path / 'new', 'anoclip-t3', '60')
     with pytest.raises(
         (ValueError, KeyboardInterrupt),
         match={'notebook': 'other.ipynb', 'readme': 'readme.py'}.get(how),
     ):
-        accept(tmp_path / 'new', ['anoclip-t3'], folder=checkout)
+        accept(tmp_path / 'new', plan_of('anoclip-t3'), folder=checkout)
     assert state(checkout) == before
 
 
 def test_results_that_say_the_same_are_left_alone(checkout, tmp_path, monkeypatch):
-    monkeypatch.setattr(A, 'execute', lambda p: pytest.fail('a notebook was executed'))
+    monkeypatch.setattr(accepting, 'execute', lambda p: pytest.fail('a notebook was executed'))
     before = state(checkout)
     write_exhibit(tmp_path / 'new', 'anoclip-t3', seconds='9.9')
-    assert (
-        accept(tmp_path / 'new', ['anoclip-t3'], folder=checkout) == ([], [])
-        and state(checkout) == before
-    )
+    assert accept(tmp_path / 'new', plan_of('anoclip-t3'), folder=checkout) == ([], [])
+    assert state(checkout) == before
     assert same_results(
         tmp_path / 'new' / 'anoclip-t3', checkout / 'nbs' / 'results' / 'anoclip-t3'
     )
@@ -126,10 +135,29 @@ def test_results_that_say_the_same_are_left_alone(checkout, tmp_path, monkeypatc
 def test_results_that_the_run_did_not_write_are_refused(checkout, tmp_path):
     before = state(checkout)
     with pytest.raises(FileNotFoundError, match='anoclip-t4'):
-        accept(tmp_path / 'new', ['anoclip-t4'], folder=checkout)
+        accept(tmp_path / 'new', plan_of('anoclip-t4'), folder=checkout)
     with pytest.raises(FileNotFoundError, match='cost.csv'):
-        accept(tmp_path / 'new', [], True, checkout)
+        accept(tmp_path / 'new', cost=True, folder=checkout)
     assert state(checkout) == before
+
+
+def test_results_of_another_run_are_refused(checkout, tmp_path):
+    "A folder that an earlier run of other rows or other code wrote is not what the plan ran."
+    before = state(checkout)
+    write_exhibit(tmp_path / 'new', 'anoclip-t3', '60')
+    plan = Plan((EXHIBITS['anoclip-t3'],), shown={('anoclip-t3', 'procad', 'a'): ['y']})
+    with pytest.raises(ValueError, match='not those of the plan'):
+        accept(tmp_path / 'new', plan, folder=checkout)
+    assert state(checkout) == before
+
+
+def test_pages_run_in_their_own_folder(checkout, tmp_path):
+    (checkout / 'nbs' / 'papers').mkdir()
+    page = checkout / 'nbs' / 'papers' / 'below.ipynb'
+    notebook(page, "open('../results/anoclip-t3/metrics.csv').read() + 'anoclip-t3'")
+    write_exhibit(tmp_path / 'new', 'anoclip-t3', '60')
+    _, pages = accept(tmp_path / 'new', plan_of('anoclip-t3'), folder=checkout)
+    assert page in pages and 'procad,a,60' in output(page)
 
 
 def test_costs_are_accepted_with_the_pages_that_show_them(checkout, tmp_path):
@@ -138,7 +166,7 @@ def test_costs_are_accepted_with_the_pages_that_show_them(checkout, tmp_path):
     )
     (tmp_path / 'new').mkdir()
     (tmp_path / 'new' / 'cost.csv').write_text('part\nrows\n')
-    _, pages = accept(tmp_path / 'new', [], True, checkout)
+    _, pages = accept(tmp_path / 'new', cost=True, folder=checkout)
     assert sorted(p.stem for p in pages) == ['index', 'times'] and 'rows' in output(
         checkout / 'nbs' / 'times.ipynb'
     )
@@ -146,40 +174,33 @@ def test_costs_are_accepted_with_the_pages_that_show_them(checkout, tmp_path):
 
 def test_every_exhibit_on_a_page_of_the_project_is_found_there():
     "The search by which pages are chosen sees each page that shows an exhibit."
-    named = {n: {p.stem for p in pages_of(ROOT / 'nbs', [n])} for n in EXHIBITS}
-    assert (
-        {'30_anoclip', '11_vv', 'index'} <= named['anoclip-t3']
-        and '32_training_free' in named['dual-t1']
-        and '36_parts' in named['knowledge']
-    )
-    assert '32_training_free' not in named['knowledge'] and '35_learned' in named['learned']
-    never = [
-        n
-        for n, pages in named.items()
-        if not any(
-            f"'{n}'" in A.code_of_page(p)
-            for p in (ROOT / 'nbs').rglob('*.ipynb')
-            if p.stem in pages
-        )
-    ]
-    assert never == [] or set(never) <= {'winclip-f6'}, never
-    assert not shows("print('anoclip-t3')", ['anoclip-t3']) and shows(
-        "table('anoclip-t3', 'results')", ['anoclip-t3']
-    )
+    nbs = ROOT / 'nbs'
+    code = {p.relative_to(nbs).as_posix(): code_of_page(p) for p in nbs.rglob('*.ipynb')}
+    assert len(code) > 50 and len({p.split('/')[0] for p in code}) > 8
+    pages = {n: {p for p, text in code.items() if shows(text, [n])} for n in EXHIBITS}
+    assert {'papers/anoclip.ipynb', 'methods/attention.ipynb', 'index.ipynb'} <= pages['anoclip-t3']
+    assert 'papers/training_free.ipynb' in pages['dual-t1']
+    assert 'papers/training_free.ipynb' not in pages['knowledge']
+    assert 'papers/parts.ipynb' in pages['knowledge']
+    assert 'papers/kanoclip.ipynb' in pages['learned']
+    named = [n for n, names in pages.items() if any(f"'{n}'" in code[p] for p in names)]
+    assert len(named) > 30 and set(EXHIBITS) - set(named) <= {'winclip-f6'}
+    chosen = {p.relative_to(nbs).as_posix() for p in pages_of(nbs, ['cost'])}
+    assert {'papers/cost.ipynb', 'index.ipynb'} <= chosen
 
 
 def test_accepted_results_are_those_of_todays_code():
-    "Each accepted run has the identity that its row has today: method, revisions, weights, artifact, rules, seeds."
-    assert stale(ACCEPTED) == []
+    "Each accepted run has the method, revisions, weights, artifact, rules and seeds of today."
+    assert len(list(ACCEPTED.glob('*/runs.csv'))) > 10
+    assert outdated_results(ACCEPTED) == []
 
 
 def test_what_is_not_accepted_is_said():
     missing = unaccepted(ACCEPTED)
     assert (ACCEPTED / UNACCEPTED).read_text().split() == missing
     if missing:
-        warnings.warn(
-            f'not accepted yet: {", ".join(missing)}; `zsad reproduce NAME... --accept` accepts them'
-        )
+        names = ', '.join(missing)
+        warnings.warn(f'not accepted yet: {names}; `zsad reproduce NAME... --accept` accepts them')
 
 
 @pytest.mark.parametrize('name', EXHIBITS)
@@ -198,38 +219,33 @@ def test_every_table_figure_and_caption_is_made_of_the_accepted_results(name):
 
 def test_a_result_of_other_code_is_found(tmp_path, monkeypatch):
     "Another revision, other rules, another seed, another method: each is named."
-    from zsad.bench.jobs import run_key, to_csv
-
     e = EXHIBITS['anoclip-t3']
     row = e.rows[3]
-    line = (
-        dict.fromkeys(COLUMNS['runs'], '')
-        | {k: str(v) for k, v in A.identity_of(row, 'procad').items()}
-        | dict(dataset='procad', row=row.label, data='x')
-    )
+    line = dict.fromkeys(COLUMNS['runs'], '')
+    line |= {k: str(v) for k, v in identity_of(row, 'procad').items()}
+    line |= dict(dataset='procad', row=row.label, data='x')
     line['run'] = run_key(line)
 
-    def found(**other):
-        told = {**line, **other}
-        for n, head in COLUMNS.items():
-            (tmp_path / e.name).mkdir(exist_ok=True)
-            (tmp_path / e.name / f'{n}.csv').write_text(
-                to_csv(head, [[told[k] for k in COLUMNS['runs']]] if n == 'runs' else [])
-            )
-        return stale(tmp_path)
+    def found(**changed):
+        stored = {**line, **changed}
+        (tmp_path / e.name).mkdir(exist_ok=True)
+        for n, columns in COLUMNS.items():
+            rows = [[stored[k] for k in columns]] if n == 'runs' else []
+            (tmp_path / e.name / f'{n}.csv').write_text(to_csv(columns, rows))
+        return outdated_results(tmp_path)
+
+    def changes(**changed):
+        ((*_, names),) = found(**changed)
+        return names
 
     assert found() == []
-    assert (
-        found(pipeline_rev='0') == [(e.name, 'procad', row.label, ['pipeline_rev', 'run'])]
-        and 'weights' in found(weights='0')[0][3]
-    )
-    assert (
-        found(seed='1')[0][3] == ['seeds']
-        and found(row='x')[0][3] == ['no such row']
-        and found(data='y')[0][3] == ['run']
-    )
-    monkeypatch.setattr(A, 'PIPELINE_REV', A.PIPELINE_REV + 1)
-    assert 'pipeline_rev' in found()[0][3]
+    assert found(pipeline_rev='0') == [(e.name, 'procad', row.label, ['pipeline_rev', 'run'])]
+    assert 'weights' in changes(weights='0')
+    assert changes(seed='1') == ['seeds']
+    assert changes(row='x') == ['no such row']
+    assert changes(data='y') == ['run']
+    monkeypatch.setattr(outdated, 'PIPELINE_REV', outdated.PIPELINE_REV + 1)
+    assert 'pipeline_rev' in changes()
 
 
 def test_printed_text_is_stored_in_one_piece():

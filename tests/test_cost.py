@@ -1,4 +1,4 @@
-"What a measurement of costs counts, compares and says; nothing here depends on how fast this machine is."
+"What a measurement of costs counts and compares, whatever the speed of this machine."
 
 import json
 
@@ -9,27 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from zsad.bench.cost import (
-    COLUMNS,
-    PATHS,
-    category_maps,
-    cost_caption,
-    cost_figure,
-    cost_table,
-    flops_of,
-    full_text,
-    layer_shapes,
-    library_values,
-    pro_loop,
-    read_cost,
-    row,
-    take_turns,
-    targets,
-    write_cost,
-)
+from zsad.bench.cost import read_cost, write_cost
+from zsad.bench.encoding_cost import PATHS, flops_of, full_text, layer_shapes
+from zsad.bench.metrics_cost import category_maps, library_values, pro_loop
+from zsad.bench.timing import COST_COLUMNS, cost_row, take_turns
 from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
 from zsad.evaluation.metrics import evaluate, pro_field
 from zsad.methods.prompts import sentences
+from zsad.reporting.cost import cost_caption, cost_figure, cost_table, targets
 
 CONFIG = dict(
     embed_dim=24,
@@ -71,7 +58,7 @@ def test_flops_are_those_counted_by_hand(encoder):
 
 
 class Products(TorchFunctionMode):
-    "Counts every matrix product that runs, 2 per multiply-add, from the shapes that go in; no profiler of any version."
+    "Counts every matrix product that runs, 2 per multiply-add, from the shapes that go in."
 
     OTHERS = {
         'mm',
@@ -118,7 +105,8 @@ def test_products_are_counted_by_shape():
     )
 
 
-# Sizes of the encoder above: 10 tokens, 9 of them patches, width 64, joint space 24, MLP 256, three blocks.
+# Sizes of the encoder above: 10 tokens, 9 of them patches, width 64, joint space 24, MLP 256,
+# three blocks.
 ONE = (
     2 * 10 * 64 * 192
     + 2 * 10 * 64 * 64
@@ -186,7 +174,8 @@ def test_the_loop_by_hand():
     mask[0, 0, 0] = mask[0, 1, 1] = mask[0, 3, 4] = True
     maps = np.zeros((1, 4, 5))
     maps[0, 0, 0], maps[0, 1, 1], maps[0, 3, 4], maps[0, 2, :2] = 1.0, 0.35, 0.6, (0.45, 0.15)
-    # t .00: cover 1, FPR 2/17; .25: cover 1, FPR 1/17; .50: cover (1/2 + 1)/2, FPR 0; .75: cover 1/4, FPR 0 -> over FPR stretched to [0, 1]: (1 + 1)/2/2 + (3/4 + 1)/2/2
+    # threshold .00: cover 1, FPR 2/17; .25: cover 1, FPR 1/17; .50: cover (1/2 + 1)/2, FPR 0;
+    # .75: cover 1/4, FPR 0; over FPR stretched to [0, 1]: (1 + 1)/2/2 + (3/4 + 1)/2/2
     assert (
         pro_loop(maps, mask, steps=4)
         == pytest.approx(1 / 2 + 7 / 16)
@@ -204,7 +193,7 @@ def test_tasks_take_turns():
 
 def made(share=0.5, vv=1.15, text=7.0, apart=1e-7, metrics=30.0, dtypes=('float32', 'bfloat16')):
     "Invented rows."
-    told = dict(
+    machine = dict(
         cpu='A Processor',
         threads=2,
         flags='amx_bf16 avx2',
@@ -216,17 +205,19 @@ def made(share=0.5, vv=1.15, text=7.0, apart=1e-7, metrics=30.0, dtypes=('float3
         r
         for d in dtypes
         for r in (
-            row('encoding', 'plain', [400.0, 410.0, 380.0], 'ms/image', d, 16, 400 * share, share),
-            row('encoding', 'V-V', [400 * vv], 'ms/image', d, 16, 440 * share, share),
-            row('encoding', 'V-V over plain', [vv], 'ratio', d, 16, 1.12),
+            cost_row(
+                'encoding', 'plain', [400.0, 410.0, 380.0], 'ms/image', d, 16, 400 * share, share
+            ),
+            cost_row('encoding', 'V-V', [400 * vv], 'ms/image', d, 16, 440 * share, share),
+            cost_row('encoding', 'V-V over plain', [vv], 'ratio', d, 16, 1.12),
         )
     ]
     rows += [
-        row('text', 'ratio', [text], 'ratio', 'float32', 242),
-        row('text', 'largest difference', apart, 'entry of a unit vector', 'float32', 242),
-        row('metrics', 'ratio', [metrics], 'ratio', batch=83),
+        cost_row('text', 'ratio', [text], 'ratio', 'float32', 242),
+        cost_row('text', 'largest difference', apart, 'entry of a unit vector', 'float32', 242),
+        cost_row('metrics', 'ratio', [metrics], 'ratio', batch=83),
     ]
-    return [{**r, **told} for r in rows]
+    return [{**r, **machine} for r in rows]
 
 
 @pytest.mark.parametrize(
@@ -243,17 +234,17 @@ def made(share=0.5, vv=1.15, text=7.0, apart=1e-7, metrics=30.0, dtypes=('float3
     ],
 )
 def test_what_missed_its_target_is_said_and_red(tmp_path, change, missed):
-    pd.DataFrame(made(**change))[list(COLUMNS)].to_csv(tmp_path / 'cost.csv', index=False)
+    pd.DataFrame(made(**change))[list(COST_COLUMNS)].to_csv(tmp_path / 'cost.csv', index=False)
     t = targets(tmp_path)
     assert (
         t.name.tolist() == ['metrics', 'text', 'encoding', 'V-V']
         and t.name[~t.held].tolist() == missed
     )
-    said = cost_caption(tmp_path)
+    text = cost_caption(tmp_path)
     assert (
-        f'{4 - len(missed)} of 4 targets held' in said
-        and 'A Processor, 2 threads (amx_bf16 avx2), torch 2.0.' in said
-        and said.count(': missed') + said.count(': not measured') == len(missed)
+        f'{4 - len(missed)} of 4 targets held' in text
+        and 'A Processor, 2 threads (amx_bf16 avx2), torch 2.0.' in text
+        and text.count(': missed') + text.count(': not measured') == len(missed)
     )
     red = [
         tuple(np.round(p.get_facecolor(), 2))
@@ -274,7 +265,7 @@ def test_a_trial_writes_one_tidy_file(config, tmp_path):
     d = read_cost(tmp_path)
     assert (
         path.name == 'cost.csv'
-        and tuple(d.columns) == COLUMNS
+        and tuple(d.columns) == COST_COLUMNS
         and set(d.part) == {'gemm', 'encoding', 'text', 'rows', 'metrics', 'training'}
     )
     steps = d[d.part == 'training']

@@ -1,4 +1,4 @@
-"From a folder and a weights file to tables: the paper profile's code path, end to end, on data and weights made here."
+"From a folder and a weights file to tables: the paper profile, on data and weights made here."
 
 import csv
 import json
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from zsad.cli.main import main
+from zsad.encoder import store
 from zsad.rendered.procad import render_procad
 from zsad.reporting.tables import readable, table
 
@@ -23,7 +24,10 @@ CONFIG = dict(
 
 @pytest.fixture(scope='module')
 def bench(tmp_path_factory):
-    "An MVTec-shaped folder without anything MVTec does not have, a configuration and weights, and one finished run."
+    """An MVTec-shaped folder without anything MVTec does not have, and one finished run.
+
+    The run has a configuration and weights of its own.
+    """
     d = tmp_path_factory.mktemp('a bench')
     cache = tmp_path_factory.mktemp('cache')
     render_procad(('pill', 'wood'), good=3, bad=4, train=1, size=96, root=d / 'data', workers=1)
@@ -108,7 +112,10 @@ def test_what_cannot_be_run_is_missing_not_made_up(bench):
 
 
 def test_kinds_of_defects_have_their_own_numbers(bench):
-    "One kind beside all normal images; where a category has one kind only, that is the category's own number (pixels: binned by rank)."
+    """One kind of defect beside all normal images.
+
+    Where a category has one kind only, that is the category's own number.
+    """
     d, _, _ = bench
     rows = list(csv.DictReader(open(d / 'out' / 'results' / 'anoclip-t3' / 'defects.csv')))
     metrics = list(csv.DictReader(open(d / 'out' / 'results' / 'anoclip-t3' / 'metrics.csv')))
@@ -126,7 +133,7 @@ def test_kinds_of_defects_have_their_own_numbers(bench):
         and sum(int(r['n']) for r in rows if r['row'] == run and r['metric'] == 'image_auroc') == 8
     )
 
-    # four defective images of four kinds, one each: the mean of their AUROCs is that of the category
+    # four defective images of four kinds: the mean of their AUROCs is that of the category
     def by(m):
         return (
             sum(
@@ -169,8 +176,7 @@ def test_a_second_run_computes_nothing(bench, monkeypatch):
     }  # whose time says when a stream was last of use
     assert any(p.suffix == '.safetensors' for p in before)
     monkeypatch.setattr(
-        'zsad.encoder.store.encode_images',
-        lambda *a, **k: pytest.fail('an image was encoded again'),
+        store, 'encode_images', lambda *a, **k: pytest.fail('an image was encoded again')
     )
     assert run(out='again') == 0  # tables, figures and gallery
     assert (d / 'again' / 'results' / 'anoclip-t3' / 'metrics.csv').read_text() == (
@@ -181,13 +187,13 @@ def test_a_second_run_computes_nothing(bench, monkeypatch):
 
 def test_another_prompt_set_encodes_no_image(bench, monkeypatch):
     d, run, cache = bench
-    import zsad.encoder.store
+    seen, encode = [], store.encode_images
 
-    seen, encode = [], zsad.encoder.store.encode_images
-    monkeypatch.setattr(
-        'zsad.encoder.store.encode_images',
-        lambda encoder, images, *a, **k: (seen.extend(images), encode(encoder, images, *a, **k))[1],
-    )
+    def count(encoder, images, *a, **k):
+        seen.extend(images)
+        return encode(encoder, images, *a, **k)
+
+    monkeypatch.setattr(store, 'encode_images', count)
     with monkeypatch.context() as m:
         m.setenv('ZSAD_CACHE', str(cache))
         assert (
@@ -214,7 +220,10 @@ def test_another_prompt_set_encodes_no_image(bench, monkeypatch):
 
 
 def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatch, capsys):
-    "One folder with MVTec-AD and VisA as published fills both halves of Tables 1 and 2; --plan only tells."
+    """One folder with MVTec-AD and VisA as published fills both halves of Tables 1 and 2.
+
+    --plan computes nothing.
+    """
     from test_data import arrange_visa
 
     from zsad.datasets.layouts import load_dataset
@@ -378,7 +387,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_it_starts(
     d, _, _ = bench
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'c'))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr('zsad.bench.jobs.shutil.disk_usage', lambda p: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=1000))
     assert (
         main(
             [

@@ -1,4 +1,4 @@
-"Runs that survive: killed and gone on with, on one process or a cluster of them, with a worker that dies; always the same bytes."
+"A run that is killed and continued, or computed by several processes, gives the same bytes."
 
 import json
 import os
@@ -7,23 +7,24 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from zsad.bench.jobs import (
-    PROFILES,
-    Model,
-    collect,
-    open_sets,
-    plan_jobs,
-    read_result,
-    run_all,
-    run_job,
-    write_results,
-)
+from zsad.bench import jobs as jobs_module
+from zsad.bench import records
+from zsad.bench.forecast import forecast
+from zsad.bench.jobs import all_tokens, read_result, run_job, stored_result
+from zsad.bench.models import Model, open_model
+from zsad.bench.plan import collect, plan_jobs, run_plan
+from zsad.bench.profiles import PROFILES, open_sets
+from zsad.bench.results import write_results
+from zsad.bench.workers import run_all
 from zsad.core.files import seeded_rng
+from zsad.encoder.clip import Tokens
 from zsad.encoder.store import verify
+from zsad.evaluation.metrics import Protocol
 from zsad.papers.exhibits import EXHIBITS
 from zsad.rendered.procad import render_procad
 
@@ -64,18 +65,21 @@ def undisturbed(sets, tmp_path_factory):
     "Results and files of a run that nothing interrupts."
     cache, out = tmp_path_factory.mktemp('cache'), tmp_path_factory.mktemp('out')
     plan = plan_jobs(SHOWN, sets[1], Model(), cache=cache)
-    write_results(out, plan, collect(plan, run_all(plan.jobs, show=False)))
+    write_results(out, plan, run_plan(plan, show=False))
     return tables(out), len(finished(cache))
 
 
 SCRIPT = """
 import sys
-from zsad.bench.jobs import Model, PROFILES, collect, open_sets, plan_jobs, run_all, write_results
+from zsad.bench.models import Model
+from zsad.bench.plan import plan_jobs, run_plan
+from zsad.bench.profiles import PROFILES, open_sets
+from zsad.bench.results import write_results
 from zsad.papers.exhibits import EXHIBITS
 root, cache, out = sys.argv[1:]
 shown = (EXHIBITS['anoclip-t3'],)
 plan = plan_jobs(shown, open_sets(PROFILES['mini'], root)[0], Model(), cache=cache)
-write_results(out, plan, collect(plan, run_all(plan.jobs, show=False)))
+write_results(out, plan, run_plan(plan, show=False))
 """
 
 
@@ -110,7 +114,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(sets, undisturbed,
 
 def test_batches_of_one_give_the_same_bytes(sets, undisturbed, tmp_path):
     plan = plan_jobs(SHOWN, sets[1], Model(), batch=1, cache=tmp_path / 'cache')
-    write_results(tmp_path / 'out', plan, collect(plan, run_all(plan.jobs, show=False)))
+    write_results(tmp_path / 'out', plan, run_plan(plan, show=False))
     assert tables(tmp_path / 'out') == undisturbed[0]
 
 
@@ -128,8 +132,6 @@ def test_a_torn_result_is_computed_again(sets, undisturbed, tmp_path):
 
 
 def test_a_failing_job_does_not_stop_the_others(sets, tmp_path):
-    from dataclasses import replace
-
     jobs = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs
     broken = replace(
         jobs[1], pixels=tuple(reversed(jobs[1].pixels))
@@ -141,8 +143,6 @@ def test_a_failing_job_does_not_stop_the_others(sets, tmp_path):
 
 
 def test_another_file_of_weights_on_a_worker_is_refused(sets, tmp_path):
-    from dataclasses import replace
-
     jobs = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs
     with pytest.raises(ValueError, match='same file'):
         run_job(replace(jobs[0], model=replace(jobs[0].model, expect='0123')))
@@ -150,9 +150,7 @@ def test_another_file_of_weights_on_a_worker_is_refused(sets, tmp_path):
 
 @pytest.mark.parametrize('other', [{'pipeline': 0}, {'term text': 99}, {'torch': '1.0'}], ids=str)
 def test_other_revisions_on_a_worker_are_refused(sets, tmp_path, other):
-    "The pipeline's, an operation's, torch's: whatever a worker has otherwise is named, also where everything is in the cache."
-    from dataclasses import replace
-
+    "A revision that a worker has otherwise is named, also where everything is in the cache."
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]
     ((name, rev),) = other.items()
     assert name in job.revs
@@ -161,7 +159,6 @@ def test_other_revisions_on_a_worker_are_refused(sets, tmp_path, other):
 
 
 def test_a_raised_revision_is_another_run(sets, tmp_path, monkeypatch):
-    from zsad.bench import jobs as bench
     from zsad.core.identity import Operation
     from zsad.pipeline import detector as method
 
@@ -177,14 +174,12 @@ def test_a_raised_revision_is_another_run(sets, tmp_path, monkeypatch):
         m.setitem(method.TERMS.operations, 'text', Operation(**{**vars(op), 'rev': op.rev + 1}))
         raised = keys()
         assert len(set(before) & set(raised)) == 1  # the outline alone
-    monkeypatch.setattr(bench, 'PIPELINE_REV', bench.PIPELINE_REV + 1)
+    monkeypatch.setattr(records, 'PIPELINE_REV', records.PIPELINE_REV + 1)
     later = keys()
     assert not set(before.values()) & set(later.values())
 
 
 def test_no_category_leads_out_of_the_cache(sets, tmp_path):
-    from dataclasses import replace
-
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path / 'c').jobs[0]
     key = job.rows[0][0]
     names = ['/tmp/x', '../../..', 'a/b', '..', 'a_b', '']
@@ -196,22 +191,15 @@ def test_no_category_leads_out_of_the_cache(sets, tmp_path):
 
 
 def test_results_of_another_torch_are_kept_apart(sets, tmp_path, monkeypatch):
-    from zsad.bench import jobs as bench
-
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]
     key = job.rows[0][0]
     here = job.result(key)
-    monkeypatch.setattr(bench, 'TORCH', '9.9')
+    monkeypatch.setattr(jobs_module, 'TORCH', '9.9')
     assert job.result(key) != here and job.result(key).name == here.name
 
 
 def test_a_result_that_lacks_metrics_is_measured_again_and_keeps_what_it_has(sets, tmp_path):
     "Which metrics are asked for is not part of a run's identity."
-    from dataclasses import replace
-
-    from zsad.bench.jobs import forecast, stored_result
-    from zsad.evaluation.metrics import Protocol
-
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]
     key = job.rows[0][0]
     few = replace(job, rows=job.rows[:1], protocols={key: Protocol(metrics=('pixel_auroc',))})
@@ -230,10 +218,6 @@ def test_a_result_that_lacks_metrics_is_measured_again_and_keeps_what_it_has(set
 
 
 def test_tokens_are_moved_to_the_encoders_device(sets, tmp_path):
-    from dataclasses import replace
-
-    from zsad.bench.jobs import all_tokens, open_model
-
     job = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path).jobs[0]
     run_job(job)
     m = job.rows[0][1].method
@@ -246,6 +230,23 @@ def test_tokens_are_moved_to_the_encoders_device(sets, tmp_path):
         assert {x.device.type for x in (t.cls, *t.patches.values(), *t.windows.values())} == {
             device
         }
+
+
+def test_tokens_move_once_for_all_rows_that_read_them(sets, tmp_path, monkeypatch):
+    "The tokens of a job are moved to the device once for each set of tokens, not for each row."
+    shown = (EXHIBITS['anoclip-t3'], EXHIBITS['anoclip-t4'])
+    job = plan_jobs(shown, sets[1], Model(), cache=tmp_path).jobs[0]
+    methods = [row.method for _, row in job.rows if row.method]
+    blocks, moved, move = open_model(job.model).blocks, [], Tokens.to
+
+    def count(self, device):
+        moved.append(device)
+        return move(self, device)
+
+    monkeypatch.setattr(Tokens, 'to', count)
+    run_job(job)
+    sets_of_tokens = {(m.encode.resolved(blocks), m.interpolation) for m in methods}
+    assert len(moved) == len(sets_of_tokens) < len(methods)
 
 
 # ---- a term of one's own
@@ -262,8 +263,8 @@ def mine(s, power:float=2.)->torch.Tensor:
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    "A function that registers a term 'mine', in a module or as in a notebook; it is gone afterwards."
+def register_term(tmp_path, monkeypatch):
+    "A function that registers a term 'mine' for a test, in a module or as in a notebook."
     from zsad.pipeline.detector import TERMS
 
     def register(module):
@@ -284,14 +285,11 @@ def own(tmp_path, monkeypatch):
 
 
 def made_by_hand(power=2.0):
-    from dataclasses import replace
-
     from zsad.papers.exhibits import Exhibit, Row
     from zsad.pipeline.detector import METHODS
 
-    row = Row(
-        'Mine', replace(METHODS['anoclip'], name='mine', terms=(('mine', dict(power=power)),))
-    )
+    terms = (('mine', dict(power=power)),)
+    row = Row('Mine', replace(METHODS['anoclip'], name='mine', terms=terms))
     return (
         Exhibit(
             'mine',
@@ -311,22 +309,20 @@ def table_of(sets, cache, out, **how):
 
     shown = made_by_hand()
     plan = plan_jobs(shown, sets[1], Model(), cache=cache)
-    res = read_results(
-        write_results(out, plan, collect(plan, run_all(plan.jobs, show=False, **how)))
-    )
+    res = read_results(write_results(out, plan, run_plan(plan, show=False, **how)))
     assert len(contrast_sentences(shown[0], res).data) == 1
     return table(shown[0], res), plan
 
 
 @pytest.mark.parametrize('module', [True, False], ids=['module', 'notebook'])
-def test_a_term_of_ones_own_works_from_build_to_a_table(own, sets, tmp_path, module):
+def test_a_term_of_ones_own_works_from_build_to_a_table(register_term, sets, tmp_path, module):
     import json
 
     from zsad.datasets.layouts import load_image
     from zsad.encoder.clip import load_encoder
     from zsad.pipeline.detector import build
 
-    own(module)
+    register_term(module)
     enc = load_encoder('mini', device='cpu')
     s = sets[1]['mvtec'].dataset.of('pill')[0]
     p = build(made_by_hand()[0].rows[0].method, ['pill'], enc)(
@@ -343,9 +339,14 @@ def test_a_term_of_ones_own_works_from_build_to_a_table(own, sets, tmp_path, mod
     } == {1, None}
 
 
-def test_other_processes_compute_what_they_can_and_this_one_the_rest(own, sets, tmp_path, capsys):
-    "A term of a notebook exists in this process alone: two workers give the table of one, and a scheduler is refused."
-    own(False)
+def test_other_processes_compute_what_they_can_and_this_one_the_rest(
+    register_term, sets, tmp_path, capsys
+):
+    """A term of a notebook exists in this process alone.
+
+    Two workers give the table of one, and a scheduler is refused.
+    """
+    register_term(False)
     alone, plan = table_of(sets, tmp_path / 'a', tmp_path / 'o')
     two, _ = table_of(sets, tmp_path / 'b', tmp_path / 'p', workers=2)
     assert (
@@ -360,8 +361,6 @@ def test_other_processes_compute_what_they_can_and_this_one_the_rest(own, sets, 
 
 def test_a_changed_file_costs_its_category_only(sets, tmp_path):
     import shutil
-
-    from zsad.bench.jobs import forecast
 
     shutil.copytree(sets[0], tmp_path / 'd')
 
@@ -420,7 +419,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(sets, undisturbed, t
 def test_two_local_processes_give_the_same_bytes(sets, undisturbed, tmp_path):
     pytest.importorskip('distributed')
     plan = plan_jobs(SHOWN, sets[1], Model(), cache=tmp_path / 'cache')
-    write_results(tmp_path / 'out', plan, collect(plan, run_all(plan.jobs, '2', show=False)))
+    write_results(tmp_path / 'out', plan, run_plan(plan, '2', show=False))
     assert tables(tmp_path / 'out') == undisturbed[0]
 
 
