@@ -17,23 +17,16 @@ from zsad.bench.jobs import (
     seed_draws,
     write_results,
 )
+from zsad.bench.reading import read_results
 from zsad.datasets.layouts import load_dataset, scan_dataset
 from zsad.papers.exhibits import EXHIBITS, Exhibit, Row, seeds_of
 from zsad.pipeline.detector import METHODS
 from zsad.rendered.procad import render_procad
-from zsad.reporting.tables import (
-    NAMES,
-    caption,
-    cell,
-    contrast_sentence,
-    contrasts,
-    dataset_of,
-    figure,
-    head,
-    read_results,
-    readable,
-    table,
-)
+from zsad.reporting.captions import caption
+from zsad.reporting.cells import NAMES, cell, column_name, dataset_of
+from zsad.reporting.contrasts import contrast_sentence, contrasts
+from zsad.reporting.figures import figure
+from zsad.reporting.tables import readable, table
 
 ACCEPTED = Path(__file__).parents[1] / 'nbs' / 'results'
 ANO, PLUS, DUAL = METHODS['anoclip'], METHODS['anoclip+'], METHODS['dual']
@@ -145,7 +138,9 @@ def contradictions(e, res):
     roles = [role for role in e.roles if dataset_of(res, e, role)]
     for (place, metric, label), value in drawn_values(e, res).items():
         shown = [m for m in e.metrics if NAMES[m] == metric]
-        own = t.loc[label, (head(e, roles[place] if roles else e.roles[0], shown[0]), 'ours')]
+        own = t.loc[
+            label, (column_name(e, roles[place] if roles else e.roles[0], shown[0]), 'ours')
+        ]
         if not (abs(own - value) < 1e-9 or own != own and value != value):
             bad.append(('figure', label, metric, own, value))
     for r in contrasts(e, res).itertuples():
@@ -155,7 +150,8 @@ def contradictions(e, res):
             label: cell(res, e, label, role, r.metric, span)[0] for label in (r.better, r.worse)
         }
         if r.over == 'all' and any(
-            abs(v - t.loc[l, (head(e, role, r.metric), 'ours')]) > 1e-9 for l, v in values.items()
+            abs(v - t.loc[l, (column_name(e, role, r.metric), 'ours')]) > 1e-9
+            for l, v in values.items()
         ):
             bad.append(('table', r.better, r.worse))
         if not defined_together(res, e, r):
