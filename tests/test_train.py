@@ -8,20 +8,12 @@ import pytest
 import torch
 
 from zsad.encoder.clip import load_encoder
-from zsad.learned.pretraining import (
-    RECIPES,
-    CachingTokenizer,
-    Muon,
-    Recipe,
-    draw_batch,
-    export_weights,
-    new_model,
-    optimisers,
-    prepare,
-    region_loss,
-    to_device,
-    train,
-)
+from zsad.learned.initial_weights import new_model, prepare
+from zsad.learned.muon import Muon
+from zsad.learned.pretraining import export_weights, optimisers, train
+from zsad.learned.pretraining_data import CachingTokenizer, draw_batch, to_device
+from zsad.learned.pretraining_losses import region_loss
+from zsad.learned.recipes import RECIPES, Recipe
 from zsad.rendered.pairs import VALIDATION, draw_pair, gather_pairs
 
 TINY = Recipe(
