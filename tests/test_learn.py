@@ -1,4 +1,4 @@
-"""Training of prompts and heads: what moves and what does not, interruptions, several processes, refusals, knowledge."""
+"""Training of prompts and heads: what moves, interruptions, processes, refusals, knowledge."""
 
 import json
 import os
@@ -328,7 +328,7 @@ def test_a_knowledge_file_of_your_own_goes_over_the_shipped_one(enc, aux, tmp_pa
 
 
 def test_what_teaches_the_prompts(enc, train_sets):
-    "Images of which nothing is said ask for nothing; fixed sentences pull both prompts; a margin asks for more."
+    "Images without a description do not count; fixed prompts and a margin change the loss."
     b = make_batch(train_sets['kanoclip'], list(range(12)), enc)
     s = TrainableModel(resolve_config(short_config('kanoclip', margin=0.5), enc), enc)
     pair = s.pairs(b.categories)
@@ -360,7 +360,7 @@ def test_what_teaches_the_prompts(enc, train_sets):
     ) == sum(p.numel() for p in s.parameters())
 
 
-def test_every_variant_differs_from_its_course_in_what_its_name_says(enc):
+def test_every_variant_differs_from_its_base_in_what_its_name_says(enc):
     def changed(a, b):
         return {k for k, v in vars(a).items() if v != getattr(b, k)} - {'name'}
 
@@ -463,7 +463,7 @@ def test_what_cannot_be_learned_is_refused(enc, aux, train_sets, tmp_path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name, enc, train_sets):
-    "What lets several processes share a batch: equal parts, averaged. Focal, dice, cross entropy and hinge are all means over images."
+    "Equal parts of a batch, averaged, give its loss: all losses are means over images."
     c = resolve_config(short_config(name), enc)
     s = TrainableModel(c, enc)
     rows = draw_rows(c, 0, 48)
@@ -571,7 +571,7 @@ def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(
 
 
 def test_only_torchrun_makes_several_processes(enc, aux, train_sets, tmp_path, monkeypatch):
-    "RANK and WORLD_SIZE, which other launchers set too, are not enough; every rank takes its own GPU."
+    "RANK and WORLD_SIZE, set by other launchers too, are not enough; each rank has its own GPU."
     import torch.distributed as dist
 
     import zsad.learned.distributed as L
@@ -624,10 +624,10 @@ def test_checkpoints_of_two_writers_do_not_meet(tmp_path):
     ]
 
 
-def test_an_artifact_of_another_course_is_trained_again(
+def test_an_artifact_of_another_configuration_is_trained_again(
     enc, aux, train_sets, tmp_path, monkeypatch
 ):
-    "What lies in the cache under the name, but was trained as its course no longer says, is not there."
+    "An artifact in the cache that was trained with another configuration does not count."
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
     import zsad.learned.missing as L
 

@@ -1,4 +1,4 @@
-"""Pictures of the papers: who is shown is decided by names alone, what is shown is what the tables are made of, and figures, captions and the page say so.
+"""Pictures of the papers: images are chosen by name, and maps are those of the tables.
 
 A small rendered set and a small random encoder: what the maps look like does not matter here.
 """
@@ -498,14 +498,14 @@ def test_times_stand_beside_metrics_where_they_were_measured(tmp_path):
         'not measured'
     } and 'zsad reproduce cost' in caption(e, res)
     lines = [
-        f'rows,"{m}, {how}",float32,{n},{v},ms/image,,,3,{v - 1},{v + 1},,a CPU,2,avx2,2,big (random:0),cpu'
+        f'rows,"{m}, {how}",float32,{n},{v},ms/image,,,3,{v - 1},{v + 1},,'
+        'a CPU,2,avx2,2,big (random:0),cpu'
         for m, v in (('winclip', 40), ('anoclip/qkv', 6), ('anoclip', 8), ('anoclip+', 20))
         for how, n, v in (('alone', 1, v), ('together', 16, v / 2))
     ]
     (tmp_path / 'cost.csv').write_text(
-        'part,what,dtype,batch,value,unit,limit,share,repeats,lo,hi,note,cpu,threads,flags,torch,encoder,device\n'
-        + '\n'.join(lines)
-        + '\n'
+        'part,what,dtype,batch,value,unit,limit,share,repeats,lo,hi,note,cpu,threads,flags,torch,'
+        'encoder,device\n' + '\n'.join(lines) + '\n'
     )
     res = read_results(tmp_path)
     d = readable(table(e, res))

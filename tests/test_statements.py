@@ -1,4 +1,4 @@
-"""One source for every statement: table, figure, caption and contrasts of an exhibit say the same of the same runs, and intervals cover seeds and images."""
+"""Table, figure, caption and contrasts of an exhibit agree; intervals cover seeds and images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +108,7 @@ def small(tmp_path_factory):
 
 
 def drawn_values(e, res):
-    "Read the values off the artists of an exhibit's figure: {(role's data set or '', metric's name, label): percent}."
+    "Read values off an exhibit's figure: {(panel, name of the metric, label): percent}."
     fig, out = figure(e, res), {}
     for k, ax in enumerate(fig.axes):
         if e.form == 'curve':
@@ -242,7 +242,7 @@ def test_methods_that_share_a_name_are_two_runs(small):
 
 
 def made(seeds, values, spread=0.0, label='r', kind='object'):
-    "Results of a row: `values` is the value of each seed; bootstrap over images moves by up to `wrap_distributed`."
+    "Make results of a row: a value per seed; bootstrap over images moves them by up to `spread`."
     rng = np.random.default_rng(1)
     wobble = np.concatenate([[0], rng.uniform(-spread, spread, 199)])
 
@@ -291,7 +291,7 @@ def test_the_first_draw_is_the_value_itself():
 
 
 def test_rows_of_the_same_seeds_are_compared_seed_by_seed():
-    "Trainings that are good together: their difference is certain if they are paired, and is not if their seeds differ."
+    "The difference of rows is certain where their seeds are paired, and not where they differ."
     a, b = made(range(5), (0.5, 0.6, 0.7, 0.8, 0.9)), made(range(5), (0.4, 0.5, 0.6, 0.7, 0.8))
     _, _, difference, low, high, *seeds = contrast_line(a, b, 'pro', 'all')
     assert (float(difference), float(low), float(high), seeds) == (10, 10, 10, [5, 5])
