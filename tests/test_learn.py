@@ -1,4 +1,4 @@
-"""Training of prompts and heads: what moves and what does not, interruptions, several processes, refusals, knowledge."""
+"""Training of prompts and heads: what moves, interruptions, processes, refusals, knowledge."""
 
 import json
 import os
@@ -19,26 +19,20 @@ from zsad.datasets.layouts import load_dataset, load_image, load_mask, scan_data
 from zsad.encoder.clip import load_encoder
 from zsad.learned.artifacts import cached_artifact, load_trained
 from zsad.learned.configs import CONFIGS, VARIANTS, find_train_config, resolve_config
+from zsad.learned.distributed import rank_device, world
 from zsad.learned.knowledge import describe_mask, knowledge, look_up
+from zsad.learned.missing import check_target, learn_missing, missing
 from zsad.learned.prompts import save_state
-from zsad.learned.trainer import (
-    TrainableModel,
-    check_target,
-    curves,
+from zsad.learned.train_set import (
     draw_rows,
-    groups_of,
     known_of,
     known_sentences,
-    learn,
-    learn_missing,
-    live_curves,
     load_train_set,
     make_batch,
-    missing,
-    rank_device,
     steps_of,
-    world,
 )
+from zsad.learned.trainable import TrainableModel, distillation_loss
+from zsad.learned.trainer import curves, learn, live_curves, parameter_groups
 from zsad.methods.prompts import encode_text
 from zsad.pipeline.detector import METHODS, fit
 from zsad.rendered.procad import render_aux
@@ -63,7 +57,7 @@ def aux(root):
     return scan_dataset(load_dataset('procad-aux', root), 1)
 
 
-def course(name, **how):
+def short_config(name, **how):
     return replace(
         CONFIGS[name],
         **{
@@ -80,8 +74,8 @@ def course(name, **how):
 
 
 @pytest.fixture(scope='module')
-def lessons(enc, aux):
-    return {n: load_train_set(resolve_config(course(n), enc), enc, aux) for n in NAMES}
+def train_sets(enc, aux):
+    return {n: load_train_set(resolve_config(short_config(n), enc), enc, aux) for n in NAMES}
 
 
 def tensors(path, enc):
@@ -90,14 +84,14 @@ def tensors(path, enc):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
+def test_only_what_is_learned_moves(name, enc, aux, train_sets, tmp_path):
     c, before = (
-        resolve_config(course(name), enc),
+        resolve_config(short_config(name), enc),
         {k: v.clone() for k, v in enc.model.state_dict().items()},
     )
     start = {k: v.clone() for k, v in TrainableModel(c, enc).state_dict().items()}
     assert (
-        learn(c, enc, aux, tmp_path / 'a', tmp_path / 'run', lessons=lessons[name], show=False)
+        learn(c, enc, aux, tmp_path / 'a', tmp_path / 'run', train_set=train_sets[name], show=False)
         == load_trained(tmp_path / 'a', enc).hash
     )
     assert all(torch.equal(before[k], v) for k, v in enc.model.state_dict().items()) and not any(
@@ -113,7 +107,7 @@ def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
     )  # what they send up is read by nobody
     t = np.genfromtxt(tmp_path / 'run' / 'curve.csv', delimiter=',', names=True)
     assert len(t) == steps_of(c, 48) == 12 and t['step'].tolist() == list(range(12))
-    whole, fresh = make_batch(lessons[name], list(range(48)), enc), TrainableModel(c, enc)
+    whole, fresh = make_batch(train_sets[name], list(range(48)), enc), TrainableModel(c, enc)
 
     def total(s):
         return sum(getattr(c, k) * v.item() for k, v in s(whole).items())
@@ -130,15 +124,15 @@ def test_only_what_is_learned_moves(name, enc, aux, lessons, tmp_path):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_a_run_that_stopped_ends_where_the_others_end(name, enc, aux, lessons, tmp_path):
+def test_a_run_that_stopped_ends_where_the_others_end(name, enc, aux, train_sets, tmp_path):
     def go(tag, **how):
         return learn(
-            course(name),
+            short_config(name),
             enc,
             aux,
             tmp_path / tag,
             tmp_path / f'run-{tag}',
-            lessons=lessons[name],
+            train_set=train_sets[name],
             show=False,
             **how,
         )
@@ -155,12 +149,12 @@ def test_a_run_that_stopped_ends_where_the_others_end(name, enc, aux, lessons, t
         == (tmp_path / 'run-parts' / 'curve.csv').read_text()
     )
     seeded = learn(
-        course(name, seed=1),
+        short_config(name, seed=1),
         enc,
         aux,
         tmp_path / 'other',
         tmp_path / 'run-other',
-        lessons=lessons[name],
+        train_set=train_sets[name],
         show=False,
     )
     assert seeded != whole and any(
@@ -175,17 +169,25 @@ SCRIPT = '''
 import sys, time, torch
 torch.set_num_threads(1)
 from dataclasses import replace
-from zsad import learn as L
-from zsad.learned.configs import COURSES
+from zsad.learned import trainer
+from zsad.learned.configs import CONFIGS
 from zsad.encoder.clip import load_encoder
-from zsad.datasets.layouts import load_dataset, survey
+from zsad.datasets.layouts import load_dataset, scan_dataset
 name, cfg, weights, root, out, slow = sys.argv[1:]
 enc = load_encoder(cfg, weights, device='cpu', dtype='float32')
-c = replace(COURSES[name], epochs=2, batch=8, lr_head=None, loss_size=48, settings=dict(heads=4) if name == 'kanoclip' else {})
-step = L.one_step
-def slowly(*a): time.sleep(float(slow)); return step(*a)
-L.one_step = slowly
-L.learn(c, enc, survey(load_dataset('procad-aux', root), 1), out + '/a', out + '/run', every=1, show=False)
+settings = dict(heads=4) if name == 'kanoclip' else {}
+c = replace(CONFIGS[name], epochs=2, batch=8, lr_head=None, loss_size=48, settings=settings)
+step = trainer.one_step
+
+
+def slowly(*args):
+    time.sleep(float(slow))
+    return step(*args)
+
+
+trainer.one_step = slowly
+aux = scan_dataset(load_dataset('procad-aux', root), 1)
+trainer.learn(c, enc, aux, out + '/a', out + '/run', every=1, show=False)
 '''
 
 
@@ -244,7 +246,7 @@ def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_pa
     for r in (p, q):
         assert r.wait(170) == 0, r.communicate()[0]
     a, b = (tensors(tmp_path / t / 'a', enc) for t in ('two', 'one'))
-    fresh = TrainableModel(resolve_config(course(name), enc), enc).head.state_dict()
+    fresh = TrainableModel(resolve_config(short_config(name), enc), enc).head.state_dict()
     assert a.keys() == b.keys()
 
     def distance(t, keys):
@@ -257,7 +259,7 @@ def test_two_processes_take_the_same_steps_as_one(name, files, enc, root, tmp_pa
 
 
 def test_every_image_is_seen_once_per_epoch():
-    c = course('april-gan', epochs=3)
+    c = short_config('april-gan', epochs=3)
     for epoch in range(3):
         assert sorted(sum((draw_rows(c, 6 * epoch + k, 48) for k in range(6)), [])) == list(
             range(48)
@@ -273,7 +275,7 @@ def test_every_image_is_seen_once_per_epoch():
 
 
 def test_knowledge_of_an_image_is_the_mean_of_its_sentences(enc, aux):
-    c, ds = resolve_config(course('kanoclip'), enc), aux.dataset
+    c, ds = resolve_config(short_config('kanoclip'), enc), aux.dataset
     rows, got = known_sentences(c, ds), known_of(c, enc, ds)
     for i in (0, 1, 20, 47):
         k = ds.samples[i]
@@ -315,7 +317,7 @@ def test_a_knowledge_file_of_your_own_goes_over_the_shipped_one(enc, aux, tmp_pa
             )
         )
     )
-    c = resolve_config(course('kanoclip', known=(2, 1), base=str(tmp_path / 'k.json')), enc)
+    c = resolve_config(short_config('kanoclip', known=(2, 1), base=str(tmp_path / 'k.json')), enc)
     told = dict(zip([s.id for s in aux.dataset.samples], known_sentences(c, aux.dataset)))
     assert told[k.id] == ('a thing with a hole', 'a thing with a dent', 'a thing bitten by a dog')
     assert (
@@ -325,38 +327,40 @@ def test_a_knowledge_file_of_your_own_goes_over_the_shipped_one(enc, aux, tmp_pa
     assert len(told[other.id]) == 3 and 'dog' not in told[other.id][2]
 
 
-def test_what_teaches_the_prompts(enc, lessons):
-    "Images of which nothing is said ask for nothing; fixed sentences pull both prompts; a margin asks for more."
-    b = make_batch(lessons['kanoclip'], list(range(12)), enc)
-    s = TrainableModel(resolve_config(course('kanoclip', margin=0.5), enc), enc)
+def test_what_teaches_the_prompts(enc, train_sets):
+    "Images without a description do not count; fixed prompts and a margin change the loss."
+    b = make_batch(train_sets['kanoclip'], list(range(12)), enc)
+    s = TrainableModel(resolve_config(short_config('kanoclip', margin=0.5), enc), enc)
     pair = s.pairs(b.categories)
     far = (F.normalize(pair, dim=-1) - F.normalize(b.knowledge, dim=-1)[:, None]).norm(dim=-1)
     hinge = (far[:, 1] - far[:, 0] + 0.5).clamp(min=0)
-    assert abs((s.teach(pair, b) - hinge.mean()).item()) < 1e-6 and hinge.min() > 0
+    assert abs((distillation_loss(s, pair, b) - hinge.mean()).item()) < 1e-6 and hinge.min() > 0
     known = b.knowledge.clone()
     known[::3] = float('nan')
-    half = s.teach(pair, replace(b, knowledge=known))
+    half = distillation_loss(s, pair, replace(b, knowledge=known))
     assert (
         abs((half - hinge[[i for i in range(12) if i % 3]].sum() / 12).item()) < 1e-6
-        and s.teach(pair, replace(b, knowledge=known * float('nan'))).item() == 0
+        and distillation_loss(s, pair, replace(b, knowledge=known * float('nan'))).item() == 0
     )
-    c = TrainableModel(resolve_config(course('kanoclip', teacher='clip'), enc), enc)
+    c = TrainableModel(resolve_config(short_config('kanoclip', teacher='clip'), enc), enc)
     want = torch.stack(
         [
             1 - (p * encode_text(enc, 'clip', n).pair).sum(-1).mean()
             for p, n in zip(pair, b.categories)
         ]
     ).mean()
-    assert abs((c.teach(pair, b) - want).item()) < 1e-6
-    g = groups_of(
-        TrainableModel(resolve_config(replace(course('kanoclip'), lr=0.1, lr_head=0.01), enc), enc)
+    assert abs((distillation_loss(c, pair, b) - want).item()) < 1e-6
+    g = parameter_groups(
+        TrainableModel(
+            resolve_config(replace(short_config('kanoclip'), lr=0.1, lr_head=0.01), enc), enc
+        )
     )
     assert [x['lr'] for x in g] == [0.1, 0.01] and sum(
         p.numel() for x in g for p in x['params']
     ) == sum(p.numel() for p in s.parameters())
 
 
-def test_every_variant_differs_from_its_course_in_what_its_name_says(enc):
+def test_every_variant_differs_from_its_base_in_what_its_name_says(enc):
     def changed(a, b):
         return {k for k, v in vars(a).items() if v != getattr(b, k)} - {'name'}
 
@@ -376,11 +380,11 @@ def test_every_variant_differs_from_its_course_in_what_its_name_says(enc):
 
 def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_path, monkeypatch):
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'cache'))
-    import zsad.learned.trainer as L
+    import zsad.learned.missing as L
 
     monkeypatch.setattr(L, 'load_dataset', lambda on, folder: load_dataset(on, root))
-    short = course('april-gan', epochs=1)
-    monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name))
+    short = short_config('april-gan', epochs=1)
+    monkeypatch.setattr(L, 'find_train_config', lambda name: replace(short, name=name))
     a = METHODS['april-gan']
     rows = [replace(a, seed=k) for k in (0, 1)] + [
         replace(a, name='own', artifact='april-gan-{backbone}-procad-b-s{seed}'),
@@ -409,7 +413,7 @@ def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_pa
     )
 
 
-def test_what_cannot_be_learned_is_refused(enc, aux, lessons, tmp_path):
+def test_what_cannot_be_learned_is_refused(enc, aux, train_sets, tmp_path):
     with pytest.raises(ValueError, match="'april-gan'"):
         resolve_config('aprilgan', enc)
     with pytest.raises(ValueError, match="head='x'.*'mvfa'"):
@@ -425,50 +429,50 @@ def test_what_cannot_be_learned_is_refused(enc, aux, lessons, tmp_path):
     check_target('kanoclip', 'procad-aux', ['procad', 'visa'])
     with pytest.raises(ValueError, match='step 0: the loss is nan.*lr='):
         learn(
-            course('april-gan'),
+            short_config('april-gan'),
             enc,
             aux,
             tmp_path / 'a',
             tmp_path / 'run',
-            lessons=replace(
-                lessons['april-gan'], patches=lessons['april-gan'].patches * float('nan')
+            train_set=replace(
+                train_sets['april-gan'], patches=train_sets['april-gan'].patches * float('nan')
             ),
             show=False,
         )
     learn(
-        course('april-gan'),
+        short_config('april-gan'),
         enc,
         aux,
         tmp_path / 'b',
         tmp_path / 'run2',
-        lessons=lessons['april-gan'],
+        train_set=train_sets['april-gan'],
         limit=1,
         show=False,
     )
-    with pytest.raises(ValueError, match='another course'):
+    with pytest.raises(ValueError, match='another configuration'):
         learn(
-            course('april-gan', lr=1.0),
+            short_config('april-gan', lr=1.0),
             enc,
             aux,
             tmp_path / 'b',
             tmp_path / 'run2',
-            lessons=lessons['april-gan'],
+            train_set=train_sets['april-gan'],
             show=False,
         )
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name, enc, lessons):
-    "What lets several processes share a batch: equal parts, averaged. Focal, dice, cross entropy and hinge are all means over images."
-    c = resolve_config(course(name), enc)
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name, enc, train_sets):
+    "Equal parts of a batch, averaged, give its loss: all losses are means over images."
+    c = resolve_config(short_config(name), enc)
     s = TrainableModel(c, enc)
     rows = draw_rows(c, 0, 48)
-    whole, a, b = (s(make_batch(lessons[name], r, enc)) for r in (rows, rows[::2], rows[1::2]))
+    whole, a, b = (s(make_batch(train_sets[name], r, enc)) for r in (rows, rows[::2], rows[1::2]))
     for k in whole:
         assert abs((whole[k] - (a[k] + b[k]) / 2).item()) < 1e-4 * max(1, abs(whole[k].item()))
 
 
-def test_losses_are_drawn_in_one_place_as_pictures(enc, aux, lessons, tmp_path, monkeypatch):
+def test_losses_are_drawn_in_one_place_as_pictures(enc, aux, train_sets, tmp_path, monkeypatch):
     from IPython.display import DisplayHandle
 
     shown = []
@@ -487,7 +491,7 @@ def test_losses_are_drawn_in_one_place_as_pictures(enc, aux, lessons, tmp_path, 
         tmp_path / 'run',
         every=2,
         limit=6,
-        lessons=lessons[c.name],
+        train_set=train_sets[c.name],
         show=False,
         live=live_curves(),
     )
@@ -517,7 +521,7 @@ def test_a_run_is_named_by_the_content_of_its_knowledge(enc, aux, tmp_path, monk
                 )
             )
         )
-        return course('kanoclip', epochs=1, known=(2, 0), base=str(file))
+        return short_config('kanoclip', epochs=1, known=(2, 0), base=str(file))
 
     def go(c, tag, **how):
         return learn(c, enc, aux, tmp_path / tag, show=False, **how)
@@ -535,25 +539,29 @@ def test_a_run_is_named_by_the_content_of_its_knowledge(enc, aux, tmp_path, monk
         and a.about['knowledge'] != c.about['knowledge']
     )
     assert a.about['config']['base'] == 'k.json'  # not where it lies
-    with pytest.raises(ValueError, match='another course, encoder, data set, knowledge'):
+    with pytest.raises(ValueError, match='another configuration, encoder, data set, knowledge'):
         go(edited, 'd', folder=folder)
 
 
-def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(enc, aux, lessons, monkeypatch):
+def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(
+    enc, aux, train_sets, monkeypatch
+):
     import zsad.learned.trainer as L
     from zsad.methods.prompts import prompt_set
 
-    c = resolve_config(course('april-gan'), enc)
+    c = resolve_config(short_config('april-gan'), enc)
 
     def key(c=c, **how):
         return L.identity_key(
-            L.training_identity(c, how.get('enc', enc), how.get('lessons', lessons['april-gan']))
+            L.training_identity(
+                c, how.get('enc', enc), how.get('train_set', train_sets['april-gan'])
+            )
         )
 
     first = key()
     assert (
         key(replace(c, name='other')) == first != key(replace(c, lr=0.1))
-        and key(lessons=replace(lessons['april-gan'], data='x')) != first
+        and key(train_set=replace(train_sets['april-gan'], data='x')) != first
     )
     assert key(enc=load_encoder('mini', device='cpu')) != first
     monkeypatch.setattr(
@@ -562,11 +570,11 @@ def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(enc, aux, le
     assert key() != first
 
 
-def test_only_torchrun_makes_several_processes(enc, aux, lessons, tmp_path, monkeypatch):
-    "RANK and WORLD_SIZE, which other launchers set too, are not enough; every rank takes its own GPU."
+def test_only_torchrun_makes_several_processes(enc, aux, train_sets, tmp_path, monkeypatch):
+    "RANK and WORLD_SIZE, set by other launchers too, are not enough; each rank has its own GPU."
     import torch.distributed as dist
 
-    import zsad.learned.trainer as L
+    import zsad.learned.distributed as L
 
     full = dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1', MASTER_ADDR='localhost', MASTER_PORT='1')
     for k in full:
@@ -577,12 +585,12 @@ def test_only_torchrun_makes_several_processes(enc, aux, lessons, tmp_path, monk
     assert world() == (0, 1) and rank_device('cuda') == 'cuda'
     assert (
         learn(
-            course('april-gan'),
+            short_config('april-gan'),
             enc,
             aux,
             tmp_path / 'a',
             tmp_path / 'run',
-            lessons=lessons['april-gan'],
+            train_set=train_sets['april-gan'],
             limit=1,
             show=False,
         )
@@ -616,16 +624,20 @@ def test_checkpoints_of_two_writers_do_not_meet(tmp_path):
     ]
 
 
-def test_an_artifact_of_another_course_is_trained_again(enc, aux, lessons, tmp_path, monkeypatch):
-    "What lies in the cache under the name, but was trained as its course no longer says, is not there."
+def test_an_artifact_of_another_configuration_is_trained_again(
+    enc, aux, train_sets, tmp_path, monkeypatch
+):
+    "An artifact in the cache that was trained with another configuration does not count."
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
-    import zsad.learned.trainer as L
+    import zsad.learned.missing as L
 
-    short = course('april-gan', epochs=1)
-    monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name))
+    short = short_config('april-gan', epochs=1)
+    monkeypatch.setattr(L, 'find_train_config', lambda name: replace(short, name=name))
     row = METHODS['april-gan']
     ((name, *_),) = missing([row], enc, ['procad'])
-    learn(short, enc, aux, cached_artifact(name, enc), lessons=lessons['april-gan'], show=False)
+    learn(
+        short, enc, aux, cached_artifact(name, enc), train_set=train_sets['april-gan'], show=False
+    )
     assert missing([row], enc, ['procad']) == []
-    monkeypatch.setattr(L, 'find_course', lambda name: replace(short, name=name, lr=0.5))
+    monkeypatch.setattr(L, 'find_train_config', lambda name: replace(short, name=name, lr=0.5))
     assert [n for n, *_ in missing([row], enc, ['procad'])] == [name]

@@ -1,4 +1,4 @@
-"""Pictures of the papers: who is shown is decided by names alone, what is shown is what the tables are made of, and figures, captions and the page say so.
+"""Pictures of the papers: images are chosen by name, and maps are those of the tables.
 
 A small rendered set and a small random encoder: what the maps look like does not matter here.
 """
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from zsad.bench.jobs import Model, all_tokens, open_model, predict_job, reference_of
+from zsad.bench.reading import read_results
 from zsad.datasets.layouts import Dataset, Sample, load_dataset, scan_dataset
 from zsad.encoder.clip import anomaly_score
 from zsad.methods.synthesis import patch_mask
@@ -29,26 +30,16 @@ from zsad.pipeline.detector import (
     synthetic_tokens,
 )
 from zsad.rendered.procad import render_procad
-from zsad.reporting.pictures import (
-    DRAWINGS,
-    choose_categories,
-    file_of,
-    first_of_kinds,
-    in_turn,
-    jobs_of,
-    look,
-    maps_of,
-    of_kinds,
-    picture,
-    redden,
-    scene,
-    split_patches,
-    text_before_after,
-    walked,
-    window_steps,
-    write_pictures,
-)
-from zsad.reporting.tables import caption, figure, page, read_results, readable, table, time_of
+from zsad.reporting.captions import caption
+from zsad.reporting.cells import time_of
+from zsad.reporting.figures import figure
+from zsad.reporting.map_pictures import redden
+from zsad.reporting.pages import page
+from zsad.reporting.pictures import DRAWINGS, file_of, jobs_of, picture, write_pictures
+from zsad.reporting.scored_images import inputs_with_maps, maps_of, prepare_images, scoring_inputs
+from zsad.reporting.selection import choose_categories, choose_in_turn, choose_kinds, first_of_kinds
+from zsad.reporting.tables import readable, table
+from zsad.reporting.token_pictures import split_patches, text_before_after, window_steps
 
 CONFIG = dict(
     embed_dim=24,
@@ -123,11 +114,11 @@ def test_kinds_take_turns_over_categories():
             self.samples = s
 
     jobs = [Named(some(c, *'abcde')) for c in 'xyz'] + [Named(some('w', 'b', 'good'))]
-    assert in_turn(jobs) == [0, 3, 1, 0]  # 0, 3, 6 and 9, each modulo the number of kinds
-    assert of_kinds(jobs[0], ('no', 'd', 'a'), ('b',)) == [3, 1] and of_kinds(
+    assert choose_in_turn(jobs) == [0, 3, 1, 0]  # 0, 3, 6 and 9, each modulo the number of kinds
+    assert choose_kinds(jobs[0], ('no', 'd', 'a'), ('b',)) == [3, 1] and choose_kinds(
         jobs[0], ('no',), ('c',), ('neither',)
     ) == [0, 2, 3]
-    assert of_kinds(jobs[3], ('no',), ('neither',)) == [0, 0]
+    assert choose_kinds(jobs[3], ('no',), ('neither',)) == [0, 0]
 
 
 def test_categories_by_name_then_objects():
@@ -145,13 +136,14 @@ def test_categories_by_name_then_objects():
 
 def test_no_score_has_a_say(world, monkeypatch):
     "Images are chosen before any tensor is made."
-    for f in ('look', 'maps_of', 'build'):
+    for f in ('prepare_images', 'maps_of', 'build'):
         monkeypatch.setattr(
-            f'zsad.reporting.pictures.{f}', lambda *a, **k: pytest.fail('something was computed')
+            f'zsad.reporting.scored_images.{f}',
+            lambda *a, **k: pytest.fail('something was computed'),
         )
     jobs = jobs_of(PICTURES['dual-f3'], *world)
     assert [j.category for j in jobs] == ['cable', 'wood', 'pill'] and all(
-        j.samples[i].label for j, i in zip(jobs, in_turn(jobs))
+        j.samples[i].label for j, i in zip(jobs, choose_in_turn(jobs))
     )
 
 
@@ -181,24 +173,26 @@ def test_a_look_has_the_maps_of_the_bench(world, texts, name, row):
         tokens,
         reference_of(job, key, m, enc, tokens),
     ).map.numpy()
-    np.testing.assert_allclose(maps_of(look(job, row, at, texts)), whole[at], atol=2e-5)
+    np.testing.assert_allclose(maps_of(prepare_images(job, row, at, texts)), whole[at], atol=2e-5)
 
 
 def test_the_reference_shown_is_the_one_compared_with(world, texts):
     job = job_of(world, PICTURES['dual-f5b'])
     for policy, label in (('normal', 0), ('anomalous', 1)):
-        l = look(job, f'joint, {policy}', range(len(job.samples)), texts)
+        l = prepare_images(job, f'joint, {policy}', range(len(job.samples)), texts)
         assert all(p.label == label and p.id != s.id for p, s in zip(l.partners, l.job.samples))
-        one = look(job, f'joint, {policy}', [3], texts)
+        one = prepare_images(job, f'joint, {policy}', [3], texts)
         assert one.partners[0].id == l.partners[3].id
     assert (
-        look(job_of(world, PICTURES['winclip-f7']), 'k=1', [0], texts).partners == ()
-        and look(job, 'joint, never', [0], texts) is None
+        prepare_images(job_of(world, PICTURES['winclip-f7']), 'k=1', [0], texts).partners == ()
+        and prepare_images(job, 'joint, never', [0], texts) is None
     )
 
 
 def test_adapted_tokens_are_those_that_are_scored(world, texts):
-    s = scene(look(job_of(world, PICTURES['anoclip-f6']), 'AnoCLIP+', [6, 7], texts))
+    s = scoring_inputs(
+        prepare_images(job_of(world, PICTURES['anoclip-f6']), 'AnoCLIP+', [6, 7], texts)
+    )
     torch.testing.assert_close(
         anomaly_score(adapted_tokens(s), s.class_embeddings, 1.0),
         TERMS['adapted'](s),
@@ -209,21 +203,21 @@ def test_adapted_tokens_are_those_that_are_scored(world, texts):
 
 
 def test_the_painted_twin_is_the_one_adapted_to(world, texts):
-    l = look(job_of(world, PICTURES['dual-f4']), 'Ours+', [6, 7], texts)
-    s = walked(l)
+    l = prepare_images(job_of(world, PICTURES['dual-f4']), 'Ours+', [6, 7], texts)
+    s = inputs_with_maps(l)
     tokens, mask = synthetic_tokens(s, 0, -1)
     twins = synthetic_images(s)
     assert (
         mask.numpy() == np.stack([patch_mask(m, l.tokens.grid).numpy() for _, m in twins])
     ).all()
-    enc = l.det.encoder
-    mine = enc.tokens(enc.preprocess([im for im, _ in twins]), l.det.method.encode)
+    enc = l.detector.encoder
+    mine = enc.tokens(enc.preprocess([im for im, _ in twins]), l.detector.method.encode)
     torch.testing.assert_close(next(iter(mine.patches.values()))[-1], tokens, atol=1e-5, rtol=0)
 
 
 def test_before_and_after_are_the_terms_of_the_row(world, texts):
     job = job_of(world, PICTURES['dual-f6a'])
-    l = look(job, 'Ours+', [6, 9], texts)
+    l = prepare_images(job, 'Ours+', [6, 9], texts)
     before, after = text_before_after(l)
     assert (before - after).abs().max() > 1e-4
     plain = replace(
@@ -236,28 +230,28 @@ def test_before_and_after_are_the_terms_of_the_row(world, texts):
     torch.testing.assert_close(
         before,
         TERMS['text'](
-            scene(
+            scoring_inputs(
                 replace(
                     l,
-                    det=build(plain, {job.category: job.kind}, l.det.encoder, texts),
+                    detector=build(plain, {job.category: job.kind}, l.detector.encoder, texts),
                     reference=None,
                 )
             ),
             tau=0.07,
         ),
     )
-    row = dict(l.det.method.terms)['synthetic_adapted']
-    s = walked(l)
+    row = dict(l.detector.method.terms)['synthetic_adapted']
+    s = inputs_with_maps(l)
     torch.testing.assert_close(after, TERMS['synthetic_adapted'](s, **row))
     joined = sum(
-        w * s.maps[n] for w, (n, _) in zip(l.det.method.term_weights, l.det.method.terms)
+        w * s.maps[n] for w, (n, _) in zip(l.detector.method.term_weights, l.detector.method.terms)
     ).unflatten(1, l.tokens.grid)
     up = torch.nn.functional.interpolate(joined[:, None], size=(96, 96), mode='bilinear')[:, 0]
     np.testing.assert_allclose(maps_of(l), up.numpy(), atol=1e-5)
 
 
 def test_patches_are_split_by_the_truth(world, texts):
-    l = look(job_of(world, PICTURES['dual-f6a']), 'Ours+', [0, 5, 6], texts)
+    l = prepare_images(job_of(world, PICTURES['dual-f6a']), 'Ours+', [0, 5, 6], texts)
     bad, good = split_patches(l)
     marked = np.stack(
         [
@@ -277,8 +271,8 @@ def test_patches_are_split_by_the_truth(world, texts):
 
 
 def test_windows_walk_to_the_map_of_the_row(world, texts):
-    l = look(job_of(world, PICTURES['winclip-f6']), 'WinCLIP', [6], texts)
-    s = scene(l)
+    l = prepare_images(job_of(world, PICTURES['winclip-f6']), 'WinCLIP', [6], texts)
+    s = scoring_inputs(l)
     steps = window_steps(s, 0.07)
     np.testing.assert_allclose(steps[-1][1], TERMS['windows'](s).view(6, 6), atol=1e-6)
     for k, at in ((2, 0), (3, 2)):
@@ -477,7 +471,7 @@ def test_no_step_is_the_row_without_adaptation(world, texts):
         ),
     )
     job = job_of(world, p)
-    a, b, c, d = (maps_of(look(job, r.label, [6, 7], texts)) for r in p.rows)
+    a, b, c, d = (maps_of(prepare_images(job, r.label, [6, 7], texts)) for r in p.rows)
     np.testing.assert_allclose(a, b, atol=1e-6)
     np.testing.assert_allclose(c, d, atol=1e-6)
 
@@ -504,14 +498,14 @@ def test_times_stand_beside_metrics_where_they_were_measured(tmp_path):
         'not measured'
     } and 'zsad reproduce cost' in caption(e, res)
     lines = [
-        f'rows,"{m}, {how}",float32,{n},{v},ms/image,,,3,{v - 1},{v + 1},,a CPU,2,avx2,2,big (random:0),cpu'
+        f'rows,"{m}, {how}",float32,{n},{v},ms/image,,,3,{v - 1},{v + 1},,'
+        'a CPU,2,avx2,2,big (random:0),cpu'
         for m, v in (('winclip', 40), ('anoclip/qkv', 6), ('anoclip', 8), ('anoclip+', 20))
         for how, n, v in (('alone', 1, v), ('together', 16, v / 2))
     ]
     (tmp_path / 'cost.csv').write_text(
-        'part,what,dtype,batch,value,unit,limit,share,repeats,lo,hi,note,cpu,threads,flags,torch,encoder,device\n'
-        + '\n'.join(lines)
-        + '\n'
+        'part,what,dtype,batch,value,unit,limit,share,repeats,lo,hi,note,cpu,threads,flags,torch,'
+        'encoder,device\n' + '\n'.join(lines) + '\n'
     )
     res = read_results(tmp_path)
     d = readable(table(e, res))

@@ -1,7 +1,9 @@
-"""What the papers print, as shipped in the package: complete, well formed, in the order of the tables, every known slip marked.
+"""What the papers print, as shipped in the package: complete, well formed, every slip marked.
 
-Sources: AnoCLIP, Dual-Image Enhanced CLIP, KAnoCLIP and a WinCLIP reproduction report. The AnomalyCLIP summary prints no table.
-Lost in the text: dual-t2 whole, dual-t3 but its last row, the values of dual-f5a and dual-f6c; kanoclip-t3 lacks its tick marks.
+Sources: AnoCLIP, Dual-Image Enhanced CLIP, KAnoCLIP and a WinCLIP reproduction report. The
+AnomalyCLIP summary prints no table.
+Lost in the text: dual-t2 whole, dual-t3 but its last row, the values of dual-f5a and dual-f6c;
+kanoclip-t3 lacks its tick marks.
 """
 
 import csv
@@ -41,13 +43,16 @@ SUMS = {
     'kanoclip-t2': 49147,
     'kanoclip-t3': 16510,
     'winclip-t2': 89881,
-}  # tenths: values and spreads of a table added up, taken from the papers' text and not from the file
+}  # tenths: values and spreads of a table added up, taken from the papers' text
 AL, AD, IP = (
     ['pixel_auroc', 'pixel_f1max', 'pro'],
     ['image_auroc', 'image_f1max', 'image_ap'],
     ['image_auroc', 'pixel_auroc'],
 )
-MVTEC = 'bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper'.split()
+MVTEC = (
+    'bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush '
+    'transistor wood zipper'
+).split()
 OURS = ['CLIP', 'CLIP-AC', 'WinCLIP', 'April-GAN', 'AnomalyCLIP', 'MVFA-AD', 'KAnoCLIP']
 LAYOUT = {  # exhibit: rows, data sets, metrics, each in the printed order
     'anoclip-t1': (
@@ -128,7 +133,7 @@ SLIPS = {  # exhibit, row, dataset, category, metric: what is printed, what the 
     ('winclip-t2', 'Reprod k=0', 'mvtec', 'capsule', 'image_auroc'): ('68.6', '68.7'),
     ('winclip-t2', 'Reprod k=0', 'mvtec', 'screw', 'image_auroc'): ('71.6', '71.7'),
 }
-MARGINS = [  # better row minus the other, as the running text states it; None = best of the other rows
+MARGINS = [  # better row minus the other, as the text states it; None = best of the others
     ('anoclip-t1', 'AnoCLIP+', 'WinCLIP', 'mvtec', 'pixel_auroc', 5.5),
     ('anoclip-t1', 'AnoCLIP+', 'WinCLIP', 'mvtec', 'pixel_f1max', 4.8),
     ('anoclip-t1', 'AnoCLIP+', 'WinCLIP', 'mvtec', 'pro', 13.2),

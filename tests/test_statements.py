@@ -1,4 +1,4 @@
-"""One source for every statement: table, figure, caption and contrasts of an exhibit say the same of the same runs, and intervals cover seeds and images."""
+"""Table, figure, caption and contrasts of an exhibit agree; intervals cover seeds and images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,23 +17,16 @@ from zsad.bench.jobs import (
     seed_draws,
     write_results,
 )
+from zsad.bench.reading import read_results
 from zsad.datasets.layouts import load_dataset, scan_dataset
 from zsad.papers.exhibits import EXHIBITS, Exhibit, Row, seeds_of
 from zsad.pipeline.detector import METHODS
 from zsad.rendered.procad import render_procad
-from zsad.reporting.tables import (
-    NAMES,
-    caption,
-    cell,
-    contrast_sentence,
-    contrasts,
-    dataset_of,
-    figure,
-    head,
-    read_results,
-    readable,
-    table,
-)
+from zsad.reporting.captions import caption
+from zsad.reporting.cells import NAMES, cell, column_name, dataset_of
+from zsad.reporting.contrasts import contrast_sentence, contrasts
+from zsad.reporting.figures import figure
+from zsad.reporting.tables import readable, table
 
 ACCEPTED = Path(__file__).parents[1] / 'nbs' / 'results'
 ANO, PLUS, DUAL = METHODS['anoclip'], METHODS['anoclip+'], METHODS['dual']
@@ -115,7 +108,7 @@ def small(tmp_path_factory):
 
 
 def drawn_values(e, res):
-    "Read the values off the artists of an exhibit's figure: {(role's data set or '', metric's name, label): percent}."
+    "Read values off an exhibit's figure: {(panel, name of the metric, label): percent}."
     fig, out = figure(e, res), {}
     for k, ax in enumerate(fig.axes):
         if e.form == 'curve':
@@ -145,7 +138,9 @@ def contradictions(e, res):
     roles = [role for role in e.roles if dataset_of(res, e, role)]
     for (place, metric, label), value in drawn_values(e, res).items():
         shown = [m for m in e.metrics if NAMES[m] == metric]
-        own = t.loc[label, (head(e, roles[place] if roles else e.roles[0], shown[0]), 'ours')]
+        own = t.loc[
+            label, (column_name(e, roles[place] if roles else e.roles[0], shown[0]), 'ours')
+        ]
         if not (abs(own - value) < 1e-9 or own != own and value != value):
             bad.append(('figure', label, metric, own, value))
     for r in contrasts(e, res).itertuples():
@@ -155,7 +150,8 @@ def contradictions(e, res):
             label: cell(res, e, label, role, r.metric, span)[0] for label in (r.better, r.worse)
         }
         if r.over == 'all' and any(
-            abs(v - t.loc[l, (head(e, role, r.metric), 'ours')]) > 1e-9 for l, v in values.items()
+            abs(v - t.loc[l, (column_name(e, role, r.metric), 'ours')]) > 1e-9
+            for l, v in values.items()
         ):
             bad.append(('table', r.better, r.worse))
         if not defined_together(res, e, r):
@@ -246,7 +242,7 @@ def test_methods_that_share_a_name_are_two_runs(small):
 
 
 def made(seeds, values, spread=0.0, label='r', kind='object'):
-    "Results of a row: `values` is the value of each seed; bootstrap over images moves by up to `wrap_distributed`."
+    "Make results of a row: a value per seed; bootstrap over images moves them by up to `spread`."
     rng = np.random.default_rng(1)
     wobble = np.concatenate([[0], rng.uniform(-spread, spread, 199)])
 
@@ -295,7 +291,7 @@ def test_the_first_draw_is_the_value_itself():
 
 
 def test_rows_of_the_same_seeds_are_compared_seed_by_seed():
-    "Trainings that are good together: their difference is certain if they are paired, and is not if their seeds differ."
+    "The difference of rows is certain where their seeds are paired, and not where they differ."
     a, b = made(range(5), (0.5, 0.6, 0.7, 0.8, 0.9)), made(range(5), (0.4, 0.5, 0.6, 0.7, 0.8))
     _, _, difference, low, high, *seeds = contrast_line(a, b, 'pro', 'all')
     assert (float(difference), float(low), float(high), seeds) == (10, 10, 10, [5, 5])

@@ -1,4 +1,4 @@
-"The trainer: a resumed run is the uninterrupted run, weights move only by training, exported weights load."
+"""Pretraining: a resumed run is the uninterrupted run, exported weights load."""
 
 import json
 from dataclasses import replace
@@ -8,20 +8,12 @@ import pytest
 import torch
 
 from zsad.encoder.clip import load_encoder
-from zsad.learned.pretraining import (
-    RECIPES,
-    CachingTokenizer,
-    Muon,
-    Recipe,
-    draw_batch,
-    export_weights,
-    new_model,
-    optimisers,
-    prepare,
-    region_loss,
-    to_device,
-    train,
-)
+from zsad.learned.initial_weights import new_model, prepare
+from zsad.learned.muon import Muon
+from zsad.learned.pretraining import export_weights, optimisers, train
+from zsad.learned.pretraining_data import CachingTokenizer, draw_batch, to_device
+from zsad.learned.pretraining_losses import region_loss
+from zsad.learned.recipes import RECIPES, Recipe
 from zsad.rendered.pairs import VALIDATION, draw_pair, gather_pairs
 
 TINY = Recipe(
@@ -75,7 +67,7 @@ def test_another_recipe_is_refused(pairs, tmp_path):
 
 
 def test_other_pairs_are_another_run(pairs, tmp_path, monkeypatch):
-    "By default they get another folder, and in a folder of one's own they are refused; the same pairs in a copy go on."
+    "They get another folder, or are refused in one that is given; a copy of the pairs goes on."
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path))
     others = gather_pairs([draw_pair(n) for n in range(8, 16)])
     a, b = (train(TINY, data=d, limit=1, **QUIET) for d in (pairs, others))
@@ -133,7 +125,7 @@ def test_accumulated_draws_are_one_step(pairs, tmp_path):
 
 
 def test_the_patch_term_weighs_object_background_and_defect():
-    "Half of it comes from defects; of the normal half `inside` comes from the object, however many patches there are; touched patches count for nothing."
+    "Half of the loss is of defects; of the rest `inside` is of the object; touched patches none."
     logit = torch.tensor([[9.0, 0.0, -9.0, 4.0, 0.0]])
     part, own = (
         torch.tensor([[1.0, 0.0, 0.0, 0.05, 0.0]]),
@@ -149,7 +141,7 @@ def test_the_patch_term_weighs_object_background_and_defect():
 
 
 def test_windows_are_pieces_of_the_turned_pictures(pairs):
-    "Crops, labels and places agree with what the whole pictures of the same step would show, and twins share their window."
+    "Crops, labels and places agree with the whole pictures; both pictures share a window."
     r = replace(TINY, full=(0.0, 0.0), aimed=1.0)
     for step in range(12):
         x, part, own, place, gain, kinds, defects, _ = draw_batch(pairs, step, r, ['widget'])
