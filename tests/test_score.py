@@ -11,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from zsad.cli.main import expand, main, name_files, pair_names, read_scores, shared_scale
+from zsad.cli.evaluate import read_scores
+from zsad.cli.main import main
+from zsad.cli.naming import find_images, name_files, pair_names
+from zsad.cli.score import shared_scale
 from zsad.rendered.procad import render_procad
 from zsad.reporting.viz import map_range
 
@@ -103,9 +106,9 @@ def test_images_are_named_below_the_folder_they_share(tmp_path):
     ]
     assert list(name_files(touch('a/x.png', 'a/x.jpg', 'a/y.v1.png'))) == ['x.png', 'x.jpg', 'y.v1']
     touch('test/.hidden/000.png', 'test/hole/._000.png', 'test/hole/notes.txt')
-    assert expand([tmp_path / 'test']) == same == expand([str(tmp_path / 'test/*/[0-9]*.png')])
+    assert find_images([tmp_path / 'test']) == same == find_images([str(tmp_path / 'test/*/[0-9]*.png')])
     with pytest.raises(ValueError, match='no images here'):
-        expand([tmp_path / 'a/*.bmp'])
+        find_images([tmp_path / 'a/*.bmp'])
 
 
 def test_same_names_meet_their_own_masks_and_scores(pills, score, tmp_path, capsys):
@@ -252,7 +255,7 @@ def test_pictures_are_held_one_at_a_time(method, pills, score, monkeypatch, tmp_
         most.append(len(alive))
         return image
 
-    monkeypatch.setattr('zsad.datasets.layouts.load_image', watched)
+    monkeypatch.setattr('zsad.cli.score.load_image', watched)
     gc.freeze()  # what was there before is not looked through 40 times
     (tmp_path / 'many').mkdir()
     for n in range(20):
@@ -317,7 +320,7 @@ def test_a_run_that_fails_leaves_the_first_alone(pills, score, tmp_path, monkeyp
     def fail(*a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('zsad.cli.main.write_overlays', fail)
+    monkeypatch.setattr('zsad.cli.score.write_overlays', fail)
     assert score('clip', pills / 'test/good/000.png')[0] == 130
     assert {p: p.read_bytes() for p in (tmp_path / 'out').rglob('*') if p.is_file()} == before
 
@@ -337,7 +340,7 @@ def test_maps_of_another_origin_are_not_touched(pills, score, tmp_path):
 
 def test_out_is_tried_before_anything_is_computed(pills, score, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        'zsad.cli.main.open_detector', lambda *a: pytest.fail('an encoder was loaded')
+        'zsad.cli.score.open_detector', lambda *a: pytest.fail('an encoder was loaded')
     )
     (tmp_path / 'out').write_text('')
     code = main(
@@ -442,7 +445,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize('what', EXPECTED)
 def test_expected_errors_are_one_line(what, monkeypatch, capsys):
-    monkeypatch.setattr('zsad.cli.main.list_methods', raised(EXPECTED[what]))
+    monkeypatch.setattr('zsad.cli.show.list_methods', raised(EXPECTED[what]))
     assert main(['methods']) == 2
     out, err = capsys.readouterr()
     assert (
@@ -455,13 +458,13 @@ def test_expected_errors_are_one_line(what, monkeypatch, capsys):
 
 def test_faults_of_the_program_are_not_hidden(monkeypatch):
     for e in (TypeError('x'), RuntimeError('shape mismatch'), KeyError('k'), AssertionError()):
-        monkeypatch.setattr('zsad.cli.main.list_methods', raised(e))
+        monkeypatch.setattr('zsad.cli.show.list_methods', raised(e))
         with pytest.raises(type(e)):
             main(['methods'])
 
 
 def test_a_stop_is_told_by_its_code(monkeypatch, capsys):
-    monkeypatch.setattr('zsad.cli.main.list_methods', raised(KeyboardInterrupt()))
+    monkeypatch.setattr('zsad.cli.show.list_methods', raised(KeyboardInterrupt()))
     assert main(['methods']) == 130 and 'stopped' in capsys.readouterr().err
 
 
