@@ -196,6 +196,7 @@ def add_command(parsers, command: Command):
         description=textwrap.fill(f'{sentence(command.summary)} {command.details}'.strip(), 88),
         epilog=f'example:\n{textwrap.indent(command.example, "  ")}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.set_defaults(run=command.run)
     for heading, rows in command.options.items():
