@@ -1,4 +1,4 @@
-"`zsad score` and `zsad evaluate`: names, draws, memory, earlier results, pairing; and what the command line says of errors."
+"`zsad score` and `zsad evaluate`: names, draws, memory, earlier results, pairs of maps and masks."
 
 import csv
 import gc
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from zsad.cli.main import expand, main, name_files, pair_names, read_scores, shared_scale
+from zsad.cli.evaluate import read_scores
+from zsad.cli.main import main
+from zsad.cli.naming import find_images, name_files, pair_names
+from zsad.cli.score import shared_scale
 from zsad.rendered.procad import render_procad
 from zsad.reporting.viz import map_range
 
@@ -41,7 +43,7 @@ def pills(tmp_path_factory):
 
 @pytest.fixture
 def score(files, tmp_path, monkeypatch, capsys):
-    "Run `zsad score` with the small encoder: (exit code, {id: score}, {id: map}, what was printed)."
+    "Run `zsad score` with the small encoder: (exit code, {id: score}, {id: map}, printed text)."
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'c'))
 
     def run(method, *images, out='out', more=()):
@@ -79,8 +81,9 @@ def evaluated(capsys, *command):
     "Run `zsad evaluate`: (exit code, {metric: value}, lines on stderr)."
     capsys.readouterr()
     code = main(['evaluate', *map(str, command)])
-    said = capsys.readouterr()
-    return code, {l.split()[0]: float(l.split()[1]) for l in said.out.splitlines()}, said.err
+    printed = capsys.readouterr()
+    values = [line.split()[:2] for line in printed.out.splitlines()]
+    return code, {metric: float(value) for metric, value in values}, printed.err
 
 
 # ---- names
@@ -103,13 +106,17 @@ def test_images_are_named_below_the_folder_they_share(tmp_path):
     ]
     assert list(name_files(touch('a/x.png', 'a/x.jpg', 'a/y.v1.png'))) == ['x.png', 'x.jpg', 'y.v1']
     touch('test/.hidden/000.png', 'test/hole/._000.png', 'test/hole/notes.txt')
-    assert expand([tmp_path / 'test']) == same == expand([str(tmp_path / 'test/*/[0-9]*.png')])
+    assert (
+        find_images([tmp_path / 'test'])
+        == same
+        == find_images([str(tmp_path / 'test/*/[0-9]*.png')])
+    )
     with pytest.raises(ValueError, match='no images here'):
-        expand([tmp_path / 'a/*.bmp'])
+        find_images([tmp_path / 'a/*.bmp'])
 
 
-def test_same_names_meet_their_own_masks_and_scores(pills, score, tmp_path, capsys):
-    "test/good/000 and test/hole/000 in one call, in any order: ground_truth/hole/000_mask belongs to hole/000."
+def test_images_of_one_name_get_their_own_masks_and_scores(pills, score, tmp_path, capsys):
+    "A mask belongs to the image of its own folder: good/000 and hole/000, in any order."
     images = sorted((pills / 'test').glob('*/*.png'))
     assert len({f.stem for f in images}) == 3 and len(images) == 6
     code, scores, maps, _ = score('anoclip', *images)
@@ -221,20 +228,20 @@ def test_an_image_has_one_score_wherever_it_stands(pills, score):
     "What is drawn for it does not depend on other images, their order or their folders."
     images = sorted((pills / 'test').glob('*/*.png'))
     _, batch, maps, _ = score('anoclip+', *images)
-    _, turned, _, _ = score('anoclip+', *images[::-1])
-    _, alone, own, _ = score('anoclip+', pills / 'test/hole/001.png', out='one')
+    _, reversed_order, _, _ = score('anoclip+', *images[::-1])
+    _, alone, map_alone, _ = score('anoclip+', pills / 'test/hole/001.png', out='one')
     assert (
-        turned == batch
+        reversed_order == batch
         and alone['001'] == batch['hole/001']
-        and np.array_equal(own['001'], maps['hole/001'])
+        and np.array_equal(map_alone['001'], maps['hole/001'])
     )
     _, again, other, _ = score(
         'anoclip+', pills / 'test/hole/001.png', out='two', more=('--seed', 1)
     )
-    assert np.abs(other['001'] - own['001']).max() > 0
+    assert np.abs(other['001'] - map_alone['001']).max() > 0
     assert np.array_equal(
         score('anoclip+', pills / 'test/hole/001.png', out='one', more=('--seed', 0))[2]['001'],
-        own['001'],
+        map_alone['001'],
     )
 
 
@@ -252,7 +259,7 @@ def test_pictures_are_held_one_at_a_time(method, pills, score, monkeypatch, tmp_
         most.append(len(alive))
         return image
 
-    monkeypatch.setattr('zsad.datasets.layouts.load_image', watched)
+    monkeypatch.setattr('zsad.cli.score.load_image', watched)
     gc.freeze()  # what was there before is not looked through 40 times
     (tmp_path / 'many').mkdir()
     for n in range(20):
@@ -299,8 +306,10 @@ def test_a_second_run_replaces_the_first(pills, score, tmp_path):
     images = sorted((pills / 'test/hole').iterdir())
     score('anoclip', *images)
     (tmp_path / 'out/maps/._000.npy').write_bytes(b'junk')
-    code, scores, _, said = score('anoclip', *images[:2])
-    assert code == 0 and 'earlier run were replaced' in said.out and list(scores) == ['000', '001']
+    code, scores, _, printed = score('anoclip', *images[:2])
+    assert (
+        code == 0 and 'earlier run were replaced' in printed.out and list(scores) == ['000', '001']
+    )
     for sub in ('maps', 'overlays'):
         assert [p.stem for p in sorted((tmp_path / 'out' / sub).iterdir())] == ['000', '001']
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
@@ -317,7 +326,7 @@ def test_a_run_that_fails_leaves_the_first_alone(pills, score, tmp_path, monkeyp
     def fail(*a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('zsad.cli.main.write_overlays', fail)
+    monkeypatch.setattr('zsad.cli.score.write_overlays', fail)
     assert score('clip', pills / 'test/good/000.png')[0] == 130
     assert {p: p.read_bytes() for p in (tmp_path / 'out').rglob('*') if p.is_file()} == before
 
@@ -325,19 +334,19 @@ def test_a_run_that_fails_leaves_the_first_alone(pills, score, tmp_path, monkeyp
 def test_maps_of_another_origin_are_not_touched(pills, score, tmp_path):
     (tmp_path / 'out/maps').mkdir(parents=True)
     np.save(tmp_path / 'out/maps/mine.npy', np.zeros((2, 2)))
-    code, scores, _, said = score('anoclip', pills / 'test/hole/000.png')
+    code, scores, _, printed = score('anoclip', pills / 'test/hole/000.png')
     assert (
         code == 2
         and scores == {}
-        and 'mine.npy' in said.err
-        and 'another folder' in said.err
+        and 'mine.npy' in printed.err
+        and 'another folder' in printed.err
         and [p.name for p in (tmp_path / 'out').iterdir()] == ['maps']
     )
 
 
 def test_out_is_tried_before_anything_is_computed(pills, score, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        'zsad.cli.main.open_detector', lambda *a: pytest.fail('an encoder was loaded')
+        'zsad.cli.score.open_detector', lambda *a: pytest.fail('an encoder was loaded')
     )
     (tmp_path / 'out').write_text('')
     code = main(
@@ -408,73 +417,19 @@ def test_a_defect_smaller_than_a_pixel_is_named_and_counts(tmp_path, capsys):
     )
 
 
-# ---- what the command line says
-
-
-def raised(e):
-    def run(a):
-        raise e
-
-    return run
-
-
-def with_cause(e, cause):
-    e.__cause__ = cause
-    return e
-
-
-Refused = type('APIError', (Exception,), {'__module__': 'openai._exceptions'})
-EXPECTED = {
-    'value': ValueError('x=1: choose 2'),
-    'file': FileNotFoundError(2, 'No such file', 'a.png'),
-    'package': ModuleNotFoundError("No module named 'openai'", name='openai'),
-    'memory': MemoryError(),
-    'memory of a GPU': torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB\nmore'),
-    'no driver': RuntimeError('Found no NVIDIA driver on your system.\nPlease'),
-    'server': Refused('status 401'),
-    'refusal of a server': with_cause(
-        RuntimeError('the server refuses the model'), Refused('status 401')
-    ),
-    'table': csv.Error('line contains NUL'),
-    'without words': ValueError(),
-}
-
-
-@pytest.mark.parametrize('what', EXPECTED)
-def test_expected_errors_are_one_line(what, monkeypatch, capsys):
-    monkeypatch.setattr('zsad.cli.main.list_methods', raised(EXPECTED[what]))
-    assert main(['methods']) == 2
-    out, err = capsys.readouterr()
-    assert (
-        out == ''
-        and len(err.splitlines()) == 1
-        and err.startswith('zsad methods: ')
-        and len(err) > len('zsad methods: \n') + 3
-    )
-
-
-def test_faults_of_the_program_are_not_hidden(monkeypatch):
-    for e in (TypeError('x'), RuntimeError('shape mismatch'), KeyError('k'), AssertionError()):
-        monkeypatch.setattr('zsad.cli.main.list_methods', raised(e))
-        with pytest.raises(type(e)):
-            main(['methods'])
-
-
-def test_a_stop_is_told_by_its_code(monkeypatch, capsys):
-    monkeypatch.setattr('zsad.cli.main.list_methods', raised(KeyboardInterrupt()))
-    assert main(['methods']) == 130 and 'stopped' in capsys.readouterr().err
+# ---- options
 
 
 def test_options_of_score(pills, score, tmp_path):
     image = pills / 'test/hole/000.png'
     code, _, maps, _ = score('anoclip', image, more=('--size', 64))
     assert code == 0 and maps['000'].shape == (64, 64)
-    code, _, _, said = score('anoclip', image, more=('--device', 'nonsense'))
-    assert code == 2 and '--device nonsense' in said.err
-    code, _, _, said = score('anoclip', image, more=('--artifact', tmp_path / 'none'))
-    assert code == 2 and 'none' in said.err
-    code, _, _, said = score('anoclip', image, more=('--seed', 3))
-    assert code == 0 and 'draws nothing' in said.err
+    code, _, _, printed = score('anoclip', image, more=('--device', 'nonsense'))
+    assert code == 2 and '--device nonsense' in printed.err
+    code, _, _, printed = score('anoclip', image, more=('--artifact', tmp_path / 'none'))
+    assert code == 2 and 'none' in printed.err
+    code, _, _, printed = score('anoclip', image, more=('--seed', 3))
+    assert code == 0 and 'draws nothing' in printed.err
 
 
 # ---- training on what has no mask
@@ -498,34 +453,35 @@ def test_anomalous_images_without_masks_are_no_normal_pixels(
     enc = load_encoder(*files, device='cpu', dtype='float32')
     c = resolve_config(replace(CONFIGS['anomalyclip'], batch=4, loss_size=48), enc)
     ds = scan_dataset(load_dataset('folder', tmp_path / 'set'), 1)
-    lessons = load_train_set(c, enc, ds)
+    train_set = load_train_set(c, enc, ds)
     err = capsys.readouterr().err
     assert (
         err.count('\n') == 1
         and err.startswith('bare: 3 anomalous images without a mask are left out of the pixel loss')
         and 'bare/hole/000' in err
     )
-    known = [bool(s.mask) or not s.label for s in ds.dataset.samples]
-    assert lessons.marked.tolist() == known and known.count(False) == 3
-    student = TrainableModel(c, enc)
+    marked = [bool(s.mask) or not s.label for s in ds.dataset.samples]
+    assert train_set.marked.tolist() == marked and marked.count(False) == 3
+    trainable = TrainableModel(c, enc)
 
-    def judge(rows, of=lessons):
+    def losses(rows, of=train_set):
         b = make_batch(of, rows, enc)
         return {
-            k: v.item() for k, v in LOSSES[c.head](student, b, student.pairs(b.categories)).items()
+            k: v.item()
+            for k, v in LOSSES[c.head](trainable, b, trainable.pairs(b.categories)).items()
         }
 
     whole, kept, bare = (
-        range(len(known)),
-        [i for i, k in enumerate(known) if k],
-        [i for i, k in enumerate(known) if not k],
+        range(len(marked)),
+        [i for i, k in enumerate(marked) if k],
+        [i for i, k in enumerate(marked) if not k],
     )
-    assert judge(list(whole))['local'] == pytest.approx(judge(kept)['local'], rel=1e-5) and judge(
-        list(whole)
-    )['image'] != pytest.approx(judge(kept)['image'], rel=1e-5)
-    assert judge(bare)['local'] == 0 and judge(bare)['image'] > 0
-    assert judge(list(whole))['local'] != pytest.approx(
-        judge(list(whole), replace(lessons, marked=None))['local'], rel=1e-5
+    assert losses(list(whole))['local'] == pytest.approx(
+        losses(kept)['local'], rel=1e-5
+    ) and losses(list(whole))['image'] != pytest.approx(losses(kept)['image'], rel=1e-5)
+    assert losses(bare)['local'] == 0 and losses(bare)['image'] > 0
+    assert losses(list(whole))['local'] != pytest.approx(
+        losses(list(whole), replace(train_set, marked=None))['local'], rel=1e-5
     )
     load_train_set(c, enc, scan_dataset(load_dataset('folder', tmp_path / 'set/full'), 1))
     assert capsys.readouterr().err == ''
