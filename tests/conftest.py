@@ -29,6 +29,6 @@ def files(tmp_path_factory):
 @pytest.fixture(scope='session')
 def small(files):
     "The small encoder itself, on the CPU in float32."
-    from zsad.encoder.clip import load_encoder
+    from zsad.encoder.loading import load_encoder
 
     return load_encoder(*files, device='cpu', dtype='float32')

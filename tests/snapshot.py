@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from zsad.core.identity import identity_key
-from zsad.encoder.clip import EncodeSpec, load_encoder, untrained
+from zsad.encoder.loading import load_encoder, untrained
+from zsad.encoder.spec import EncodeSpec
 from zsad.papers.exhibits import EXHIBITS
 from zsad.papers.pictures import PICTURES
 from zsad.pipeline.detector import build, fuse_terms, resolve_artifact, run_terms
@@ -28,7 +29,8 @@ from zsad.pipeline.references import REFERENCES, Reference
 from zsad.pipeline.rows import METHODS
 from zsad.pipeline.scores import SCORES, SET_STEPS, upsample
 from zsad.pipeline.terms import TERMS
-from zsad.rendered.procad import design, render
+from zsad.rendered.procad import design
+from zsad.rendered.scene import render
 
 FILE = Path(__file__).with_name('snapshots.json')
 CATEGORIES = dict(bottle='object', carpet='texture')

@@ -15,10 +15,14 @@ from zsad.bench.accept import accept, same_results, unaccepted
 from zsad.bench.outdated import identity_of, outdated_results
 from zsad.bench.pages import code_of_page, joined_streams, pages_of, shows
 from zsad.bench.plan import Plan
+from zsad.bench.reading import UNACCEPTED
 from zsad.bench.records import run_key
 from zsad.bench.results import to_csv
-from zsad.papers.exhibits import COLUMNS, EXHIBITS
-from zsad.reporting.tables import UNACCEPTED, caption, figure, readable, table
+from zsad.papers.exhibit import COLUMNS
+from zsad.papers.exhibits import EXHIBITS
+from zsad.reporting.captions import caption
+from zsad.reporting.figures import figure
+from zsad.reporting.tables import readable, table
 
 ROOT = Path(__file__).parents[1]
 ACCEPTED = ROOT / 'nbs' / 'results'

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_procad import pixels
 
-from zsad.core.files import digest, seeded_rng
+from zsad.core.hashing import digest
+from zsad.core.randomness import seeded_rng
 from zsad.rendered.board_defects import (
     add_solder_bridge,
     bend_pin,

@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 
-from zsad.bench.jobs import Model, compute
+from zsad.bench.models import Model
+from zsad.bench.plan import compute
 from zsad.cli.main import COMMANDS, main
-from zsad.datasets.layouts import load_dataset, scan_dataset
-from zsad.evaluation.metrics import METRICS
-from zsad.papers.exhibits import Exhibit, Row
-from zsad.pipeline.detector import METHODS
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.survey import scan_dataset
+from zsad.evaluation.protocol import METRICS
+from zsad.papers.exhibit import Exhibit, Row
+from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
 
 # ---- arguments

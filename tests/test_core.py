@@ -147,7 +147,8 @@ def test_nothing_is_made_outside_the_cache(parts, tmp_path, monkeypatch):
 
 
 def test_a_set_cannot_be_rendered_outside_its_folder(tmp_path):
-    from zsad.rendered.procad import design, render_set
+    from zsad.rendered.procad import design
+    from zsad.rendered.sets import render_set
 
     with pytest.raises(ValueError, match='name of a folder'):
         render_set(

@@ -13,9 +13,11 @@ from zsad.bench.cost import read_cost, write_cost
 from zsad.bench.encoding_cost import PATHS, flops_of, full_text, layer_shapes
 from zsad.bench.metrics_cost import category_maps, library_values, pro_loop
 from zsad.bench.timing import COST_COLUMNS, cost_row, take_turns
-from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
-from zsad.evaluation.metrics import evaluate, pro_field
-from zsad.methods.prompts import sentences
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.spec import AttentionPath, EncodeSpec
+from zsad.evaluation.measure import evaluate
+from zsad.evaluation.metrics import pro_field
+from zsad.methods.prompt_sets import category_prompts
 from zsad.reporting.cost import cost_caption, cost_figure, cost_table, targets
 
 CONFIG = dict(
@@ -147,7 +149,7 @@ def test_flops_are_those_that_run(encoder, spec, by_hand):
 
 
 def test_the_cut_of_sentences_changes_nothing(encoder):
-    texts = sum(sentences('winclip', 'bottle'), [])
+    texts = sum(category_prompts('winclip', 'bottle'), [])
     assert len(texts) == 242
     a, b = (F.normalize(t, dim=-1) for t in (encoder.embed_text(texts), full_text(encoder, texts)))
     assert a.shape == (242, 24) and (a - b).abs().max() <= 1e-5

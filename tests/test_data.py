@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsad.core.files import digest
+from zsad.core.hashing import digest
 from zsad.datasets.images import load_image
 from zsad.datasets.layouts import layout_of, read_folder
 from zsad.datasets.loading import load_dataset
@@ -21,7 +21,9 @@ from zsad.datasets.meta import read_meta, write_meta
 from zsad.datasets.samples import Dataset, Sample
 from zsad.datasets.sources import SOURCES, check_dataset, find_sets
 from zsad.datasets.survey import scan_dataset, vanishing
-from zsad.evaluation.metrics import MASK_RULES, Protocol, evaluate, resize_mask
+from zsad.evaluation.measure import evaluate
+from zsad.evaluation.protocol import Protocol
+from zsad.evaluation.resizing import MASK_RULES, resize_mask
 from zsad.rendered.procad import render_procad
 
 
@@ -279,7 +281,7 @@ def test_one_rule_has_one_answer(rule, tmp_path):
     Image.fromarray(disk.astype('u1') * 255).save(tmp_path / 'm.png')
     small = load_mask(tmp_path / 'm.png', 240, rule)
     assert np.array_equal(small, resize_mask(disk[None], 240, rule)[0])
-    from zsad.bench.jobs import read_truth
+    from zsad.bench.measuring import read_truth
 
     assert np.array_equal(
         read_truth([Sample(tmp_path / 'a.png', 1, 'a', 'a', tmp_path / 'm.png')], 240, rule).masks[

@@ -10,18 +10,24 @@ import torch
 import torch.nn.functional as F
 from devices import Away, faked, sent
 
-from zsad.bench.jobs import Model, compute, load_model
+from zsad.bench.models import Model, load_model
+from zsad.bench.plan import compute
 from zsad.core.identity import plain
 from zsad.datasets.loading import load_dataset
 from zsad.datasets.survey import scan_dataset
 from zsad.encoder.loading import load_encoder
-from zsad.learned.artifacts import artifact_name, cached_artifact, load_trained, save_trained
+from zsad.learned.artifacts import artifact_name, cached_artifact, load_artifact, save_artifact
 from zsad.learned.configs import CONFIGS, resolve_config
-from zsad.learned.pretraining import Recipe, train
-from zsad.learned.prompts import Learned
-from zsad.learned.trainer import TrainableModel, learn, load_train_set, make_batch
-from zsad.papers.exhibits import Row
-from zsad.pipeline.detector import METHODS, Reference, build
+from zsad.learned.pretraining import train
+from zsad.learned.prompts import LearnedPrompts
+from zsad.learned.recipes import Recipe
+from zsad.learned.train_set import load_train_set, make_batch
+from zsad.learned.trainable import TrainableModel
+from zsad.learned.trainer import learn
+from zsad.papers.exhibit import Row
+from zsad.pipeline.detector import build
+from zsad.pipeline.references import Reference
+from zsad.pipeline.rows import METHODS
 from zsad.rendered.pairs import draw_pair, gather_pairs
 from zsad.rendered.procad import render_aux, render_procad
 
@@ -58,10 +64,10 @@ def cache(small, tmp_path_factory):
         for name, on in ((n, on) for n in LEARNED for on in ('mvtec', 'procad-aux')):
             c = resolve_config(tiny_config(name), small)
             model = TrainableModel(c, small)
-            words = model.words and Learned(c.prompts, dict(model.words.items()))
+            words = model.words and LearnedPrompts(c.prompts, dict(model.words.items()))
             path = cached_artifact(artifact_name(METHODS[name].artifact, small.backbone, on), small)
             inputs = dict(encode=plain(c.encode), prompts=c.text)
-            save_trained(path, small, words, model.head, c.settings, inputs, dataset=on)
+            save_artifact(path, small, words, model.head, c.settings, inputs, dataset=on)
         yield folder
 
 
@@ -191,8 +197,8 @@ def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
             == ''
         )
         key = learn(c, there, aux, tmp_path / 'a', tmp_path / 'run', lessons=train_set, show=False)
-        assert load_trained(tmp_path / 'a', there).hash == key and small.device == 'cpu'
-    assert load_trained(tmp_path / 'a', small).hash == key
+        assert load_artifact(tmp_path / 'a', there).hash == key and small.device == 'cpu'
+    assert load_artifact(tmp_path / 'a', small).hash == key
 
 
 def test_an_encoder_is_trained_on_the_device(tmp_path, monkeypatch):
@@ -232,7 +238,7 @@ def test_a_method_learns_on_a_gpu(name, files, small, aux, tmp_path):
         for e in (there, small)
     )
     assert (
-        load_trained(tmp_path / 'a', small).hash == key
+        load_artifact(tmp_path / 'a', small).hash == key
         and (a.map - b.map).abs().max() < 2e-2 * b.map.abs().max()
     )
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from zsad.encoder.clip import anomaly_score, load_encoder
+from zsad.encoder.loading import load_encoder
+from zsad.methods.clip_baseline import anomaly_score
 from zsad.methods.dual import POLICIES, draw_references, dual_score, joint_map, pair_map
 from zsad.methods.prompts import encode_prompts
 from zsad.methods.windows import association
-from zsad.rendered.procad import design, paint_pair
+from zsad.rendered.procad import design
+from zsad.rendered.scene import paint_pair
 
 
 def normal(seed, *shape):

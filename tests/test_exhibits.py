@@ -17,29 +17,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from zsad.bench.reading import Results, read_results
 from zsad.papers.exhibit import COLUMNS, ROLES, STAND_INS, Exhibit, Row, datasets_of, seeds_of
 from zsad.papers.exhibits import EXHIBITS, printed, reported
 from zsad.papers.pictures import PICTURES
 from zsad.pipeline.checks import check_method
 from zsad.pipeline.rows import METHODS
-from zsad.reporting.tables import (
-    Results,
-    caption,
-    comparable,
-    contrast_sentence,
-    contrast_sentences,
-    contrasts,
-    figure,
-    latex,
-    markdown,
-    page,
-    provenance,
-    read_results,
-    readable,
-    runs_of,
-    table,
-    write_report,
-)
+from zsad.reporting.captions import caption, provenance
+from zsad.reporting.cells import comparable, runs_of
+from zsad.reporting.contrasts import contrast_sentence, contrast_sentences, contrasts
+from zsad.reporting.figures import figure
+from zsad.reporting.pages import latex, markdown, page, write_report
+from zsad.reporting.tables import readable, table
 
 TABLES = ['anoclip-t1', 'anoclip-t2', 'anoclip-t3', 'anoclip-t4']
 METRICS = (

@@ -13,14 +13,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from zsad.methods.prompts import prompt_set
+from zsad.bench.reading import read_results
+from zsad.methods.prompt_sets import prompt_set
 from zsad.papers.exhibits import EXHIBITS
 from zsad.papers.exhibits_fidelity import SWITCHES, switch_temperature
 from zsad.pipeline.references import REFERENCES
 from zsad.pipeline.rows import METHODS, find_method
 from zsad.pipeline.scores import SCORES
 from zsad.pipeline.terms import TERMS
-from zsad.reporting.tables import NAMES, contrasts, read_results
+from zsad.reporting.cells import NAMES
+from zsad.reporting.contrasts import contrasts
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'nbs' / 'results'

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from test_parity import drawn
 
-from zsad.encoder.clip import anomaly_score
 from zsad.learned.attention import (
     PARTS,
     BiCA,
@@ -40,6 +39,7 @@ from zsad.learned.fusion import (
     stage_logits,
     trainable_copy,
 )
+from zsad.methods.clip_baseline import anomaly_score
 
 SMALL = dict(heads=4, groups=2)
 

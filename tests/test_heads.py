@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from test_parity import drawn
 
 from zsad.encoder.attention import forward_paths, forward_tokens, to_stage
-from zsad.encoder.clip import AttentionPath, EncodeSpec, anomaly_score, load_encoder
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.spec import AttentionPath, EncodeSpec
 from zsad.learned.checkpoints import load_april_gan, load_mvfa, read_published
 from zsad.learned.heads import MVFA, AprilGan, forward_adapted, sum_maps, token_logits
+from zsad.methods.clip_baseline import anomaly_score
 
 
 def normal(rng, *shape):

@@ -60,7 +60,8 @@ for name, folder in folders.items():
     sys.path[:0] = [folder, tests]
     import snapshot, zsad
     from zsad.core.identity import identity_key
-    from zsad.pipeline.detector import METHODS, method_identity
+    from zsad.pipeline.rows import METHODS
+    from zsad.pipeline.identity import method_identity
     assert zsad.__file__.startswith(folder), zsad.__file__
     stored = snapshot.unpack(snapshot.FILE.read_text())
     for row in stored['rows'].values():

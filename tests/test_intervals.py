@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 import zsad
-from zsad.bench.jobs import Truth, measure_row
+from zsad.bench.measuring import Truth, measure_row
 from zsad.evaluation.counts import components, sorted_counts
 from zsad.evaluation.intervals import corrected_interval, interval
 from zsad.evaluation.measure import evaluate

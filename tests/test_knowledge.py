@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsad.datasets.layouts import SOURCES, Sample
+from zsad.datasets.samples import Sample
+from zsad.datasets.sources import SOURCES
 from zsad.learned import knowledge_builder as module
 from zsad.learned.descriptions import (
     color_words,
@@ -1126,7 +1127,7 @@ def test_the_command_asks_about_a_folder_of_your_own(tmp_path, monkeypatch, caps
         str(tmp_path / 'k.json'),
     ]
     assert (
-        main([*ask, '--images', '1', '--plan', '--price', '1', '2']) == 0
+        main([*ask, '--images', '1', '--dry-run', '--price', '1', '2']) == 0
         and '4 calls' in capsys.readouterr().out
         and not (tmp_path / 'k.json').exists()
     )
@@ -1143,7 +1144,7 @@ def test_the_command_asks_about_a_folder_of_your_own(tmp_path, monkeypatch, caps
         assert main(ask) == 1
     printed = capsys.readouterr()
     assert (
-        'asked 2, stored 0, kept 1' in printed.out
+        '1 answers; 2 questions sent, 0 answered from the cache' in printed.out
         and 'no answer for folder/tea_pot' in printed.err
         and 'word' not in printed.out + printed.err.replace('words', '')
     )

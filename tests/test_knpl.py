@@ -19,16 +19,12 @@ from test_parity import drawn
 
 import zsad.learned.tensor_files as tensor_files
 from zsad.encoder.attention import forward_paths, to_stage
-from zsad.encoder.clip import (
-    AttentionPath,
-    Encoder,
-    EncodeSpec,
-    Preprocess,
-    anomaly_score,
-    fit_positions,
-    load_encoder,
-    plain_tokenizer,
-)
+from zsad.encoder.building import fit_positions
+from zsad.encoder.encoder import Encoder
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.preprocessing import Preprocess
+from zsad.encoder.spec import AttentionPath, EncodeSpec
+from zsad.encoder.text import plain_tokenizer
 from zsad.learned.anomalyclip import add_layer_maps, dpam_path, image_token, state_maps
 from zsad.learned.artifacts import load_artifact, save_artifact, text_weights
 from zsad.learned.checkpoints import load_anomalyclip
@@ -51,6 +47,7 @@ from zsad.learned.prompts import (
 )
 from zsad.learned.tensor_files import read_tensor_files, write_tensor_files
 from zsad.learned.text_tower import clip_text_tower, embed_prompts, forward_text
+from zsad.methods.clip_baseline import anomaly_score
 from zsad.methods.prompts import encode_text
 
 VISION = dict(image_size=96, patch_size=16, width=128, layers=6, head_width=64)
@@ -172,7 +169,7 @@ def noise(*shape, seed=0):
 
 
 def pair_of(learned, e, c='bottle'):
-    return text_of(learned, e, [c])[c].pair.detach()
+    return text_of(learned, e, [c])[c].class_embeddings.detach()
 
 
 # --- recipes, towers, room
@@ -257,7 +254,7 @@ def test_prompts_use_all_the_room_and_the_longest_is_named_when_it_is_not_enough
     for K in (0, 12):
         most = room - 2 - K - 1  # two ends, one adjective; 'nut' is one token
         learned = start_prompts(replace(r, length=K), e)
-        assert text_of(learned, e, ['nut ' * most])['nut ' * most].pair.isfinite().all()
+        assert text_of(learned, e, ['nut ' * most])['nut ' * most].class_embeddings.isfinite().all()
         with pytest.raises(
             ValueError,
             match=rf"category '{'nut ' * (most + 1)}'.*{most + 2} tokens; with {K} learned.*"
@@ -344,13 +341,16 @@ def test_texts_are_those_of_single_uncut_prompts(small, name, recipe):
         texts = text_of(l, e, ['bottle', 'metal_nut', 'a very long name of a thing'])
         for c, t in texts.items():
             want = slowly(e, l, c)
-            assert gap(t.pair, unit(torch.stack([w.mean(0) for w in want]))) < 2e-5
-            for a, b in zip(t.each, want):
+            assert gap(t.class_embeddings, unit(torch.stack([w.mean(0) for w in want]))) < 2e-5
+            for a, b in zip(t.prompt_embeddings, want):
                 assert gap(a, unit(b)) < 2e-5
-            assert [len(a) for a in t.each] == [len(l.recipe.normal), len(l.recipe.abnormal)]
+            assert [len(a) for a in t.prompt_embeddings] == [
+                len(l.recipe.normal),
+                len(l.recipe.abnormal),
+            ]
     assert (
-        texts['bottle'].pair.dtype == torch.float32
-        and gap(texts['bottle'].pair.norm(dim=-1), torch.ones(2)) < 1e-6
+        texts['bottle'].class_embeddings.dtype == torch.float32
+        and gap(texts['bottle'].class_embeddings.norm(dim=-1), torch.ones(2)) < 1e-6
     )
 
 
@@ -361,14 +361,14 @@ def test_company_changes_nothing_and_a_noun_serves_all(small):
     all_of = text_of(l, e, names)
     assert list(all_of) == ['bottle', 'a long name of some part', 'cable']
     for c in set(names):
-        assert gap(all_of[c].pair, text_of(l, e, [c])[c].pair) < 1e-6
-    assert gap(all_of['bottle'].pair, all_of['cable'].pair) > 0.01
+        assert gap(all_of[c].class_embeddings, text_of(l, e, [c])[c].class_embeddings) < 1e-6
+    assert gap(all_of['bottle'].class_embeddings, all_of['cable'].class_embeddings) > 0.01
     one = text_of(start_prompts(replace(AGNOSTIC, depth=2), e), e, names)
     assert set(one) == set(names) and one['bottle'] is one['cable']
     assert (
         gap(
-            text_of(l, e, ['metal_nut'])['metal_nut'].pair,
-            text_of(l, e, ['metal nut'])['metal nut'].pair,
+            text_of(l, e, ['metal_nut'])['metal_nut'].class_embeddings,
+            text_of(l, e, ['metal nut'])['metal nut'].class_embeddings,
         )
         == 0
     )
@@ -391,9 +391,9 @@ def test_no_learned_words_or_a_phrase_give_the_hand_written_sentence(small, name
                     ),
                     c,
                 )
-                vectors = [t.pair, *t.each]
+                vectors = [t.class_embeddings, *t.prompt_embeddings]
                 for a, b in zip(
-                    vectors, [hand.pair, *hand.each], strict=True
+                    vectors, [hand.class_embeddings, *hand.prompt_embeddings], strict=True
                 ):  # unit vectors in float32: 1e-5 is 170 roundings
                     assert gap(a.detach(), b) < 1e-5, (front, depth)
     with pytest.raises(
@@ -422,8 +422,11 @@ def test_half_precision_towers_read_learned_prompts(dtype):
             e,
         )
         t = text_of(l, e, ['bottle'])['bottle']
-        assert t.pair.dtype == torch.float32 and gap(t.pair.detach(), hand.pair) < near
-    t.pair[1].sum().backward()
+        assert (
+            t.class_embeddings.dtype == torch.float32
+            and gap(t.class_embeddings.detach(), hand.class_embeddings) < near
+        )
+    t.class_embeddings[1].sum().backward()
     assert (
         l.tensors['abnormal'].grad.isfinite().all() and l.tensors['abnormal'].grad.abs().max() > 0
     )
@@ -451,8 +454,8 @@ def test_deep_prompts_take_the_first_places_of_their_blocks(small):
         LearnedPrompts(replace(r, depth=2), {**l.tensors, 'deep': l.tensors['deep'][:1]}),
         e,
         ['bottle'],
-    )['bottle'].pair
-    assert gap(alone, text_of(l, e, ['bottle'])['bottle'].pair) > 1e-3
+    )['bottle'].class_embeddings
+    assert gap(alone, text_of(l, e, ['bottle'])['bottle'].class_embeddings) > 1e-3
     with pytest.raises(ValueError, match='depth=4: this text tower has 3 blocks; choose 1 to 3'):
         start_prompts(replace(r, depth=4), e)
 
@@ -497,7 +500,7 @@ def test_gradients_reach_what_is_learned_and_nothing_else(small):
     r = replace(KNPL, length=6, depth=3, deep=2, shared=False)
     l = start_prompts(r, e)
     before = {k: t.clone() for k, t in e.model.state_dict().items()}
-    text_of(l, e, ['bottle', 'cable'])['cable'].each[1][
+    text_of(l, e, ['bottle', 'cable'])['cable'].prompt_embeddings[1][
         0
     ].sum().backward()  # the first anomalous prompt alone
     g = {k: t.grad.abs().amax((1, 2)) for k, t in l.tensors.items()}
@@ -514,7 +517,7 @@ def test_gradients_reach_what_is_learned_and_nothing_else(small):
         way, c, f = (
             unit(noise(6 * 16)).view(6, 16),
             l.tensors['abnormal'],
-            lambda: text_of(l, e, ['cable'])['cable'].each[1][0].sum().item(),
+            lambda: text_of(l, e, ['cable'])['cable'].prompt_embeddings[1][0].sum().item(),
         )
         c[0] += 1e-2 * way
         up = f()
@@ -1012,7 +1015,7 @@ def test_training_lowers_the_loss_and_moves_only_prompts(small):
     )
     for _ in range(30):
         t = text_of(l, e, ['bottle', 'cable'])
-        pairs = torch.stack([t[c].pair for c in names])
+        pairs = torch.stack([t[c].class_embeddings for c in names])
         loss = (
             kd_loss(pairs[:2], k, 0.1)
             + image_loss(cls, pairs, y)
@@ -1143,7 +1146,7 @@ def test_numbers_of_anomalyclip(setup, tmp_path):
     l = load_anomalyclip(saved(tmp_path, s.state), s.e)
     for t in l.tensors.values():
         t.requires_grad_()
-    pair = text_of(l, s.e, ['anything'])['anything'].pair
+    pair = text_of(l, s.e, ['anything'])['anything'].class_embeddings
     fixed = pair.detach()
     assert gap(fixed[:, :12], want['text']) < 2e-5
     cls, p = dpam(v, s.x, 3, (1, 3, 5))

@@ -15,14 +15,18 @@ import torch
 import torch.nn.functional as F
 from test_parity import gap
 
-from zsad.datasets.layouts import load_dataset, load_image, load_mask, scan_dataset
-from zsad.encoder.clip import load_encoder
-from zsad.learned.artifacts import cached_artifact, load_trained
+from zsad.datasets.images import load_image
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.masks import load_mask
+from zsad.datasets.survey import scan_dataset
+from zsad.encoder.loading import load_encoder
+from zsad.learned.artifacts import cached_artifact, load_artifact
 from zsad.learned.configs import CONFIGS, VARIANTS, find_train_config, resolve_config
+from zsad.learned.descriptions import describe_mask
 from zsad.learned.distributed import rank_device, world
-from zsad.learned.knowledge import describe_mask, knowledge, look_up
+from zsad.learned.knowledge import knowledge, look_up
 from zsad.learned.missing import check_target, learn_missing, missing
-from zsad.learned.prompts import save_state
+from zsad.learned.tensor_files import save_state
 from zsad.learned.train_set import (
     draw_rows,
     known_of,
@@ -34,7 +38,8 @@ from zsad.learned.train_set import (
 from zsad.learned.trainable import TrainableModel, distillation_loss
 from zsad.learned.trainer import curves, learn, live_curves, parameter_groups
 from zsad.methods.prompts import encode_text
-from zsad.pipeline.detector import METHODS, fit
+from zsad.pipeline.detector import resolve_artifact
+from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_aux
 
 S, NAMES = 96, list(CONFIGS)
@@ -79,7 +84,7 @@ def train_sets(enc, aux):
 
 
 def tensors(path, enc):
-    t = load_trained(path, enc)
+    t = load_artifact(path, enc)
     return {**(t.prompts.tensors if t.prompts else {}), **t.head.state_dict()}
 
 
@@ -92,7 +97,7 @@ def test_only_what_is_learned_moves(name, enc, aux, train_sets, tmp_path):
     start = {k: v.clone() for k, v in TrainableModel(c, enc).state_dict().items()}
     assert (
         learn(c, enc, aux, tmp_path / 'a', tmp_path / 'run', train_set=train_sets[name], show=False)
-        == load_trained(tmp_path / 'a', enc).hash
+        == load_artifact(tmp_path / 'a', enc).hash
     )
     assert all(torch.equal(before[k], v) for k, v in enc.model.state_dict().items()) and not any(
         p.requires_grad or p.grad is not None for p in enc.model.parameters()
@@ -113,7 +118,7 @@ def test_only_what_is_learned_moves(name, enc, aux, train_sets, tmp_path):
         return sum(getattr(c, k) * v.item() for k, v in s(whole).items())
 
     assert total(own) < total(fresh)  # on the images it learned from
-    about = load_trained(tmp_path / 'a', enc).about
+    about = load_artifact(tmp_path / 'a', enc).about
     assert (
         (about['dataset'], about['data'], about['seed'], about['images'])
         == ('procad-aux', aux.hash, 0, 48)
@@ -171,8 +176,9 @@ torch.set_num_threads(1)
 from dataclasses import replace
 from zsad.learned import trainer
 from zsad.learned.configs import CONFIGS
-from zsad.encoder.clip import load_encoder
-from zsad.datasets.layouts import load_dataset, scan_dataset
+from zsad.encoder.loading import load_encoder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.survey import scan_dataset
 name, cfg, weights, root, out, slow = sys.argv[1:]
 enc = load_encoder(cfg, weights, device='cpu', dtype='float32')
 settings = dict(heads=4) if name == 'kanoclip' else {}
@@ -224,8 +230,8 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_parameters(files, enc, root
     a, b = (tensors(tmp_path / t / 'a', enc) for t in ('killed', 'whole'))
     assert (
         all(torch.equal(a[k], b[k]) for k in a)
-        and load_trained(tmp_path / 'killed' / 'a', enc).hash
-        == load_trained(tmp_path / 'whole' / 'a', enc).hash
+        and load_artifact(tmp_path / 'killed' / 'a', enc).hash
+        == load_artifact(tmp_path / 'whole' / 'a', enc).hash
     )
 
 
@@ -345,7 +351,7 @@ def test_what_teaches_the_prompts(enc, train_sets):
     c = TrainableModel(resolve_config(short_config('kanoclip', teacher='clip'), enc), enc)
     want = torch.stack(
         [
-            1 - (p * encode_text(enc, 'clip', n).pair).sum(-1).mean()
+            1 - (p * encode_text(enc, 'clip', n).class_embeddings).sum(-1).mean()
             for p, n in zip(pair, b.categories)
         ]
     ).mean()
@@ -402,7 +408,7 @@ def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_pa
     )  # it would be asked about what it learned from
     learn_missing(lacking[:2], enc, show=False)
     assert [n for n, *_ in missing(rows, enc, ['procad'])] == [f'{stem}-procad-b-s0']
-    fits = [fit(m, enc, 'procad') for m in rows[:2]]
+    fits = [resolve_artifact(m, enc, 'procad') for m in rows[:2]]
     assert (
         fits[0][1].hash != fits[1][1].hash
         and [t.about['seed'] for _, t in fits] == [0, 1]
@@ -533,7 +539,7 @@ def test_a_run_is_named_by_the_content_of_its_knowledge(enc, aux, tmp_path, monk
     edited = write(tmp_path / 'k.json', 'a dog', 'a green hat')
     second = go(edited, 'c')
     assert second != first and len(list((tmp_path / 'cache' / 'learn').iterdir())) == 2
-    a, c = (load_trained(tmp_path / n, enc) for n in 'ac')
+    a, c = (load_artifact(tmp_path / n, enc) for n in 'ac')
     assert (
         not torch.equal(a.prompts.tensors['normal'], c.prompts.tensors['normal'])
         and a.about['knowledge'] != c.about['knowledge']
@@ -547,7 +553,7 @@ def test_hand_written_sentences_and_weights_are_part_of_a_runs_name(
     enc, aux, train_sets, monkeypatch
 ):
     import zsad.learned.trainer as L
-    from zsad.methods.prompts import prompt_set
+    from zsad.methods.prompt_sets import prompt_set
 
     c = resolve_config(short_config('april-gan'), enc)
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from zsad.encoder.clip import AttentionPath, EncodeSpec, Tokens, anomaly_score, load_encoder
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.spec import AttentionPath, EncodeSpec
+from zsad.encoder.tokens import Tokens
 from zsad.methods.adaptation import adapt, adapt_in_order, draw_noise, dual_adapt
+from zsad.methods.clip_baseline import anomaly_score
 from zsad.methods.dual import dual_score, joint_map, pair_map
 from zsad.methods.musc import interval_average, musc_map, mutual_scores, rscin
 from zsad.methods.relevance import relevance

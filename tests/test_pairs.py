@@ -14,7 +14,7 @@ import zsad.rendered.medical
 import zsad.rendered.novel
 import zsad.rendered.pairs
 import zsad.rendered.sets
-from zsad.core.files import digest
+from zsad.core.hashing import digest
 from zsad.rendered.pairs import draw_pair, render_pairs
 from zsad.rendered.procad import design
 from zsad.rendered.sets import render_set, set_spec

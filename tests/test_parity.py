@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from zsad.encoder.attention import anovl_views
-from zsad.encoder.clip import AttentionPath, EncodeSpec, Preprocess, anomaly_score, load_encoder
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.preprocessing import Preprocess
+from zsad.encoder.spec import AttentionPath, EncodeSpec
+from zsad.methods.clip_baseline import anomaly_score
 from zsad.methods.prompt_sets import category_prompts
 from zsad.pipeline.detector import build
 

@@ -14,21 +14,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zsad.bench.jobs import Model, all_tokens, open_model, predict_job, reference_of
+from zsad.bench.jobs import all_tokens, predict_job, reference_of
+from zsad.bench.models import Model, open_model
 from zsad.bench.reading import read_results
-from zsad.datasets.layouts import Dataset, Sample, load_dataset, scan_dataset
-from zsad.encoder.clip import anomaly_score
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.samples import Dataset, Sample
+from zsad.datasets.survey import scan_dataset
+from zsad.encoder.windows import window_places
+from zsad.methods.clip_baseline import anomaly_score
 from zsad.methods.synthesis import patch_mask
-from zsad.methods.windows import window_places
-from zsad.papers.exhibits import EXHIBITS, PICTURES, Row, printed
-from zsad.pipeline.detector import (
-    METHODS,
-    TERMS,
-    adapted_tokens,
-    build,
-    synthetic_images,
-    synthetic_tokens,
-)
+from zsad.papers.exhibit import Row
+from zsad.papers.exhibits import EXHIBITS, printed
+from zsad.papers.pictures import PICTURES
+from zsad.pipeline.detector import build
+from zsad.pipeline.rows import METHODS
+from zsad.pipeline.terms import TERMS, adapted_tokens, synthetic_images, synthetic_tokens
 from zsad.rendered.procad import render_procad
 from zsad.reporting.captions import caption
 from zsad.reporting.cells import time_of
@@ -373,7 +373,8 @@ def test_pictures_are_checked_when_built(wrong):
 
 
 def test_the_command_draws_what_is_named(world, tmp_path, monkeypatch, capsys):
-    from zsad.cli.main import chosen, main, pictured
+    from zsad.cli.main import main
+    from zsad.cli.reproduce import select_exhibits, select_pictures
 
     sets, model = world
     root = sets['mvtec'].dataset.samples[0].path.parents[3]
@@ -391,7 +392,7 @@ def test_the_command_draws_what_is_named(world, tmp_path, monkeypatch, capsys):
         str(tmp_path),
     ]
     assert (
-        main([*command, '--plan']) == 0
+        main([*command, '--dry-run']) == 0
         and not list(tmp_path.iterdir())
         and 'anoclip-f4, winclip-f6' in capsys.readouterr().out
     )
@@ -401,12 +402,12 @@ def test_the_command_draws_what_is_named(world, tmp_path, monkeypatch, capsys):
     } and not (tmp_path / 'results').exists()
     assert 'figures/winclip-f6.png' in (tmp_path / 'index.html').read_text()
     assert (
-        [e.name for e in chosen(['dual-f3', 'dual-f4'])] == ['dual-f3']
-        and pictured(['dual-f3', 'dual-f4']) == ['dual-f3', 'dual-f4']
-        and pictured(['anoclip-t3']) == []
-        and pictured([]) == list(PICTURES)
+        [e.name for e in select_exhibits(['dual-f3', 'dual-f4'])] == ['dual-f3']
+        and select_pictures(['dual-f3', 'dual-f4']) == ['dual-f3', 'dual-f4']
+        and select_pictures(['anoclip-t3']) == []
+        and select_pictures([]) == list(PICTURES)
     )
-    assert main(['exhibits']) == 0 and 'anoclip-f6   pictures' in capsys.readouterr().out
+    assert main(['exhibits']) == 0 and 'anoclip-f6         pictures' in capsys.readouterr().out
     assert (
         main(['reproduce', 'anoclip-f99']) == 2
         and 'anoclip-f4' in capsys.readouterr().err
@@ -434,7 +435,7 @@ def test_steps_change_steps_alone():
             list(rows) == [str(k) for k in range(len(rows))]
             and rows['0'] is METHODS[off]
             and rows[best] is METHODS[base]
-            and EXHIBITS[name].asked
+            and EXHIBITS[name].on_request
         )
         for k, m in rows.items():
             if k not in ('0', best):
@@ -529,8 +530,8 @@ def test_times_stand_beside_metrics_where_they_were_measured(tmp_path):
 
 
 def test_rows_of_the_table_are_timed(tmp_path):
-    from zsad.bench.cost import row_times
-    from zsad.encoder.clip import load_encoder
+    from zsad.bench.encoding_cost import row_times
+    from zsad.encoder.loading import load_encoder
 
     path = tmp_path / 'model.json'
     path.write_text(json.dumps(CONFIG))

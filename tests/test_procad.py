@@ -9,8 +9,10 @@ from functools import cache
 import numpy as np
 import pytest
 
-from zsad.core.files import digest
-from zsad.evaluation.metrics import evaluate, pixel_auroc_within, resize
+from zsad.core.hashing import digest
+from zsad.evaluation.measure import evaluate
+from zsad.evaluation.metrics import pixel_auroc_within
+from zsad.evaluation.resizing import resize
 from zsad.rendered.defects import STRUCTURE, SURFACE
 from zsad.rendered.procad import CONTRAST, KINDS, PROCAD, design, held_out
 from zsad.rendered.scene import paint_pair, render
@@ -107,7 +109,7 @@ def test_chips_are_notches():
 
 
 def test_a_recoloured_part_is_far_from_its_colour():
-    from zsad.core.files import seeded_rng
+    from zsad.core.randomness import seeded_rng
     from zsad.rendered.defects import alter_parts
     from zsad.rendered.drawing import grid
 
@@ -133,7 +135,7 @@ def test_instances_are_disjoint(monkeypatch):
     "No random stream of one world is another's: every key that is drawn from names its world."
     import zsad.rendered.procad
     import zsad.rendered.scene
-    from zsad.core.files import seeded_rng
+    from zsad.core.randomness import seeded_rng
 
     keys = {w: set() for w in WORLDS}
     for world, used in keys.items():

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zsad.core.files import UNFINISHED, digest, seeded_rng, write_atomic
+from zsad.core.files import UNFINISHED, write_atomic
+from zsad.core.hashing import digest
+from zsad.core.randomness import seeded_rng
 
 WRONG = 3  # exit code of a racer that was given other content than an undisturbed process
 FORK = get_context('fork')
@@ -113,8 +115,10 @@ def encoder_work(folder):
     import torch
     from PIL import Image
 
-    from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
-    from zsad.encoder.store import encode_missing, load_or_encode, split
+    from zsad.encoder.loading import load_encoder
+    from zsad.encoder.spec import AttentionPath, EncodeSpec
+    from zsad.encoder.store import encode_missing, load_or_encode
+    from zsad.encoder.streams import split
 
     torch.set_num_threads(1)
     encoder = load_encoder('mini', device='cpu')

@@ -829,7 +829,7 @@ def test_choices_and_hints_of_the_command(tmp_path, capsys):
     assert main(['data', 'arrange', 'dagm', str(raw), '--parts', 'Train', 'Test']) == 0
     out = capsys.readouterr().out
     assert (
-        'in all 70 + 30' in out
+        'total: 70 normal + 30 anomalous' in out
         and 'looks for it in a folder named dagm: give --out .../dagm/meta.json' in out
     )
     assert (
@@ -840,7 +840,7 @@ def test_choices_and_hints_of_the_command(tmp_path, capsys):
     assert (
         main(['data', 'arrange', 'covid', str(tmp_path / 'c'), '--kinds', 'COVID', 'Lung_Opacity'])
         == 0
-        and 'in all 4 + 5' in capsys.readouterr().out
+        and 'total: 4 normal + 5 anomalous' in capsys.readouterr().out
     )
     for argv, word in (
         (

@@ -14,7 +14,7 @@ from test_parity import mlp, norm, scaled
 from test_windows import CONFIGS, gap, make, normal, unit
 
 from zsad.encoder.attention import attend
-from zsad.encoder.clip import load_encoder
+from zsad.encoder.loading import load_encoder
 from zsad.methods.relevance import (
     block_relevance,
     forward_weights,

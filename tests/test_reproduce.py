@@ -226,11 +226,11 @@ def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatc
     """
     from test_data import arrange_visa
 
-    from zsad.datasets.layouts import load_dataset
+    from zsad.datasets.loading import load_dataset
 
     d, _, _ = bench
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'c'))
-    monkeypatch.setattr('zsad.app.explorer.write_gallery', lambda *a, **k: ())
+    monkeypatch.setattr('zsad.cli.reproduce.write_gallery', lambda *a, **k: ())
     shutil.copytree(d / 'data', tmp_path / 'sets' / 'mvtec')
     arrange_visa(load_dataset('mvtec', d / 'data'), tmp_path / 'sets' / 'VisA_20220922')
     command = [
@@ -248,7 +248,7 @@ def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatc
         '--out',
         str(tmp_path / 'o'),
     ]
-    assert main([*command, '--plan']) == 0 and not (tmp_path / 'o').exists()
+    assert main([*command, '--dry-run']) == 0 and not (tmp_path / 'o').exists()
     told = capsys.readouterr().out
     assert (
         'MVTec-AD: mvtec, 14 images' in told
@@ -268,7 +268,7 @@ def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatc
         )
     capsys.readouterr()
     assert (
-        main([*command, '--plan']) == 0 and 'to do: 0 images to encode' in capsys.readouterr().out
+        main([*command, '--dry-run']) == 0 and 'to do: 0 images to encode' in capsys.readouterr().out
     )
 
 
@@ -276,7 +276,7 @@ def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatc
 def test_visa_alone_runs_all_exhibits(bench, tmp_path, monkeypatch, capsys):
     from test_data import arrange_visa
 
-    from zsad.datasets.layouts import load_dataset
+    from zsad.datasets.loading import load_dataset
 
     d, _, _ = bench
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'c'))
@@ -337,7 +337,7 @@ def test_what_cannot_be_accepted_is_refused_before_it_runs(tmp_path, monkeypatch
         )
     monkeypatch.chdir(tmp_path)
     assert (
-        main(['reproduce', '--accept', '--plan']) == 2
+        main(['reproduce', '--accept', '--dry-run']) == 2
         and 'not inside a checkout' in capsys.readouterr().err
     )
 
@@ -414,7 +414,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_it_starts(
 
 def test_spoiled_files_are_named_counted_and_change_no_number(bench, tmp_path, monkeypatch, capsys):
     d, _, cache = bench
-    monkeypatch.setattr('zsad.app.explorer.write_gallery', lambda *a, **k: ())
+    monkeypatch.setattr('zsad.cli.reproduce.write_gallery', lambda *a, **k: ())
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'c'))
     shutil.copytree(d / 'data', tmp_path / 'data')
     test, truth = (
@@ -531,7 +531,7 @@ def test_changed_weights_are_another_run(bench, tmp_path):
 @pytest.mark.slow
 def test_a_new_outline_is_another_data_set(bench, tmp_path, monkeypatch):
     d, _, cache = bench
-    monkeypatch.setattr('zsad.app.explorer.write_gallery', lambda *a, **k: ())
+    monkeypatch.setattr('zsad.cli.reproduce.write_gallery', lambda *a, **k: ())
     monkeypatch.setenv('ZSAD_CACHE', str(cache))
     shutil.copytree(d / 'data', tmp_path / 'data')
     full = render_procad(
@@ -682,7 +682,7 @@ def test_size_and_device_reach_the_encoder_the_run_and_the_forecast(
 
 
 def test_workers_respect_the_cores_of_the_process(monkeypatch):
-    from zsad.cli.main import cores
+    from zsad.cli.reproduce import worker_count
 
-    monkeypatch.setattr('zsad.core.files.available_cores', lambda: 3)
-    assert cores(0, 'cpu') == 3 and cores(5, 'cpu') == 5 and cores(0, 'cuda') == 1
+    monkeypatch.setattr('zsad.cli.reproduce.available_cores', lambda: 3)
+    assert worker_count(0, 'cpu') == 3 and worker_count(5, 'cpu') == 5 and worker_count(0, 'cuda') == 1

@@ -21,10 +21,10 @@ from zsad.bench.plan import collect, plan_jobs, run_plan
 from zsad.bench.profiles import PROFILES, open_sets
 from zsad.bench.results import write_results
 from zsad.bench.workers import run_all
-from zsad.core.files import seeded_rng
-from zsad.encoder.clip import Tokens
+from zsad.core.randomness import seeded_rng
 from zsad.encoder.store import verify
-from zsad.evaluation.metrics import Protocol
+from zsad.encoder.tokens import Tokens
+from zsad.evaluation.protocol import Protocol
 from zsad.papers.exhibits import EXHIBITS
 from zsad.rendered.procad import render_procad
 
@@ -159,7 +159,7 @@ def test_other_revisions_on_a_worker_are_refused(sets, tmp_path, other):
 
 
 def test_a_raised_revision_is_another_run(sets, tmp_path, monkeypatch):
-    from zsad.core.identity import Operation
+    from zsad.core.registry import Operation
     from zsad.pipeline import detector as method
 
     def keys():
@@ -253,7 +253,7 @@ def test_tokens_move_once_for_all_rows_that_read_them(sets, tmp_path, monkeypatc
 
 OWN_TERM = """
 import torch
-from zsad.pipeline.detector import term
+from zsad.pipeline.terms import term
 @term('mine', rev=1)
 def mine(s, power:float=2.)->torch.Tensor:
     "Raise the distance of a patch to the mean patch to a power."
@@ -265,7 +265,7 @@ def mine(s, power:float=2.)->torch.Tensor:
 @pytest.fixture
 def register_term(tmp_path, monkeypatch):
     "A function that registers a term 'mine' for a test, in a module or as in a notebook."
-    from zsad.pipeline.detector import TERMS
+    from zsad.pipeline.terms import TERMS
 
     def register(module):
         if module:
@@ -285,8 +285,8 @@ def register_term(tmp_path, monkeypatch):
 
 
 def made_by_hand(power=2.0):
-    from zsad.papers.exhibits import Exhibit, Row
-    from zsad.pipeline.detector import METHODS
+    from zsad.papers.exhibit import Exhibit, Row
+    from zsad.pipeline.rows import METHODS
 
     terms = (('mine', dict(power=power)),)
     row = Row('Mine', replace(METHODS['anoclip'], name='mine', terms=terms))
@@ -305,7 +305,9 @@ def made_by_hand(power=2.0):
 
 
 def table_of(sets, cache, out, **how):
-    from zsad.reporting.tables import contrast_sentences, read_results, table
+    from zsad.bench.reading import read_results
+    from zsad.reporting.contrasts import contrast_sentences
+    from zsad.reporting.tables import table
 
     shown = made_by_hand()
     plan = plan_jobs(shown, sets[1], Model(), cache=cache)
@@ -318,8 +320,8 @@ def table_of(sets, cache, out, **how):
 def test_a_term_of_ones_own_works_from_build_to_a_table(register_term, sets, tmp_path, module):
     import json
 
-    from zsad.datasets.layouts import load_image
-    from zsad.encoder.clip import load_encoder
+    from zsad.datasets.images import load_image
+    from zsad.encoder.loading import load_encoder
     from zsad.pipeline.detector import build
 
     register_term(module)

@@ -15,7 +15,7 @@ from zsad.cli.main import main
 from zsad.cli.naming import find_images, name_files, pair_names
 from zsad.cli.score import shared_scale
 from zsad.rendered.procad import render_procad
-from zsad.reporting.viz import map_range
+from zsad.reporting.overlays import map_range
 
 
 @pytest.fixture(scope='module')
@@ -250,7 +250,7 @@ def test_pictures_are_held_one_at_a_time(method, pills, score, monkeypatch, tmp_
     "However many images there are, decoded pictures do not pile up."
     import zsad.datasets.layouts
 
-    load, alive, most = zsad.datasets.layouts.load_image, [], []
+    load, alive, most = zsad.datasets.images.load_image, [], []
 
     def watched(path):
         image = load(path)
@@ -274,7 +274,7 @@ def test_pictures_are_held_one_at_a_time(method, pills, score, monkeypatch, tmp_
 
 
 def test_a_set_is_encoded_in_batches(pills, score, monkeypatch, tmp_path):
-    from zsad.encoder.clip import Encoder
+    from zsad.encoder.encoder import Encoder
 
     encode, sizes = Encoder.tokens, []
     monkeypatch.setattr(
@@ -441,10 +441,12 @@ def test_anomalous_images_without_masks_are_no_normal_pixels(
     "Their pixels are in no loss, their labels are; with masks of all, nothing changes."
     from dataclasses import replace
 
-    from zsad.datasets.layouts import load_dataset, scan_dataset
-    from zsad.encoder.clip import load_encoder
+    from zsad.datasets.loading import load_dataset
+    from zsad.datasets.survey import scan_dataset
+    from zsad.encoder.loading import load_encoder
     from zsad.learned.configs import CONFIGS, resolve_config
-    from zsad.learned.trainer import LOSSES, TrainableModel, load_train_set, make_batch
+    from zsad.learned.train_set import load_train_set, make_batch
+    from zsad.learned.trainable import LOSSES, TrainableModel
 
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'c'))
     for c in ('full', 'bare'):

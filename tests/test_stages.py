@@ -8,14 +8,9 @@ import torch
 
 from zsad.encoder.loading import load_encoder
 from zsad.encoder.spec import AttentionPath, EncodeSpec
-from zsad.pipeline.detector import (
-    Method,
-    adapted_tokens,
-    build,
-    one_path,
-    synthetic_images,
-    synthetic_tokens,
-)
+from zsad.pipeline.detector import build
+from zsad.pipeline.method import Method, one_path
+from zsad.pipeline.terms import adapted_tokens, synthetic_images, synthetic_tokens
 
 CONFIG = dict(
     embed_dim=64,

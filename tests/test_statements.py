@@ -8,19 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from zsad.bench.jobs import (
-    Model,
-    RowResults,
-    compute,
-    contrast_line,
-    metric_line,
-    seed_draws,
-    write_results,
-)
+from zsad.bench.models import Model
+from zsad.bench.plan import compute
 from zsad.bench.reading import read_results
-from zsad.datasets.layouts import load_dataset, scan_dataset
-from zsad.papers.exhibits import EXHIBITS, Exhibit, Row, seeds_of
-from zsad.pipeline.detector import METHODS
+from zsad.bench.results import write_results
+from zsad.bench.statistics import RowResults, contrast_line, metric_line, seed_draws
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.survey import scan_dataset
+from zsad.papers.exhibit import Exhibit, Row, seeds_of
+from zsad.papers.exhibits import EXHIBITS
+from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
 from zsad.reporting.captions import caption
 from zsad.reporting.cells import NAMES, cell, column_name, dataset_of

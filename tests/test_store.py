@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from zsad.core.files import digest, seeded_rng, write_atomic
+from zsad.core.files import write_atomic
+from zsad.core.hashing import digest
+from zsad.core.randomness import seeded_rng
 from zsad.encoder import shards, store, streams
 from zsad.encoder.loading import load_encoder
 from zsad.encoder.shards import DamagedShard, read_shard, shard_bytes

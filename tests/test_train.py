@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from zsad.encoder.clip import load_encoder
+from zsad.encoder.loading import load_encoder
 from zsad.learned.initial_weights import new_model, prepare
 from zsad.learned.muon import Muon
 from zsad.learned.pretraining import export_weights, optimisers, train

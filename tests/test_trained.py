@@ -10,9 +10,12 @@ import pytest
 import torch
 from test_parity import gap
 
-from zsad.bench.jobs import Model, compute, plan_jobs
-from zsad.datasets.layouts import load_dataset, scan_dataset
-from zsad.encoder.clip import AttentionPath, EncodeSpec, load_encoder
+from zsad.bench.models import Model
+from zsad.bench.plan import compute, plan_jobs
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.survey import scan_dataset
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.spec import AttentionPath, EncodeSpec
 from zsad.learned.anomalyclip import LayerMaps
 from zsad.learned.artifacts import (
     cached_artifact,
@@ -25,8 +28,10 @@ from zsad.learned.fusion import KAnoCLIP
 from zsad.learned.heads import MVFA, AprilGan
 from zsad.learned.prompts import PROMPT_RECIPES, start_prompts, text_of
 from zsad.methods.musc import musc_map, split_subsets
-from zsad.papers.exhibits import Row
-from zsad.pipeline.detector import METHODS, Method, build
+from zsad.papers.exhibit import Row
+from zsad.pipeline.detector import build
+from zsad.pipeline.method import Method
+from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
 
 S = 96
@@ -90,9 +95,10 @@ def test_a_head_row_gives_what_the_head_gives(enc, x, made, name):
     t = load_artifact(m.artifact, enc)
     det = build(m, ['pill', 'wood'], enc)
     pair = (
-        text_of(t.prompts, enc, ['pill'])['pill'].pair
+        text_of(t.prompts, enc, ['pill'])['pill'].class_embeddings
         if t.prompts
-        else build('anoclip', ['pill'], enc).texts['pill'].pair * 0 + det.texts['pill'].pair
+        else build('anoclip', ['pill'], enc).texts['pill'].class_embeddings * 0
+        + det.texts['pill'].class_embeddings
     )
     tokens = enc.tokens(x, m.encode)
     want = (
@@ -220,8 +226,9 @@ def test_runs_know_their_artifact(files, enc, made, tmp_path, capsys):
     prep = enc.preprocess
     import numpy as np
 
-    from zsad.datasets.layouts import load_image, load_mask
-    from zsad.evaluation.metrics import evaluate
+    from zsad.datasets.images import load_image
+    from zsad.datasets.masks import load_mask
+    from zsad.evaluation.measure import evaluate
 
     p = build(m['mvfa'], {'pill': 'object'}, enc)(
         prep([load_image(k.path) for k in s]), ['pill'] * len(s)

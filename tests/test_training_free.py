@@ -21,43 +21,44 @@ import torch.nn.functional as F
 from PIL import Image
 from test_parity import gap, unit
 
-from zsad.bench.jobs import (
-    Model,
-    collect,
-    compute,
-    forecast,
-    gather_rows,
-    plan_jobs,
-    possible,
-    reference_of,
-    run_all,
-    shots_of,
-    write_results,
-)
+from zsad.bench.forecast import forecast
+from zsad.bench.jobs import reference_of
+from zsad.bench.models import Model
+from zsad.bench.plan import collect, compute, plan_jobs
+from zsad.bench.reading import read_results
+from zsad.bench.requests import gather_rows, possible, shots_of
+from zsad.bench.results import write_results
+from zsad.bench.workers import run_all
 from zsad.cli.main import main
 from zsad.core.hashing import digest
-from zsad.datasets.layouts import (
-    data_hash,
-    load_dataset,
-    load_image,
-    load_mask,
-    read_folder,
-    read_meta,
-    scan_dataset,
-    write_meta,
-)
-from zsad.encoder.clip import AttentionPath, EncodeSpec, encode_images, load_encoder
-from zsad.encoder.store import join, load_or_encode, prune, split, streams_in, streams_of, verify
+from zsad.datasets.images import load_image
+from zsad.datasets.layouts import read_folder
+from zsad.datasets.loading import load_dataset
+from zsad.datasets.masks import load_mask
+from zsad.datasets.meta import read_meta, write_meta
+from zsad.datasets.survey import scan_dataset
+from zsad.encoder.encoder import encode_images
+from zsad.encoder.loading import load_encoder
+from zsad.encoder.spec import AttentionPath, EncodeSpec
+from zsad.encoder.store import load_or_encode, prune, streams_in, verify
+from zsad.encoder.streams import join, split, streams_of
+from zsad.encoder.windows import encode_windows, window_places
 from zsad.evaluation.measure import evaluate
 from zsad.evaluation.protocol import METRICS
 from zsad.methods.dual import draw_references, dual_score, joint_map, pair_map
 from zsad.methods.musc import musc_map, rscin
 from zsad.methods.prompts import encode_prompts
-from zsad.methods.windows import choose_references, encode_windows, window_places, zero_shot_map
-from zsad.papers.exhibits import EXHIBITS, Exhibit, Row, shots
-from zsad.pipeline.detector import METHODS, Reference, build, select_images, select_paths
+from zsad.methods.windows import choose_references, zero_shot_map
+from zsad.papers.exhibit import Exhibit, Row
+from zsad.papers.exhibits import EXHIBITS
+from zsad.papers.exhibits_winclip import winclip_with_shots
+from zsad.pipeline.detector import build
+from zsad.pipeline.inputs import select_images, select_paths
+from zsad.pipeline.references import Reference
+from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
-from zsad.reporting.tables import cell, read_results, readable, runs_of, table
+from zsad.reporting.cells import cell, runs_of
+from zsad.reporting.tables import readable, table
 
 S, GRID, C = 96, (6, 6), ['pill']
 WITH_REFERENCES, NEW = (
@@ -608,17 +609,17 @@ def passes(monkeypatch):
     seen, scales, encode, embed = (
         [],
         [],
-        zsad.encoder.clip.encode_images,
-        zsad.methods.windows.window_tokens,
+        zsad.encoder.encoder.encode_images,
+        zsad.encoder.windows.window_tokens,
     )
 
     def recorded(encoder, images, spec, *more):
         seen.append((len(images), tuple(p.attention for p in spec.paths), spec.windows, spec.views))
         return encode(encoder, images, spec, *more)
 
-    monkeypatch.setattr('zsad.encoder.clip.encode_images', recorded)
+    monkeypatch.setattr('zsad.encoder.encoder.encode_images', recorded)
     monkeypatch.setattr(
-        'zsad.methods.windows.window_tokens',
+        'zsad.encoder.windows.window_tokens',
         lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1],
     )
     return seen, scales
@@ -884,16 +885,16 @@ def test_a_training_part_that_is_no_table_of_categories_is_named(copy):
 
 
 def test_the_hash_of_a_set_is_that_of_what_is_measured(copy):
-    before = data_hash(read_folder(copy))
+    before = scan_dataset(read_folder(copy)).hash
     good = copy / 'pill' / 'train' / 'good'
     shutil.copy(good / '000.png', good / '001.png')
-    assert data_hash(read_folder(copy)) == before
+    assert scan_dataset(read_folder(copy)).hash == before
     shutil.rmtree(copy / 'pill' / 'train')
-    assert data_hash(read_folder(copy)) == before
+    assert scan_dataset(read_folder(copy)).hash == before
     shutil.copy(
         copy / 'pill' / 'test' / 'good' / '000.png', copy / 'pill' / 'test' / 'good' / '001.png'
     )
-    assert data_hash(read_folder(copy)) != before
+    assert scan_dataset(read_folder(copy)).hash != before
 
 
 # ---- the bench
@@ -1344,14 +1345,14 @@ def test_references_depend_on_ids_and_the_seed_alone(run, enc):
 
 def test_shots_come_from_the_training_part_those_of_fewer_first(rendered):
     ds = load_dataset('procad', rendered)
-    four = shots_of(shots(4), ds, 'pill')
+    four = shots_of(winclip_with_shots(4), ds, 'pill')
     assert (
         sorted(Path(f).parent for _, f in four) == [rendered / 'pill' / 'train' / 'good'] * 4
         and all(digest(load_image(f), n=24) == h for h, f in four)
         and len(set(four)) == 4
     )
-    assert [shots_of(shots(k), ds, 'pill') for k in (1, 2)] == [four[:1], four[:2]]
-    assert shots_of(shots(4), replace(ds, train=ds.train[::-1]), 'pill') == four
+    assert [shots_of(winclip_with_shots(k), ds, 'pill') for k in (1, 2)] == [four[:1], four[:2]]
+    assert shots_of(winclip_with_shots(4), replace(ds, train=ds.train[::-1]), 'pill') == four
 
 
 def test_an_image_that_is_there_twice(copy, model, enc, tmp_path):
@@ -1366,7 +1367,7 @@ def test_an_image_that_is_there_twice(copy, model, enc, tmp_path):
     shown = some(
         *OWN[1:4],
         OWN[5],
-        Row('four', shots(4)),
+        Row('four', winclip_with_shots(4)),
         Row(
             'again',
             replace(
@@ -1420,7 +1421,7 @@ def test_more_shots_than_training_images_are_missing_not_an_error(
     )
     thin(copy, 0)
     assert not possible(
-        Row('x', shots(1)),
+        Row('x', winclip_with_shots(1)),
         load_encoder(model.backbone, model.weights),
         load_dataset('procad', copy),
     )
@@ -1429,7 +1430,7 @@ def test_more_shots_than_training_images_are_missing_not_an_error(
 def test_one_category_with_fewer_training_images_is_enough_to_be_missing(copy, enc):
     (copy / 'wood' / 'train' / 'good' / '003.png').unlink()
     ds = load_dataset('procad', copy)
-    assert [possible(Row('x', shots(k)), enc, ds) for k in (0, 1, 3, 4)] == [
+    assert [possible(Row('x', winclip_with_shots(k)), enc, ds) for k in (0, 1, 3, 4)] == [
         True,
         True,
         True,
@@ -1525,7 +1526,7 @@ def test_a_training_image_that_cannot_be_read_costs_no_other_row(copy, model, tm
 def zsad(files, rendered, tmp_path, monkeypatch, capsys):
     "Run `zsad score` with the small encoder: (exit code, scores, maps, lines on stderr)."
     monkeypatch.setenv('ZSAD_CACHE', str(tmp_path / 'c'))
-    monkeypatch.setattr('zsad.encoder.clip.choose_device', lambda d='auto': 'cpu')
+    monkeypatch.setattr('zsad.encoder.loading.choose_device', lambda d='auto': 'cpu')
 
     def f(*args):
         out = tmp_path / 'out'
@@ -1662,7 +1663,7 @@ def test_seeds_on_the_command_line(files, rendered, tmp_path, monkeypatch, capsy
         files[1],
         '--out',
         str(tmp_path / 'o'),
-        '--plan',
+        '--dry-run',
     ]
 
     def count(*more):
@@ -1696,7 +1697,7 @@ def test_fewer_seeds_than_one_are_refused(files, rendered, tmp_path, monkeypatch
                 files[1],
                 '--out',
                 str(tmp_path / 'o'),
-                '--plan',
+                '--dry-run',
                 '--seeds',
                 n,
             ]

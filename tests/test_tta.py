@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zsad.encoder.clip import anomaly_score
 from zsad.methods.adaptation import (
     PSEUDO,
     SIMILARITY,
@@ -38,6 +37,7 @@ from zsad.methods.adapters import (
     start_shapes,
     text_adapter,
 )
+from zsad.methods.clip_baseline import anomaly_score
 
 
 def gap(a, b):

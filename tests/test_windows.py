@@ -17,7 +17,7 @@ from zsad.encoder.attention import forward_paths, to_stage
 from zsad.encoder.loading import load_encoder
 from zsad.encoder.windows import encode_windows, window_places, window_tokens
 from zsad.methods.clip_baseline import anomaly_score
-from zsad.methods.prompts import PROMPTS, compose
+from zsad.methods.prompt_sets import PROMPTS, compose
 from zsad.methods.windows import (
     association,
     build_memory_bank,

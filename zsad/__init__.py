@@ -5,14 +5,14 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 MODULE_OF = {  # public name -> module that defines it
-    'load_encoder': 'encoder.clip',
+    'load_encoder': 'encoder.loading',
     'build': 'pipeline.detector',
     'METHODS': 'pipeline.rows',
-    'load_dataset': 'datasets.layouts',
-    'load_image': 'datasets.layouts',
-    'evaluate': 'evaluation.metrics',
+    'load_dataset': 'datasets.loading',
+    'load_image': 'datasets.images',
+    'evaluate': 'evaluation.measure',
     'table': 'reporting.tables',
-    'figure': 'reporting.tables',
+    'figure': 'reporting.figures',
     'EXHIBITS': 'papers.exhibits',
 }
 __all__ = list(MODULE_OF)

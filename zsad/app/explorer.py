@@ -17,10 +17,10 @@ from ..core.files import cache_dir, digest
 from ..datasets.layouts import Dataset, load_image, load_mask
 from ..encoder.clip import Encoder
 from ..encoder.store import encode_images, load_or_encode
-from ..papers.exhibits import ATTENTION
+from ..papers.exhibits import ATTENTION_ROWS
 from ..pipeline.detector import METHODS, build, one_path
 from ..reporting.pictures import choose_categories, in_turn
-from ..reporting.viz import map_range, outline, overlay, picture_grid
+from ..reporting.viz import map_range, contour, overlay, picture_grid
 
 # %% ../../nbs/app/explorer.ipynb #722fd729
 def tokens_of(encoder: Encoder, spec, interpolation: str, images):
@@ -61,12 +61,12 @@ def gallery_line(encoder: Encoder, ds: Dataset, sample, rows, context: int, text
     kind = ds.kinds[sample.category]
     maps = maps_of(rows, encoder, files, sample.category, kind, texts)
     image = encoder.preprocess.square(load_image(sample.path))
-    mask = outline(image, load_mask(sample.mask, encoder.preprocess.size))
+    mask = contour(image, load_mask(sample.mask, encoder.preprocess.size))
     return [image, mask, *(overlay(image, m[0], map_range(m)) for m in maps.values())]
 
 # %% ../../nbs/app/explorer.ipynb #22a51f2a
 def gallery(
-    encoder: Encoder, ds: Dataset, samples, rows=(ATTENTION[0], ATTENTION[3]), context: int = 6
+    encoder: Encoder, ds: Dataset, samples, rows=(ATTENTION_ROWS[0], ATTENTION_ROWS[3]), context: int = 6
 ):
     "Show image, mask and the maps of `rows`, one sample a line."
     texts = {}
@@ -109,7 +109,7 @@ def depth_picture(
     detector = build(method, [category], encoder, texts)
     p = detector(encoder.preprocess([image]), [category])
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.3), dpi=72)
-    left.imshow(outline(image, mask))
+    left.imshow(contour(image, mask))
     left.set_title(f'{category}, image score {float(p.score[0]):.3f}', fontsize=9)
     shown = right.imshow(p.map[0].numpy(), cmap='inferno')
     figure.colorbar(shown, ax=right, fraction=0.046)

@@ -18,7 +18,7 @@ from .timing import COST_COLUMNS
 from .training_cost import step_rows
 from ..core.files import keep_memory, write_atomic
 from ..encoder.clip import Encoder, cpu_flags, load_encoder
-from ..methods.prompts import sentences
+from ..methods.prompts import category_prompts
 
 # %% ../../nbs/bench/cost.ipynb #618b3fd0
 FLAGS = ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2')  # instructions that decide the speed
@@ -50,7 +50,7 @@ def encoder_costs(encoder: Encoder, batch: int, quick: bool) -> list:
     least, seconds, batch = (1, 0.2, min(batch, 2)) if quick else (3, 20.0, batch)
     rows = encoding_rows(encoder, batch, least, seconds)
     if encoder.dtype == torch.float32:
-        texts = sum(sentences('winclip', 'bottle'), [])[:: 40 if quick else 1]
+        texts = sum(category_prompts('winclip', 'bottle'), [])[:: 40 if quick else 1]
         rows += text_rows(encoder, texts, least, 2 * seconds)
         rows += row_times(encoder, batch, least, seconds)
     return rows

@@ -18,7 +18,7 @@ from .jobs import Job, merge_specs, rows_to_do
 from .models import Model, open_model
 from ..encoder.clip import Encoder, EncodeSpec
 from ..encoder.store import Stream, index, streams_of
-from ..methods.prompts import sentences
+from ..methods.prompts import category_prompts
 
 # %% ../../nbs/bench/forecast.ipynb #632d5916
 # seconds of one core to score one image for one row and to draw its intervals, measured once over
@@ -101,7 +101,7 @@ def seconds_per_sentence(encoder: Encoder) -> float:
 def sentence_count(methods, job: Job) -> int:
     "Count the prompts that methods need for a job's category, each prompt set once."
     prompt_sets = {repr(m.prompts): m.prompts for m in methods if m.prompts}
-    texts = [sentences(p, job.category, job.kind) for p in prompt_sets.values()]
+    texts = [category_prompts(p, job.category, job.kind) for p in prompt_sets.values()]
     return sum(sum(map(len, parts)) for parts in texts)
 
 # %% ../../nbs/bench/forecast.ipynb #a6c45371

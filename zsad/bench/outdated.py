@@ -17,7 +17,7 @@ from .requests import with_seed
 from ..core.identity import PIPELINE_REV
 from ..evaluation.metrics import Protocol
 from ..papers.exhibits import EXHIBITS, seeds_of
-from ..pipeline.detector import build, fit
+from ..pipeline.detector import build, resolve_artifact
 from ..reporting.tables import read_exhibit
 
 # %% ../../nbs/bench/outdated.ipynb #d1c2d303
@@ -32,7 +32,7 @@ def identity_of(row, dataset: str, model: Model = Model(device='cpu')) -> dict:
     if row.method is None:
         return {**shared, **method_record(row, None)}
     try:
-        method, artifact = fit(row.method, encoder, dataset)
+        method, artifact = resolve_artifact(row.method, encoder, dataset)
     except FileNotFoundError:
         return {**shared, 'artifact': None, 'seed': row.method.seed}
     resolved = build(method, (), encoder).method

@@ -22,7 +22,7 @@ from ..evaluation.metrics import METRICS
 from ..learned.trainer import missing
 from ..methods.windows import choose_references
 from ..papers.exhibits import Row, seeds_of
-from ..pipeline.detector import fit
+from ..pipeline.detector import resolve_artifact
 
 # %% ../../nbs/bench/requests.ipynb #293590b1
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def fitted(row: Row, encoder: Encoder, ds) -> Row:  # None where it cannot be ru
     if row.method is None or not row.method.artifact:
         return row
     try:
-        method, artifact = fit(row.method, encoder, ds.name)
+        method, artifact = resolve_artifact(row.method, encoder, ds.name)
     except (OSError, ValueError) as e:
         report_left_out(row.method.name, e)
         return None

@@ -21,7 +21,7 @@ from .timing import cost_row, seconds_of_call, wait
 from ..core.files import keep_memory
 from ..encoder.clip import load_encoder
 from ..learned.configs import CONFIGS, resolve_config
-from ..learned.trainer import Batch, TrainableModel, groups_of
+from ..learned.trainer import Batch, TrainableModel, parameter_groups
 
 # %% ../../nbs/bench/training_cost.ipynb #6dff6824
 def batch_of_one(encoder, config, tokens, x) -> Batch:
@@ -69,7 +69,7 @@ def time_step(
     tokens = encoder.tokens(x, config.encode)
     wait(device)
     encoding, batch = time.perf_counter() - start, batch_of_one(encoder, config, tokens, x)
-    step = partial(train_step, model, torch.optim.Adam(groups_of(model), lr=config.lr), batch)
+    step = partial(train_step, model, torch.optim.Adam(parameter_groups(model), lr=config.lr), batch)
     spent = [seconds_of_call(step, device) for _ in range(passes)]
     return encoding, spent, peak_of_memory(device)
 

@@ -34,7 +34,7 @@ from zsad.datasets.layouts import (
 from ..encoder.clip import Encoder
 from ..evaluation.metrics import METRICS, evaluate, resize_bilinear, resize_mask
 from ..papers.exhibits import Row
-from ..pipeline.detector import Method, find_method, fit
+from ..pipeline.detector import Method, find_method, resolve_artifact
 
 # %% ../../nbs/cli/evaluate.ipynb #21c05284
 def read_map(path) -> np.ndarray:  # [H,W]
@@ -194,7 +194,7 @@ def fit_method(args, dataset: str, encoder: Encoder) -> Method:
     method = set_seed(find_method(args.method), args.seed)
     if args.artifact:
         method = replace(method, artifact=str(args.artifact))
-    method, artifact = fit(method, encoder, dataset)
+    method, artifact = resolve_artifact(method, encoder, dataset)
     if artifact and artifact.about.get('dataset') == dataset:
         raise ValueError(
             f'{method.name}: the artifact {method.artifact} was trained on {dataset}; '

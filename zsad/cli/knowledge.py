@@ -10,8 +10,8 @@ import sys
 
 from ..datasets.layouts import load_dataset
 from zsad.learned.knowledge import (
-    ask_categories,
-    ask_images,
+    category_questions,
+    image_questions,
     build_base,
     cost_words,
     estimate,
@@ -34,10 +34,10 @@ def nouns_of(ds) -> dict:  # category -> noun
 def questions_of(ds, descriptions: int, per_image: int) -> list:
     "List the questions about the categories and, unless `per_image` is 0, the anomalous images."
     nouns = nouns_of(ds)
-    questions = ask_categories(nouns, ds.name, descriptions)
+    questions = category_questions(nouns, ds.name, descriptions)
     if per_image:
         anomalous = [s for s in ds.samples if s.label]
-        questions += ask_images(anomalous, nouns, ds.name, per_image)
+        questions += image_questions(anomalous, nouns, ds.name, per_image)
     return questions
 
 # %% ../../nbs/cli/knowledge.ipynb #dbc6bbbf

@@ -19,7 +19,7 @@ from ..encoder.clip import Preprocess
 from .initial_weights import normalise
 from .recipes import Recipe
 from ..rendered.pairs import Pairs, captions
-from ..rendered.procad import uni
+from ..rendered.procad import uniform
 
 # %% ../../nbs/learned/pretraining_data.ipynb #cf10fd87
 class CachingTokenizer:
@@ -71,7 +71,7 @@ def interpolate(pair, done: float) -> float:
 
 def draw_window_size(r: Recipe, done: float, rng) -> tuple:
     "Draw the side of a step's windows in patches (15: full pictures) and its number of pairs."
-    if uni(rng) < interpolate(r.full, done):
+    if uniform(rng) < interpolate(r.full, done):
         return 15, r.batch
     low, high = (round(interpolate(sides, done)) for sides in (r.smallest, r.largest))
     k = int(rng.integers(low, high, endpoint=True))

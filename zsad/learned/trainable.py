@@ -15,7 +15,7 @@ from ..encoder.clip import Encoder
 from .artifacts import HEADS
 from .configs import TrainConfig
 from zsad.learned.prompts import (
-    Learned,
+    LearnedPrompts,
     dice_loss,
     focal_loss,
     full_precision,
@@ -47,7 +47,7 @@ class TrainableModel(nn.Module):
         "Give every image of a batch the embeddings of its normal and its anomalous prompt."
         if self.words is None:
             return hand_written_pairs(self, self.config.text, categories)
-        learned = Learned(self.config.prompts, dict(self.words.items()))
+        learned = LearnedPrompts(self.config.prompts, dict(self.words.items()))
         texts = text_of(learned, self.encoder, list(dict.fromkeys(categories)))
         return torch.stack([texts[c].pair for c in categories])
 

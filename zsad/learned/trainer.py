@@ -19,13 +19,13 @@ from ..core.files import cache_dir, keep_memory
 from ..core.identity import identity_key, plain
 from ..datasets.layouts import ScannedDataset
 from ..encoder.clip import Encoder
-from .artifacts import HEAD_REVS, save_trained
+from .artifacts import HEAD_REVS, save_artifact
 from .configs import TrainConfig, resolve_config
 from .curves import add_lines, cut_curve
 from .distributed import own_encoder, world, wrap_distributed
 
 # %% ../../nbs/learned/trainer.ipynb #4538d6fe
-from .prompts import Learned, save_state
+from .prompts import LearnedPrompts, save_state
 from .train_set import TrainSet, draw_rows, load_train_set, make_batch, steps_of
 from .trainable import TrainableModel
 from ..methods.prompts import prompt_set
@@ -158,13 +158,13 @@ def export_artifact(path, run: TrainingRun, train_set: TrainSet) -> str:  # hash
     model, c = run.model, run.model.config
     prompts = None
     if model.words is not None:
-        prompts = Learned(c.prompts, {k: p.detach() for k, p in model.words.items()})
+        prompts = LearnedPrompts(c.prompts, {k: p.detach() for k, p in model.words.items()})
     steps, losses = mean_losses(run.folder)
     notes = dict(seed=c.seed, config=config_notes(c))
     notes |= dict(dataset=train_set.dataset, data=train_set.data, images=len(train_set))
     notes |= dict(knowledge=train_set.knowledge_hash, steps=steps, losses=losses)
     inputs = dict(encode=plain(c.encode), prompts=c.text)
-    return save_trained(path, model.encoder, prompts, model.head, c.settings, inputs, **notes)
+    return save_artifact(path, model.encoder, prompts, model.head, c.settings, inputs, **notes)
 
 # %% ../../nbs/learned/trainer.ipynb #92781688
 def start_run(c: TrainConfig, encoder: Encoder, train_set: TrainSet, folder=None) -> TrainingRun:

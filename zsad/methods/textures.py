@@ -9,7 +9,7 @@ __all__ = ['PATTERNS', 'FIELDS', 'near', 'edge', 'clouds', 'marble', 'speckle', 
 # %% ../../nbs/methods/textures.ipynb #294ae447
 import numpy as np
 
-from ..rendered.procad import cover, disc, grid, noise, pick, rgb, turn, uni, wave
+from ..rendered.procad import cover, disc, grid, noise, pick, rgb, turn, uniform, wave
 
 # %% ../../nbs/methods/textures.ipynb #3b232dd3
 def near(U, V, rng):
@@ -34,11 +34,11 @@ def clouds(X, Y, scale, contrast, rng):
 
 
 def marble(X, Y, scale, contrast, rng):
-    return 0.5 + 0.5 * wave(scale * X / 4 + uni(rng, 0.5, 2) * noise(rng, len(X), 4, 4))
+    return 0.5 + 0.5 * wave(scale * X / 4 + uniform(rng, 0.5, 2) * noise(rng, len(X), 4, 4))
 
 
 def speckle(X, Y, scale, contrast, rng):
-    return np.clip(8 * noise(rng, len(X), int(5 * scale), 2) - uni(rng, 3.5, 5), 0, 1)
+    return np.clip(8 * noise(rng, len(X), int(5 * scale), 2) - uniform(rng, 3.5, 5), 0, 1)
 
 
 def stripes(X, Y, scale, contrast, rng):
@@ -50,7 +50,7 @@ def checks(X, Y, scale, contrast, rng):
 
 
 def rings(X, Y, scale, contrast, rng):
-    return edge(wave(scale * disc(X, Y, 0, uni(rng, -1), uni(rng, -1))), contrast)
+    return edge(wave(scale * disc(X, Y, 0, uniform(rng, -1), uniform(rng, -1))), contrast)
 
 # %% ../../nbs/methods/textures.ipynb #422bcbfd
 def weave(X, Y, scale, contrast, rng):
@@ -66,7 +66,7 @@ def bricks(X, Y, scale, contrast, rng):
 
 
 def dots(X, Y, scale, contrast, rng):
-    distance = disc(scale * X % 1 - 0.5, scale * Y % 1 - 0.5, uni(rng, 0.15, 0.45))
+    distance = disc(scale * X % 1 - 0.5, scale * Y % 1 - 0.5, uniform(rng, 0.15, 0.45))
     return cover(distance, scale)
 
 
@@ -98,7 +98,7 @@ def draw_field(
     "Draw one of twelve kinds of pattern, its scale and its contrast."
     if kind not in PATTERNS:
         raise ValueError(f'kind={kind!r}: choose from {FIELDS}')
-    scale, contrast = 2 ** uni(rng, 1, 4), 2 ** uni(rng, -1, 2.5)
+    scale, contrast = 2 ** uniform(rng, 1, 4), 2 ** uniform(rng, -1, 2.5)
     return PATTERNS[kind](X, Y, scale, contrast, rng)
 
 # %% ../../nbs/methods/textures.ipynb #5de6172b
@@ -109,10 +109,10 @@ def draw_texture(
 ) -> np.ndarray:  # [H,W,3] uint8 RGB
     "Draw a texture of a random kind, direction, warp and colours."
     h, w = (size, size) if isinstance(size, int) else size
-    S, bend = max(h, w), uni(rng, 0, 0.3)
-    X, Y = (c + bend * noise(rng, S, 4, 2) for c in turn(*grid(S), uni(rng)))
+    S, bend = max(h, w), uniform(rng, 0, 0.3)
+    X, Y = (c + bend * noise(rng, S, 4, 2) for c in turn(*grid(S), uniform(rng)))
     t = draw_field(pick(rng, kinds), X, Y, rng)
-    ramp = np.stack([rgb(uni(rng), uni(rng, 0.1, 0.9), uni(rng, 0.1, 1)) for _ in range(3)], -1)
+    ramp = np.stack([rgb(uniform(rng), uniform(rng, 0.1, 0.9), uniform(rng, 0.1, 1)) for _ in range(3)], -1)
     image = np.stack([np.interp(t, (0, 0.5, 1), c) for c in ramp], -1)
     image = image * (0.8 + 0.4 * noise(rng, S, 60, 2))[..., None]
     return np.clip(np.rint(255 * image), 0, 255).astype('u1')[:h, :w]

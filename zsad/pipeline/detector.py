@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..encoder.clip import Encoder, Tokens
-from ..learned.artifacts import Artifact, artifact_name, auxiliary_of, load_trained
+from ..learned.artifacts import Artifact, artifact_name, auxiliary_of, load_artifact
 from ..methods.prompts import encode_text
 from ..methods.windows import check_window
 from .checks import check_method
@@ -227,7 +227,7 @@ def resolve_artifact(
         return m, None
     on = auxiliary_of(dataset or ('procad' if encoder.source == 'shipped' else ''))
     m = replace(m, artifact=artifact_name(m.artifact, encoder.backbone, on, m.seed))
-    trained = load_trained(m.artifact, encoder)
+    trained = load_artifact(m.artifact, encoder)
     if not m.terms and not trained.head:
         raise ValueError(
             f'{m.name}: artifact {m.artifact!r} holds prompts and no head, and the row '

@@ -19,7 +19,7 @@ from ..methods.adaptation import adapt, adapt_in_order, draw_noise, draw_start, 
 from ..methods.dual import joint_map, pair_map
 from ..methods.musc import musc_map, split_subsets
 from ..methods.relevance import relevance
-from ..methods.synthesis import draw_source, patch_mask, synthesize
+from ..methods.synthesis import draw_texture, patch_mask, synthesize
 from ..methods.windows import build_memory_bank, few_shot_map, zero_shot_map
 from .inputs import TEMPERATURES, ScoringInputs, patches_of
 from .scores import class_score
@@ -216,7 +216,7 @@ def synthetic_images(s: ScoringInputs) -> list:  # [(image [S,S,3] uint8, mask [
     out = []
     for image, name in zip(prep.pixels(s.x), s.ids):
         rng = seeded_rng(s.seed, 'synth', name)
-        out.append(synthesize(image, draw_source(prep.size, rng), rng))
+        out.append(synthesize(image, draw_texture(prep.size, rng), rng))
     return out
 
 
