@@ -616,7 +616,7 @@ def passes(monkeypatch):
         seen.append((len(images), tuple(p.attention for p in spec.paths), spec.windows, spec.views))
         return encode(encoder, images, spec, *more)
 
-    monkeypatch.setattr('zsad.encoder.clip.encode_images', recorded)
+    monkeypatch.setattr(zsad.encoder.store, 'encode_images', recorded)
     monkeypatch.setattr(
         'zsad.methods.windows.window_tokens',
         lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1],
