@@ -617,7 +617,7 @@ def passes(monkeypatch):
         seen.append((len(images), tuple(p.attention for p in spec.paths), spec.windows, spec.views))
         return encode(encoder, images, spec, *more)
 
-    monkeypatch.setattr('zsad.encoder.encoder.encode_images', recorded)
+    monkeypatch.setattr(zsad.encoder.store, 'encode_images', recorded)
     monkeypatch.setattr(
         'zsad.encoder.windows.window_tokens',
         lambda v, x, k, *more: (scales.append(k), embed(v, x, k, *more))[1],
