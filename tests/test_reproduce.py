@@ -268,7 +268,8 @@ def test_both_sets_of_the_paper_in_their_own_layouts(bench, tmp_path, monkeypatc
         )
     capsys.readouterr()
     assert (
-        main([*command, '--dry-run']) == 0 and 'to do: 0 images to encode' in capsys.readouterr().out
+        main([*command, '--dry-run']) == 0
+        and 'to do: 0 images to encode' in capsys.readouterr().out
     )
 
 
@@ -685,4 +686,6 @@ def test_workers_respect_the_cores_of_the_process(monkeypatch):
     from zsad.cli.reproduce import worker_count
 
     monkeypatch.setattr('zsad.cli.reproduce.available_cores', lambda: 3)
-    assert worker_count(0, 'cpu') == 3 and worker_count(5, 'cpu') == 5 and worker_count(0, 'cuda') == 1
+    assert (
+        worker_count(0, 'cpu') == 3 and worker_count(5, 'cpu') == 5 and worker_count(0, 'cuda') == 1
+    )

@@ -609,7 +609,7 @@ def passes(monkeypatch):
     seen, scales, encode, embed = (
         [],
         [],
-        zsad.encoder.encoder.encode_images,
+        zsad.encoder.store.encode_images,
         zsad.encoder.windows.window_tokens,
     )
 

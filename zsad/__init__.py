@@ -1,4 +1,4 @@
-"""Zero-shot visual anomaly detection with CLIP: methods, experiments and tables of several papers."""
+"""Zero-shot visual anomaly detection with CLIP: methods, experiments, tables of the papers."""
 
 from importlib import import_module
 

@@ -13,14 +13,19 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from ..bench.jobs import merge_specs
-from ..core.files import cache_dir, digest
-from ..datasets.layouts import Dataset, load_image, load_mask
-from ..encoder.clip import Encoder
-from ..encoder.store import encode_images, load_or_encode
-from ..papers.exhibits import ATTENTION_ROWS
-from ..pipeline.detector import METHODS, build, one_path
-from ..reporting.pictures import choose_categories, in_turn
-from ..reporting.viz import map_range, contour, overlay, picture_grid
+from ..core.files import cache_dir
+from ..core.hashing import digest
+from ..datasets.images import load_image
+from ..datasets.masks import load_mask
+from ..datasets.samples import Dataset
+from ..encoder.encoder import Encoder, encode_images
+from ..encoder.store import load_or_encode
+from ..papers.exhibits_anoclip import ATTENTION_ROWS
+from ..pipeline.detector import build
+from ..pipeline.method import one_path
+from ..pipeline.rows import METHODS
+from ..reporting.overlays import contour, map_range, overlay, picture_grid
+from ..reporting.selection import choose_categories, choose_in_turn
 
 # %% ../../nbs/app/explorer.ipynb #722fd729
 def tokens_of(encoder: Encoder, spec, interpolation: str, images):
@@ -66,7 +71,11 @@ def gallery_line(encoder: Encoder, ds: Dataset, sample, rows, context: int, text
 
 # %% ../../nbs/app/explorer.ipynb #22a51f2a
 def gallery(
-    encoder: Encoder, ds: Dataset, samples, rows=(ATTENTION_ROWS[0], ATTENTION_ROWS[3]), context: int = 6
+    encoder: Encoder,
+    ds: Dataset,
+    samples,
+    rows=(ATTENTION_ROWS[0], ATTENTION_ROWS[3]),
+    context: int = 6,
 ):
     "Show image, mask and the maps of `rows`, one sample a line."
     texts = {}
@@ -80,7 +89,7 @@ def one_of_each(ds: Dataset) -> list:
     "Choose one anomalous sample of each category; kinds of defects take turns."
     names = choose_categories(ds, count=len(ds.categories))
     parts = [replace(ds, samples=ds.of(c)) for c in names]
-    return [part.samples[i] for part, i in zip(parts, in_turn(parts))]
+    return [part.samples[i] for part, i in zip(parts, choose_in_turn(parts))]
 
 
 def write_gallery(encoder: Encoder, ds: Dataset, out) -> tuple:  # ((file below figures, title),)

@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from .pages import execute, pages_of
 from .plan import Plan
+from .reading import UNACCEPTED
 from ..core.files import write_atomic
-from ..papers.exhibits import COLUMNS, EXHIBITS
-from ..reporting.tables import UNACCEPTED
+from ..papers.exhibit import COLUMNS
+from ..papers.exhibits import EXHIBITS
 
 # %% ../../nbs/bench/accept.ipynb #def359db
 def without_times(path) -> pd.DataFrame:
@@ -129,7 +130,7 @@ def execute_pages(folder: Path, names) -> list:
     pages = pages_of(folder, names)
     for p in (bar := tqdm(pages, desc='notebooks')):
         bar.set_postfix_str(p.stem)
-        execute(p)
+        execute(p, results=folder / 'results')
     return pages
 
 # %% ../../nbs/bench/accept.ipynb #d1c2d301

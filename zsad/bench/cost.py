@@ -16,9 +16,11 @@ from .encoding_cost import encoding_rows, row_times, text_rows
 from .metrics_cost import category_maps, metric_times
 from .timing import COST_COLUMNS
 from .training_cost import step_rows
-from ..core.files import keep_memory, write_atomic
-from ..encoder.clip import Encoder, cpu_flags, load_encoder
-from ..methods.prompts import category_prompts
+from ..core.files import write_atomic
+from ..core.parallel import keep_memory
+from ..encoder.encoder import Encoder
+from ..encoder.loading import cpu_flags, load_encoder
+from ..methods.prompt_sets import category_prompts
 
 # %% ../../nbs/bench/cost.ipynb #618b3fd0
 FLAGS = ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2')  # instructions that decide the speed

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from .timing import cost_row, gemm_rates, take_turns
-from ..core.files import seeded_rng
-from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, cpu_flags
+from ..core.randomness import seeded_rng
+from ..encoder.encoder import Encoder
+from ..encoder.loading import cpu_flags
+from ..encoder.spec import AttentionPath, EncodeSpec
 from ..papers.exhibits import EXHIBITS
 from ..pipeline.detector import build
 

@@ -16,9 +16,11 @@ import torch
 
 from .jobs import Job, merge_specs, rows_to_do
 from .models import Model, open_model
-from ..encoder.clip import Encoder, EncodeSpec
-from ..encoder.store import Stream, index, streams_of
-from ..methods.prompts import category_prompts
+from ..encoder.encoder import Encoder
+from ..encoder.spec import EncodeSpec
+from ..encoder.store import index
+from ..encoder.streams import Stream, streams_of
+from ..methods.prompt_sets import category_prompts
 
 # %% ../../nbs/bench/forecast.ipynb #632d5916
 # seconds of one core to score one image for one row and to draw its intervals, measured once over

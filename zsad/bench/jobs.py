@@ -19,15 +19,18 @@ import torch
 from .measuring import Truth, measure_row, read_truth
 from .models import Model, open_model
 from .records import TORCH, machine, revisions
-from ..core.files import digest, safe_name, write_atomic
-from ..datasets.layouts import load_image
-from ..encoder.clip import Encoder
+from ..core.files import safe_name, write_atomic
+from ..core.hashing import digest
+from ..datasets.images import load_image
+from ..encoder.encoder import Encoder
 from ..encoder.store import encode_missing, load_or_encode
-from ..evaluation.metrics import METRICS, Protocol
+from ..evaluation.protocol import METRICS, Protocol
 from ..methods.dual import draw_references
 
 # %% ../../nbs/bench/jobs.ipynb #84ef6228
-from ..pipeline.detector import Detector, Prediction, Reference, build, select_images
+from ..pipeline.detector import Detector, Prediction, build
+from ..pipeline.inputs import select_images
+from ..pipeline.references import Reference
 
 # %% ../../nbs/bench/jobs.ipynb #c8667495
 def join_groups(groups, same: tuple, joined: tuple) -> list:

@@ -10,23 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..datasets.layouts import load_mask
-from ..evaluation.intervals import resample_weights
-from zsad.evaluation.metrics import (
-    METRICS,
-    Protocol,
-    auroc,
+from ..datasets.masks import load_mask
+from ..evaluation.counts import group_counts, reason, sorted_counts
+from zsad.evaluation.measure import (
     check_shapes,
-    group_counts,
     image_counts,
     measure_set,
     metric_unit,
     pixel_arrays,
-    pro,
-    reason,
-    resize_mask,
-    sorted_counts,
 )
+from ..evaluation.metrics import auroc, pro
+from ..evaluation.protocol import METRICS, Protocol
+from ..evaluation.resampling import resample_weights
+from ..evaluation.resizing import resize_mask
 
 # %% ../../nbs/bench/measuring.ipynb #7ebe9dc6
 @dataclass(frozen=True)

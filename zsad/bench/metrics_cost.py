@@ -10,9 +10,12 @@ import numpy as np
 from scipy import ndimage
 
 from .timing import cost_row, take_turns
-from ..core.files import seeded_rng
-from ..evaluation.metrics import evaluate, resize
-from ..rendered.procad import KINDS, design, plan, render
+from ..core.randomness import seeded_rng
+from ..evaluation.measure import evaluate
+from ..evaluation.resizing import resize
+from ..rendered.procad import KINDS, design
+from ..rendered.scene import render
+from ..rendered.sets import plan
 
 # %% ../../nbs/bench/metrics_cost.ipynb #1a34e87e
 def rendered_mask(kind: str, number: int, defect: str, size: int) -> np.ndarray:  # [S,S] bool

@@ -9,18 +9,12 @@ __all__ = ['Model', 'encoder_variant_of', 'has_variant', 'load_model', 'open_mod
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..core.files import keep_memory
-from zsad.encoder.clip import (
-    SHIPPED,
-    Encoder,
-    choose_device,
-    choose_dtype,
-    find_config,
-    load_encoder,
-    untrained,
-    vision_weights,
-)
-from ..papers.exhibits import ENCODER_VARIANTS, Row
+from ..core.parallel import keep_memory
+from ..encoder.building import vision_weights
+from ..encoder.encoder import Encoder
+from ..encoder.loading import choose_device, choose_dtype, load_encoder, untrained
+from ..encoder.weights import SHIPPED, find_config
+from ..papers.exhibit import ENCODER_VARIANTS, Row
 
 # %% ../../nbs/bench/models.ipynb #433eed95
 @dataclass(frozen=True)

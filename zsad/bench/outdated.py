@@ -12,13 +12,14 @@ from pathlib import Path
 import pandas as pd
 
 from .models import Model, encoder_variant_of, open_model
+from .reading import read_exhibit
 from .records import IDENTITY, encoder_record, method_record, rules_of, run_key
 from .requests import with_seed
 from ..core.identity import PIPELINE_REV
-from ..evaluation.metrics import Protocol
-from ..papers.exhibits import EXHIBITS, seeds_of
+from ..evaluation.protocol import Protocol
+from ..papers.exhibit import seeds_of
+from ..papers.exhibits import EXHIBITS
 from ..pipeline.detector import build, resolve_artifact
-from ..reporting.tables import read_exhibit
 
 # %% ../../nbs/bench/outdated.ipynb #d1c2d303
 def identity_of(row, dataset: str, model: Model = Model(device='cpu')) -> dict:

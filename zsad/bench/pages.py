@@ -9,6 +9,7 @@ __all__ = ['WIDGET', 'KERNEL', 'READERS', 'OF_ALL', 'is_not_run', 'joined_stream
 
 # %% ../../nbs/bench/pages.ipynb #d25d4067
 import ast
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -71,15 +72,17 @@ def tidy(nb):
     return nb
 
 # %% ../../nbs/bench/pages.ipynb #b4f4a903
-def run_notebook(nb, folder, timeout: int):
-    "Run the cells of a notebook in a fresh kernel that works in `folder`."
+def run_notebook(nb, folder, timeout: int, results=None):
+    "Run a notebook in a fresh kernel in `folder`; `results` stand for the accepted results."
     from nbclient import NotebookClient
 
     resources = {'metadata': {'path': str(folder)}}
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=resources).execute()
+    client = NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=resources)
+    given = {'ZSAD_RESULTS': str(results)} if results else {}
+    client.execute(env={**os.environ, **given})
 
 
-def execute(path, timeout: int = 1200) -> Path:
+def execute(path, timeout: int = 1200, results=None) -> Path:
     "Run a notebook in its own folder and store its outputs; a ValueError names the notebook."
     path = Path(path)
     nb = nbformat.read(path, 4)
@@ -89,7 +92,7 @@ def execute(path, timeout: int = 1200) -> Path:
         cell.pop('outputs', None)
         cell.pop('execution_count', None)
     try:
-        run_notebook(nb, path.parent, timeout)
+        run_notebook(nb, path.parent, timeout, results)
     except Exception as e:
         raise ValueError(f'{path.name}: {str(e)[-1500:]}') from e
     for cell in skipped:

@@ -16,9 +16,9 @@ from .records import revisions, run_key, run_record
 from .requests import ReadyRow, gather_rows, runnable
 from .workers import run_all
 from ..core.files import cache_dir
-from ..datasets.layouts import ScannedDataset
-from ..encoder.clip import Encoder
-from ..evaluation.metrics import METRICS, Protocol
+from ..datasets.survey import ScannedDataset
+from ..encoder.encoder import Encoder
+from ..evaluation.protocol import METRICS, Protocol
 from ..pipeline.detector import build
 
 # %% ../../nbs/bench/plan.ipynb #90a4225f

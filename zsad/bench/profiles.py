@@ -10,8 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..datasets.layouts import SOURCES, find_sets, load_dataset, scan_dataset, set_name
-from ..papers.exhibits import STAND_INS
+from ..datasets.loading import load_dataset, set_name
+from ..datasets.sources import SOURCES, find_sets
+from ..datasets.survey import scan_dataset
+from ..papers.exhibit import STAND_INS
 
 # %% ../../nbs/bench/profiles.ipynb #e224fd85
 @dataclass(frozen=True)

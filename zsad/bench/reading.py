@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 import zsad
-from ..papers.exhibits import COLUMNS, EXHIBITS, Exhibit
+from ..papers.exhibit import COLUMNS, Exhibit
+from ..papers.exhibits import EXHIBITS
 
 # %% ../../nbs/bench/reading.ipynb #01567c78
 UNACCEPTED = 'NOT_ACCEPTED'  # list of exhibits beside the project's own results

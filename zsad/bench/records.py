@@ -12,14 +12,15 @@ from importlib.metadata import version
 
 import torch
 
-from ..core.files import digest
+from ..core.hashing import digest
 from ..core.identity import PIPELINE_REV, canonical, identity_key
-from ..datasets.layouts import ScannedDataset, check_dataset
-from ..encoder.clip import Encoder
-from ..evaluation.metrics import Protocol
+from ..datasets.sources import check_dataset
+from ..datasets.survey import ScannedDataset
+from ..encoder.encoder import Encoder
+from ..evaluation.protocol import Protocol
 from ..learned.artifacts import HEAD_REVS
-from ..papers.exhibits import Row
-from ..pipeline.detector import method_identity
+from ..papers.exhibit import Row
+from ..pipeline.identity import method_identity
 
 # %% ../../nbs/bench/records.ipynb #27c6bcb9
 TORCH = '.'.join(torch.__version__.split('.')[:2])  # stored results are kept apart by it

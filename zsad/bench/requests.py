@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .models import Model, encoder_variant_of, has_variant, open_model
-from ..core.files import digest
-from ..datasets.layouts import load_image
-from ..encoder.clip import Encoder
-from ..evaluation.metrics import METRICS
-from ..learned.trainer import missing
+from ..core.hashing import digest
+from ..datasets.images import load_image
+from ..encoder.encoder import Encoder
+from ..evaluation.protocol import METRICS
+from ..learned.missing import missing
 from ..methods.windows import choose_references
-from ..papers.exhibits import Row, seeds_of
+from ..papers.exhibit import Row, seeds_of
 from ..pipeline.detector import resolve_artifact
 
 # %% ../../nbs/bench/requests.ipynb #293590b1

@@ -14,8 +14,8 @@ from pathlib import Path
 from .plan import Plan
 from .statistics import RowResults, contrast_line, defect_line, metric_line, spans_of
 from ..core.files import write_atomic
-from ..evaluation.metrics import METRICS
-from ..papers.exhibits import COLUMNS, CONTROLS, Exhibit
+from ..evaluation.protocol import METRICS
+from ..papers.exhibit import COLUMNS, CONTROLS, Exhibit
 
 # %% ../../nbs/bench/results.ipynb #a89168f8
 def rows_of(plan: Plan, results: dict, e: Exhibit, dataset: str) -> dict:  # {label: RowResults}

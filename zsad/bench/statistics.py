@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.files import seeded_rng
+from ..core.randomness import seeded_rng
 from ..evaluation.intervals import interval
 
 # %% ../../nbs/bench/statistics.ipynb #9e6b38ab

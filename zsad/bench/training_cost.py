@@ -18,10 +18,12 @@ import torch.nn.functional as F
 
 from .encoding_cost import noise_images
 from .timing import cost_row, seconds_of_call, wait
-from ..core.files import keep_memory
-from ..encoder.clip import load_encoder
+from ..core.parallel import keep_memory
+from ..encoder.loading import load_encoder
 from ..learned.configs import CONFIGS, resolve_config
-from ..learned.trainer import Batch, TrainableModel, parameter_groups
+from ..learned.train_set import Batch
+from ..learned.trainable import TrainableModel
+from ..learned.trainer import parameter_groups
 
 # %% ../../nbs/bench/training_cost.ipynb #6dff6824
 def batch_of_one(encoder, config, tokens, x) -> Batch:
@@ -69,7 +71,9 @@ def time_step(
     tokens = encoder.tokens(x, config.encode)
     wait(device)
     encoding, batch = time.perf_counter() - start, batch_of_one(encoder, config, tokens, x)
-    step = partial(train_step, model, torch.optim.Adam(parameter_groups(model), lr=config.lr), batch)
+    step = partial(
+        train_step, model, torch.optim.Adam(parameter_groups(model), lr=config.lr), batch
+    )
     spent = [seconds_of_call(step, device) for _ in range(passes)]
     return encoding, spent, peak_of_memory(device)
 

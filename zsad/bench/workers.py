@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from .jobs import Job, run_job, stored_result
 from .records import revisions
-from ..core.files import digest, write_atomic
-from ..pipeline.detector import local_operations
+from ..core.files import write_atomic
+from ..core.hashing import digest
+from ..pipeline.identity import local_operations
 
 # %% ../../nbs/bench/workers.ipynb #85e9356d
 def without_frames(e: Exception) -> Exception:

@@ -10,17 +10,12 @@ import os
 import sys
 from pathlib import Path
 
-from zsad.datasets.layouts import (
-    check_dataset,
-    find_root,
-    layout_of,
-    load_dataset,
-    role_of,
-    scan_dataset,
-    vanishing,
-    write_meta,
-)
+from ..datasets.layouts import find_root, layout_of
+from ..datasets.loading import load_dataset
+from ..datasets.meta import write_meta
 from ..datasets.raw import RAW, arrange
+from ..datasets.sources import check_dataset, role_of
+from ..datasets.survey import scan_dataset, vanishing
 
 # %% ../../nbs/cli/data.ipynb #6372d5f3
 def print_counts(name: str, ds):

@@ -12,9 +12,10 @@ from importlib.metadata import version
 import torch
 
 from ..core.files import cache_dir
-from ..encoder.clip import choose_device, choose_dtype, cpu_flags, load_encoder
+from ..encoder.loading import choose_device, choose_dtype, cpu_flags, load_encoder
 from ..pipeline.detector import build
-from ..rendered.procad import design, render
+from ..rendered.procad import design
+from ..rendered.scene import render
 
 # %% ../../nbs/cli/doctor.ipynb #5a733ad6
 PACKAGES = ('torch', 'torchvision', 'open_clip_torch', 'numpy', 'zsad')

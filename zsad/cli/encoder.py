@@ -8,7 +8,8 @@ __all__ = ['check_device', 'check_positive', 'open_encoder']
 # %% ../../nbs/cli/encoder.ipynb #b632f772
 import torch
 
-from ..encoder.clip import Encoder, choose_device, load_encoder
+from ..encoder.encoder import Encoder
+from ..encoder.loading import choose_device, load_encoder
 
 # %% ../../nbs/cli/encoder.ipynb #bd6256cb
 def check_device(name: str):

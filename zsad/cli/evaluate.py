@@ -17,24 +17,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..bench.jobs import Job, predictions, read_truth, shots_of
+from ..bench.jobs import Job, predictions
+from ..bench.measuring import read_truth
+from ..bench.requests import shots_of
 from .encoder import check_positive, open_encoder
 from .naming import named_below, pair_names, write_rows
 from .score import set_seed
 from ..core.files import cache_dir
-from zsad.datasets.layouts import (
-    IMAGES,
-    NORMAL,
-    ScannedDataset,
-    load_dataset,
-    looks_inverted,
-    read_mask,
-    scan_dataset,
-)
-from ..encoder.clip import Encoder
-from ..evaluation.metrics import METRICS, evaluate, resize_bilinear, resize_mask
-from ..papers.exhibits import Row
-from ..pipeline.detector import Method, find_method, resolve_artifact
+
+# %% ../../nbs/cli/evaluate.ipynb #4faf9816
+from ..datasets.loading import load_dataset
+from ..datasets.masks import looks_inverted, read_mask
+from ..datasets.scanning import IMAGES, NORMAL
+from ..datasets.survey import ScannedDataset, scan_dataset
+from ..encoder.encoder import Encoder
+from ..evaluation.measure import evaluate
+from ..evaluation.protocol import METRICS
+from ..evaluation.resizing import resize_bilinear, resize_mask
+from ..papers.exhibit import Row
+from ..pipeline.detector import resolve_artifact
+from ..pipeline.method import Method
+from ..pipeline.rows import find_method
 
 # %% ../../nbs/cli/evaluate.ipynb #21c05284
 def read_map(path) -> np.ndarray:  # [H,W]

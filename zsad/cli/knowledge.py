@@ -8,17 +8,10 @@ __all__ = ['nouns_of', 'questions_of', 'build_knowledge']
 # %% ../../nbs/cli/knowledge.ipynb #ea4dfafc
 import sys
 
-from ..datasets.layouts import load_dataset
-from zsad.learned.knowledge import (
-    category_questions,
-    image_questions,
-    build_base,
-    cost_words,
-    estimate,
-    look_up,
-    open_base,
-    write_base,
-)
+from ..datasets.loading import load_dataset
+from ..learned.knowledge import look_up, open_base, write_base
+from ..learned.knowledge_builder import build_base, cost_words, estimate
+from ..learned.questions import category_questions, image_questions
 
 # %% ../../nbs/cli/knowledge.ipynb #e6387f0b
 def nouns_of(ds) -> dict:  # category -> noun

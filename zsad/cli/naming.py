@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from ..datasets.layouts import IMAGES
+from ..datasets.scanning import IMAGES
 
 # %% ../../nbs/cli/naming.ipynb #7ef947f8
 def files_below(folder, suffixes) -> list:

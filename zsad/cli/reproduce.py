@@ -5,43 +5,41 @@
 # %% auto #0
 __all__ = ['COST', 'DEFAULTS', 'check_names', 'select_exhibits', 'select_pictures', 'format_duration', 'worker_count',
            'describe_set', 'describe_data', 'describe_work', 'check_disk', 'check_options', 'open_run', 'announce_work',
-           'learning_methods', 'missing_artifacts', 'train_missing', 'reproduce_cost', 'compute_tables',
-           'reproduce_runs', 'check_accept', 'accept_results', 'reproduce']
+           'train_missing', 'reproduce_cost', 'compute_tables', 'plan_runs', 'reproduce_runs', 'check_accept',
+           'accept_results', 'reproduce']
 
 # %% ../../nbs/cli/reproduce.ipynb #b2c92c63
 import difflib
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from ..app.explorer import write_gallery
 from ..bench.accept import accept, find_checkout
-from ..bench.cost import cost_caption, cost_figure, cost_table, write_cost
-from zsad.bench.jobs import (
-    PROFILES,
-    Model,
-    compute,
-    encoder_variant_of,
-    forecast,
-    gather_rows,
-    machine,
-    open_model,
-    open_sets,
-    plan_jobs,
-    possible,
-    write_results,
-)
+from ..bench.cost import write_cost
+from ..bench.forecast import forecast
+from ..bench.models import Model, open_model
+from ..bench.plan import Plan, plan_jobs, run_plan
+from ..bench.profiles import PROFILES, open_sets
+from ..bench.records import machine
+from ..bench.requests import untrained_artifacts
+from ..bench.results import write_results
+from ..reporting.cost import cost_caption, cost_figure, cost_table
 
 # %% ../../nbs/cli/reproduce.ipynb #7f6030b6
+from ..bench.reading import read_results
 from .encoder import check_device, check_positive
-from ..core.files import available_cores, write_atomic
-from ..datasets.layouts import check_dataset, find_sets
-from ..encoder.clip import choose_device, weights_origin
-from ..learned.trainer import learn_missing, missing
-from ..papers.exhibits import EXHIBITS, PICTURES, ROLES
+from ..core.files import write_atomic
+from ..core.parallel import available_cores
+from ..datasets.sources import check_dataset, find_sets
+from ..encoder.loading import choose_device
+from ..encoder.weights import weights_origin
+from ..learned.missing import learn_missing
+from ..papers.exhibit import ROLES
+from ..papers.exhibits import EXHIBITS
+from ..papers.pictures import PICTURES
+from ..reporting.pages import markdown, write_page, write_report
 from ..reporting.pictures import write_pictures
-from ..reporting.tables import markdown, read_results, write_page, write_report
 
 # %% ../../nbs/cli/reproduce.ipynb #e0a917a9
 COST = 'cost'  # name of the exhibit that is measured on this machine
@@ -61,7 +59,7 @@ def select_exhibits(names, everything: bool = False) -> list:
     check_names(names)
     if names:
         return [EXHIBITS[n] for n in names if n in EXHIBITS]
-    return [e for e in EXHIBITS.values() if everything or not e.asked]
+    return [e for e in EXHIBITS.values() if everything or not e.on_request]
 
 
 def select_pictures(names) -> list:
@@ -161,56 +159,29 @@ def open_run(args, exhibits, pictures) -> tuple:  # {role: ScannedDataset}, Mode
     return sets, Model(backbone, weights, size=args.size, device=args.device)
 
 
-def announce_work(args, exhibits, sets: dict, model: Model):
-    "Print what is left to do for exhibits; a ValueError where the disk is too small."
-    jobs = plan_jobs(exhibits, sets, model, args.batch_size, seeds=args.seeds).jobs
-    work = forecast(jobs, measure=True)
-    print('\n'.join(describe_work(model, jobs, work)), flush=True)
-    check_disk(jobs, work)
-
-# %% ../../nbs/cli/reproduce.ipynb #72d36dc7
-def learning_methods(exhibits, role: str, ds, model: Model, seeds: int) -> dict:
-    "List the methods of exhibits that need an artifact on a data set: {encoder variant: [Method]}."
-    found = {}
-    for requested in gather_rows(exhibits, role, seeds):
-        row = requested.row
-        needs_artifact = row.method is not None and row.method.artifact
-        if needs_artifact and possible(row, open_model(model), ds):
-            found.setdefault(encoder_variant_of(row), []).append(row.method)
-    return found
-
-
-def missing_artifacts(exhibits, sets: dict, model: Model, seeds: int) -> dict:
-    "List the artifacts that rows lack: {encoder variant: {name: entry of `missing`}}."
-    lacking = {}
-    for role, scanned in sets.items():
-        ds = scanned.dataset
-        for variant, methods in learning_methods(exhibits, role, ds, model, seeds).items():
-            encoder = open_model(replace(model, twin=variant))
-            for entry in missing(methods, encoder, [ds.name]):
-                lacking.setdefault(variant, {})[entry[0]] = entry
-    return lacking
+def announce_work(model: Model, plan: Plan):
+    "Print what a plan has left to do; a ValueError where the disk is too small."
+    work = forecast(plan.jobs, measure=True)
+    print('\n'.join(describe_work(model, plan.jobs, work)), flush=True)
+    check_disk(plan.jobs, work)
 
 # %% ../../nbs/cli/reproduce.ipynb #8245eaec
 def train_missing(args, exhibits, sets: dict, model: Model):
     "Print which artifacts the rows of exhibits lack; with --train, train them."
-    lacking = missing_artifacts(exhibits, sets, model, args.seeds)
-    names = [name for entries in lacking.values() for name in entries]
-    if not names:
+    lacking = untrained_artifacts(exhibits, sets, model, args.seeds)
+    if not lacking:
         return
     train = args.train and not args.dry_run
-    consequence = (
-        'they are trained first'
-        if train
-        else 'the rows that need them stay empty; --train trains them'
-    )
-    shown = ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
-    print(f'not trained: {len(names)} artifacts ({shown}); {consequence}', flush=True)
+    left_out = 'the rows that need them stay empty; --train trains them'
+    consequence = 'they are trained first' if train else left_out
+    shown = ', '.join([*lacking][:4]) + (', ...' if len(lacking) > 4 else '')
+    print(f'not trained: {len(lacking)} artifacts ({shown}); {consequence}', flush=True)
     if not train:
         return
     roots = find_sets(args.data) if args.profile == 'paper' else {}
-    for variant, entries in lacking.items():
-        learn_missing(list(entries.values()), open_model(replace(model, twin=variant)), roots)
+    for encoder in dict.fromkeys(encoder for encoder, _ in lacking.values()):
+        entries = [entry for other, entry in lacking.values() if other == encoder]
+        learn_missing(entries, open_model(encoder), roots)
 
 # %% ../../nbs/cli/reproduce.ipynb #9e836aa5
 def reproduce_cost(out: Path):
@@ -228,39 +199,41 @@ def reproduce_cost(out: Path):
     print(text)
 
 # %% ../../nbs/cli/reproduce.ipynb #6b432e1b
-def compute_tables(args, exhibits, sets: dict, model: Model, out: Path) -> tuple:
-    "Compute exhibits and write results, tables, figures and the gallery: (Results, pictures)."
-    plan, found = compute(
-        exhibits,
-        sets,
-        model,
-        args.batch_size,
-        args.scheduler,
-        seeds=args.seeds,
-        workers=worker_count(args.workers, args.device),
-    )
+def compute_tables(args, plan: Plan, sets: dict, model: Model, out: Path) -> tuple:
+    "Run a plan and write results, tables, figures and the gallery: (Results, pictures)."
+    workers = worker_count(args.workers, args.device)
+    found = run_plan(plan, args.scheduler, workers=workers)
     results = read_results(write_results(out / 'results', plan, found))
-    write_report(exhibits, results, out)
+    write_report(plan.exhibits, results, out)
     first = next(iter(sets.values())).dataset
     return results, write_gallery(open_model(model), first, out)
 
 # %% ../../nbs/cli/reproduce.ipynb #ec185a98
-def reproduce_runs(args, exhibits, pictures, out: Path):
+def plan_runs(args, exhibits, sets: dict, model: Model) -> Plan:
+    "Plan the runs of exhibits and print what they take; trains missing artifacts with --train."
+    if not exhibits:
+        return Plan()
+    train_missing(args, exhibits, sets, model)
+    plan = plan_jobs(exhibits, sets, model, args.batch_size, seeds=args.seeds)
+    announce_work(model, plan)
+    return plan
+
+
+def reproduce_runs(args, exhibits, pictures, out: Path) -> Plan:
     "Compute the exhibits that are made of runs, draw the pictures and write the index page."
     sets, model = open_run(args, exhibits, pictures)
-    if exhibits:
-        train_missing(args, exhibits, sets, model)
-        announce_work(args, exhibits, sets, model)
+    plan = plan_runs(args, exhibits, sets, model)
     if args.dry_run:
-        return
+        return plan
     results, drawn = None, ()
     if exhibits:  # tables are written before the pictures are drawn
-        results, drawn = compute_tables(args, exhibits, sets, model, out)
+        results, drawn = compute_tables(args, plan, sets, model, out)
     drawn = (*drawn, *write_pictures(pictures, sets, model, out))
     page = write_page(exhibits, results, out, drawn)
     for e in exhibits:
         print(f'\n{(out / "tables" / f"{e.name}.md").read_text()}')
     print(f'tables, figures and results: {page}')
+    return plan
 
 # %% ../../nbs/cli/reproduce.ipynb #13670af9
 DEFAULTS = dict(profile='mini', data=None, backbone=None, weights=None, size=None, seeds=1)
@@ -282,9 +255,9 @@ def check_accept(args, exhibits, cost: bool):
     find_checkout()
 
 
-def accept_results(exhibits, cost: bool, out: Path):
+def accept_results(plan: Plan, cost: bool, out: Path):
     "Store what this run wrote as the results of the project."
-    changed, pages = accept(out / 'results', [e.name for e in exhibits], cost)
+    changed, pages = accept(out / 'results', plan, cost)
     names = ', '.join(changed) or 'nothing, no exhibit changed'
     print(f'accepted: {names}; {len(pages)} notebooks executed')
 
@@ -298,7 +271,6 @@ def reproduce(args):
         check_accept(args, exhibits, cost)
     if cost and not args.dry_run:
         reproduce_cost(out)  # first: a table shows its times
-    if exhibits or pictures:
-        reproduce_runs(args, exhibits, pictures, out)
+    plan = reproduce_runs(args, exhibits, pictures, out) if exhibits or pictures else Plan()
     if args.accept and not args.dry_run:
-        accept_results(exhibits, cost, out)
+        accept_results(plan, cost, out)

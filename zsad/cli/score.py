@@ -23,18 +23,16 @@ from PIL import Image
 
 from .encoder import open_encoder
 from .naming import find_images, name_files, write_rows
-from ..core.files import digest, keep_memory
-from ..datasets.layouts import load_image
-from ..encoder.clip import Preprocess, join_tokens
-from zsad.pipeline.detector import (
-    Detector,
-    Method,
-    Reference,
-    build,
-    find_method,
-    without_reference,
-)
-from ..reporting.viz import overlay
+from ..core.hashing import digest
+from ..core.parallel import keep_memory
+from ..datasets.images import load_image
+from ..encoder.preprocessing import Preprocess
+from ..encoder.tokens import join_tokens
+from ..pipeline.detector import Detector, build
+from ..pipeline.method import Method, without_reference
+from ..pipeline.references import Reference
+from ..pipeline.rows import find_method
+from ..reporting.overlays import overlay
 
 # %% ../../nbs/cli/score.ipynb #d836d101
 def read_images(files: dict, skipped: list):

@@ -6,17 +6,20 @@
 __all__ = ['list_exhibits', 'describe_method', 'list_methods', 'list_datasets']
 
 # %% ../../nbs/cli/show.ipynb #9dd85ce9
-from ..datasets.layouts import DATASETS, SOURCES
+from ..datasets.loading import DATASETS
 from ..datasets.raw import RAW
-from ..papers.exhibits import EXHIBITS, PICTURES
-from ..pipeline.detector import METHODS, Method
+from ..datasets.sources import SOURCES
+from ..papers.exhibits import EXHIBITS
+from ..papers.pictures import PICTURES
+from ..pipeline.method import Method
+from ..pipeline.rows import METHODS
 
 # %% ../../nbs/cli/show.ipynb #6c69e797
 def list_exhibits(args):
     "Print the tables and figures that can be reproduced."
     note = ' (takes long: only computed when it is named, or with --all)'
     for e in EXHIBITS.values():
-        print(f'{e.name:18s} {len(e.rows):2d} rows  {e.title}{note if e.asked else ""}')
+        print(f'{e.name:18s} {len(e.rows):2d} rows  {e.title}{note if e.on_request else ""}')
     for p in PICTURES.values():
         print(f'{p.name:18s} pictures {p.title}')
     title = 'What encoding, text and metrics cost on this machine'

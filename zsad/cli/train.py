@@ -11,12 +11,16 @@ from pathlib import Path
 
 from .encoder import check_device, check_positive
 from ..core.files import cache_dir
-from ..datasets.layouts import load_dataset, scan_dataset
-from ..encoder.clip import choose_device, load_encoder
+from ..datasets.loading import load_dataset
+from ..datasets.survey import scan_dataset
+from ..encoder.loading import choose_device, load_encoder
 from ..learned.artifacts import artifact_name, cached_artifact
 from ..learned.configs import CONFIGS, VARIANTS, find_train_config
-from ..learned.pretraining import RECIPES, export_weights, train
-from ..learned.trainer import check_target, curves, learn, rank_device
+from ..learned.distributed import rank_device
+from ..learned.missing import check_target
+from ..learned.pretraining import export_weights, train
+from ..learned.recipes import RECIPES
+from ..learned.trainer import curves, learn
 
 # %% ../../nbs/cli/train.ipynb #22511e4c
 def given(args, names: dict) -> dict:

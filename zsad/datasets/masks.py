@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from .images import decode
-from ..evaluation.metrics import MASK_RULES, resize_mask
+from ..evaluation.resizing import MASK_RULES, resize_mask
 
 # %% ../../nbs/datasets/masks.ipynb #8cf3643d
 LEVELS = 6  # distinct values within one region from which a mask counts as soft

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core.files import digest, parallel_map
+from ..core.hashing import digest
+from ..core.parallel import parallel_map
 from .images import load_image
 from .masks import looks_inverted, read_mask
 from .samples import Dataset, Sample
-from ..evaluation.metrics import resize_bilinear
+from ..evaluation.resizing import resize_bilinear
 
 # %% ../../nbs/datasets/survey.ipynb #56585e4b
 @dataclass(frozen=True)

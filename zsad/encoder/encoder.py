@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import digest
+from ..core.hashing import digest
 from .attention import forward_tokens
 from .preprocessing import Preprocess
 from .spec import AttentionPath, EncodeSpec

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..core.files import digest, write_atomic
+from ..core.files import write_atomic
+from ..core.hashing import digest
 
 # %% ../../nbs/encoder/shards.ipynb #ce2d0c4f
 class DamagedShard(ValueError):

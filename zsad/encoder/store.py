@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.files import digest, write_atomic
+from ..core.files import write_atomic
+from ..core.hashing import digest
 from ..datasets.images import load_image
 from .encoder import Encoder, encode_images
 from .shards import DamagedShard, read_header, read_shard, write_file

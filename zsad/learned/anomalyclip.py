@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoder.clip import AttentionPath, anomaly_score
+from ..encoder.spec import AttentionPath
 from .fusion import blur, trainable_copy
 from .losses import full_precision
+from ..methods.clip_baseline import anomaly_score
 
 # %% ../../nbs/learned/anomalyclip.ipynb #7dc528a6
 def dpam_path(blocks: int) -> AttentionPath:

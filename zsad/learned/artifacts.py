@@ -21,8 +21,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.files import cache_dir, digest
-from ..encoder.clip import AttentionPath, EncodeSpec
+from ..core.files import cache_dir
+from ..core.hashing import digest
+from ..encoder.spec import AttentionPath, EncodeSpec
 from .anomalyclip import LayerMaps
 from .fusion import KAnoCLIP
 from .heads import MVFA, AprilGan

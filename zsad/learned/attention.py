@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import seeded_rng
+from ..core.randomness import seeded_rng
 from ..encoder.attention import attend
 
 # %% ../../nbs/learned/attention.ipynb #1987d4cc

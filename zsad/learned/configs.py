@@ -10,9 +10,11 @@ __all__ = ['VV', 'STAGES', 'KANOCLIP', 'CONFIGS', 'PLAIN', 'ALONE', 'PROMPTS_ALO
 # %% ../../nbs/learned/configs.ipynb #702b87f1
 from dataclasses import dataclass, field, replace
 
-from ..encoder.clip import AttentionPath, Encoder, EncodeSpec
+from ..encoder.encoder import Encoder
+from ..encoder.spec import AttentionPath, EncodeSpec
+from .anomalyclip import dpam_path
 from .artifacts import HEADS
-from .prompts import PROMPT_RECIPES, PromptRecipe, dpam_path
+from .prompts import PROMPT_RECIPES, PromptRecipe
 
 # %% ../../nbs/learned/configs.ipynb #bfafdd37
 def check_train_config(c):

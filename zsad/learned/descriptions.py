@@ -114,7 +114,7 @@ def check_picture(image, mask, foreground):
         )
     if image.dtype != np.uint8:
         raise ValueError(
-            f'image: {image.dtype}; give 8-bit RGB as zsad.datasets.layouts.load_image does'
+            f'image: {image.dtype}; give 8-bit RGB as zsad.datasets.images.load_image does'
         )
     if not mask.any():
         raise ValueError('mask: marks nothing; a normal image has no anomaly to describe')

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..encoder.clip import Encoder, choose_device
+from ..encoder.encoder import Encoder
+from ..encoder.loading import choose_device
 
 # %% ../../nbs/learned/distributed.ipynb #eb952e54
 TORCHRUN = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # its variables

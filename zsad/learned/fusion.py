@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import BiCMCI, init_last_layer, weights_from
-from ..methods.adaptation import anomaly_logit
+from ..methods.adapters import anomaly_logit
 
 # %% ../../nbs/learned/fusion.ipynb #f823ad2c
 def stage_logits(

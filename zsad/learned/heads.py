@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..encoder.attention import add_mlp, attend, project, qkv
 from .attention import weights_from
 from .fusion import trainable_copy
-from ..methods.adaptation import anomaly_logit
+from ..methods.adapters import anomaly_logit
 
 # %% ../../nbs/learned/heads.ipynb #2b15b4dc
 def token_logits(

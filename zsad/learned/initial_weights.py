@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoder.clip import Preprocess, fill
+from ..encoder.preprocessing import Preprocess
+from ..encoder.weights import fill
 from .recipes import Recipe, mini_config
 
 # %% ../../nbs/learned/initial_weights.ipynb #97184902

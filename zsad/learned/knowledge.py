@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..core.files import write_atomic
-from ..encoder.clip import plain_tokenizer
+from ..encoder.text import plain_tokenizer
 
 # %% ../../nbs/learned/knowledge.ipynb #7e89f5c7
 FORMAT = 'zsad-knowledge-1'

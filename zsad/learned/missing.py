@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from tqdm.auto import tqdm
 
-from ..datasets.layouts import load_dataset, scan_dataset
-from ..encoder.clip import Encoder
+from ..datasets.loading import load_dataset
+from ..datasets.survey import scan_dataset
+from ..encoder.encoder import Encoder
 from .artifacts import artifact_name, auxiliary_of, cached_artifact, find_artifact
 from .configs import TrainConfig, find_train_config, resolve_config
-from .prompts import artifact_files, read_artifact
+from .tensor_files import artifact_files, read_artifact
 from .train_set import load_train_set
 from .trainer import config_notes, learn
 

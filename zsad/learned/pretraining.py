@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.files import cache_dir, digest, keep_memory, write_atomic
+from ..core.files import cache_dir, write_atomic
+from ..core.hashing import digest
 from ..core.identity import identity_key, plain
-from ..encoder.clip import choose_device, load_encoder
+from ..core.parallel import keep_memory
+from ..encoder.loading import choose_device, load_encoder
 from .curves import add_lines, cut_curve
 from .initial_weights import new_model, prepare
 from .muon import Muon
@@ -30,8 +32,8 @@ from .muon import Muon
 # %% ../../nbs/learned/pretraining.ipynb #fc1f8106
 from .pretraining_data import CachingTokenizer, draw_batch, to_device
 from .pretraining_losses import losses
-from .prompts import save_state
 from .recipes import Recipe, mini_config
+from .tensor_files import save_state
 from .validation import validate
 from ..rendered.pairs import Pairs, render_pairs
 

@@ -14,12 +14,13 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from ..core.files import seeded_rng
-from ..encoder.clip import Preprocess
+from ..core.randomness import seeded_rng
+from ..encoder.preprocessing import Preprocess
 from .initial_weights import normalise
 from .recipes import Recipe
-from ..rendered.pairs import Pairs, captions
-from ..rendered.procad import uniform
+from ..rendered.captions import captions
+from ..rendered.drawing import uniform
+from ..rendered.pairs import Pairs
 
 # %% ../../nbs/learned/pretraining_data.ipynb #cf10fd87
 class CachingTokenizer:

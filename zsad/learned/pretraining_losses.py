@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..encoder.attention import forward_paths
-from ..encoder.clip import AttentionPath, text_tower
+from ..encoder.spec import AttentionPath
+from ..encoder.text import text_tower
 from .pretraining_data import Sentences
 from .recipes import Recipe
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.files import seeded_rng
+from ..core.randomness import seeded_rng
 from .text_tower import clip_text_tower, embed_prompts, forward_text, project_end_token
-from ..methods.prompts import BASE, Text, category_words
+from ..methods.prompt_sets import BASE, category_words
+from ..methods.prompts import Text
 
 # %% ../../nbs/learned/prompts.ipynb #8b14d3de
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..core.files import digest
-from ..datasets.layouts import load_image
+from ..core.hashing import digest
+from ..datasets.images import load_image
 from .knowledge import count_tokens, is_text
 
 # %% ../../nbs/learned/questions.ipynb #84f089c9

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core.files import digest, write_atomic
+from ..core.files import write_atomic
+from ..core.hashing import digest
 from ..core.identity import canonical
 
 # %% ../../nbs/learned/tensor_files.ipynb #f0ab125a

@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.files import cache_dir, seeded_rng
+from ..core.files import cache_dir
 from ..core.identity import identity_key
-from ..datasets.layouts import ScannedDataset, load_image, load_mask
-from ..encoder.clip import Encoder
+from ..core.randomness import seeded_rng
+from ..datasets.images import load_image
+from ..datasets.masks import load_mask
+from ..datasets.survey import ScannedDataset
+from ..encoder.encoder import Encoder
 from ..encoder.store import encode_missing, load_or_encode
 from .configs import TrainConfig
-from .knowledge import describe_mask, knowledge, knowledge_of_image, look_up, read_base
-from .prompts import knowledge_vectors
+from .descriptions import describe_mask
+from .knowledge import knowledge, knowledge_of_image, look_up, read_base
+from .losses import knowledge_vectors
 
 # %% ../../nbs/learned/train_set.ipynb #ebfe1b18
 @dataclass(frozen=True, eq=False)

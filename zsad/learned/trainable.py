@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoder.clip import Encoder
+from ..encoder.encoder import Encoder
+from .anomalyclip import state_maps
 from .artifacts import HEADS
 from .configs import TrainConfig
-from zsad.learned.prompts import (
-    LearnedPrompts,
+from zsad.learned.losses import (
     dice_loss,
     focal_loss,
     full_precision,
@@ -23,10 +23,8 @@ from zsad.learned.prompts import (
     image_loss,
     kd_loss,
     local_loss,
-    start_prompts,
-    state_maps,
-    text_of,
 )
+from .prompts import LearnedPrompts, start_prompts, text_of
 from ..methods.prompts import encode_text
 
 # %% ../../nbs/learned/trainable.ipynb #fa36369f
@@ -49,7 +47,7 @@ class TrainableModel(nn.Module):
             return hand_written_pairs(self, self.config.text, categories)
         learned = LearnedPrompts(self.config.prompts, dict(self.words.items()))
         texts = text_of(learned, self.encoder, list(dict.fromkeys(categories)))
-        return torch.stack([texts[c].pair for c in categories])
+        return torch.stack([texts[c].class_embeddings for c in categories])
 
     def forward(self, b) -> dict:  # {loss: scalar}
         "Compute the losses of a batch."
@@ -64,7 +62,7 @@ def hand_written_pairs(model: TrainableModel, prompts: str, categories) -> Tenso
         if (prompts, c) not in model.encoded:
             text = encode_text(model.encoder, prompts, c)
             model.encoded[prompts, c] = text.to(model.encoder.device)
-    return torch.stack([model.encoded[prompts, c].pair for c in categories])
+    return torch.stack([model.encoded[prompts, c].class_embeddings for c in categories])
 
 # %% ../../nbs/learned/trainable.ipynb #53d741a7
 @full_precision

@@ -15,20 +15,22 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..core.files import cache_dir, keep_memory
+from ..core.files import cache_dir
 from ..core.identity import identity_key, plain
-from ..datasets.layouts import ScannedDataset
-from ..encoder.clip import Encoder
+from ..core.parallel import keep_memory
+from ..datasets.survey import ScannedDataset
+from ..encoder.encoder import Encoder
 from .artifacts import HEAD_REVS, save_artifact
 from .configs import TrainConfig, resolve_config
 from .curves import add_lines, cut_curve
 from .distributed import own_encoder, world, wrap_distributed
 
 # %% ../../nbs/learned/trainer.ipynb #4538d6fe
-from .prompts import LearnedPrompts, save_state
+from .prompts import LearnedPrompts
+from .tensor_files import save_state
 from .train_set import TrainSet, draw_rows, load_train_set, make_batch, steps_of
 from .trainable import TrainableModel
-from ..methods.prompts import prompt_set
+from ..methods.prompt_sets import prompt_set
 
 # %% ../../nbs/learned/trainer.ipynb #613afbff
 def parameter_groups(model: TrainableModel) -> list:

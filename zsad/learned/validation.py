@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from ..encoder.clip import AttentionPath, Encoder, EncodeSpec, anomaly_score
+from ..encoder.encoder import Encoder
+from ..encoder.spec import AttentionPath, EncodeSpec
+from ..methods.clip_baseline import anomaly_score
 from ..rendered.pairs import VALIDATION, Pairs, render_pairs
 from ..rendered.procad import KINDS
 

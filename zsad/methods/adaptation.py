@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.randomness import seeded_rng
-from ..encoder.clip import anomaly_score
 from .adapters import ADAPTERS, anomaly_logit, linear_adapter, start_shapes
+from .clip_baseline import anomaly_score
 
 # %% ../../nbs/methods/adaptation.ipynb #ee9b7592
 def draw_noise(

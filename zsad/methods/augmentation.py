@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from ..core.color import lab_power, lab_root, linear_to_srgb, srgb_to_linear
-from ..rendered.procad import pick
+from ..rendered.drawing import pick
 
 # %% ../../nbs/methods/augmentation.ipynb #74b9d39c
 def rotate(

@@ -13,7 +13,7 @@ __all__ = ['RULES', 'ORDERS', 'TUPLE_FIELDS', 'KINDS', 'TEMPLATES', 'BASE', 'WIN
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..datasets.layouts import MVTEC_TEXTURES
+from ..datasets.scanning import MVTEC_TEXTURES
 
 # %% ../../nbs/methods/prompt_sets.ipynb #d38ec866
 RULES = ('raw', 'unit')  # how many embeddings become one vector, see `zsad.methods.prompts.average`

@@ -79,7 +79,7 @@ def check_rgb(name: str, a):
     if np.ndim(a) != 3 or a.shape[2] != 3 or a.dtype != np.uint8:
         raise ValueError(
             f'{name}: need uint8 RGB [H,W,3], got {np.asarray(a).dtype} {list(np.shape(a))}; '
-            'read it with zsad.datasets.layouts.load_image'
+            'read it with zsad.datasets.images.load_image'
         )
 
 

@@ -9,7 +9,7 @@ __all__ = ['PATTERNS', 'FIELDS', 'near', 'edge', 'clouds', 'marble', 'speckle', 
 # %% ../../nbs/methods/textures.ipynb #294ae447
 import numpy as np
 
-from ..rendered.procad import cover, disc, grid, noise, pick, rgb, turn, uniform, wave
+from ..rendered.drawing import cover, disc, grid, noise, pick, rgb, turn, uniform, wave
 
 # %% ../../nbs/methods/textures.ipynb #3b232dd3
 def near(U, V, rng):
@@ -112,7 +112,9 @@ def draw_texture(
     S, bend = max(h, w), uniform(rng, 0, 0.3)
     X, Y = (c + bend * noise(rng, S, 4, 2) for c in turn(*grid(S), uniform(rng)))
     t = draw_field(pick(rng, kinds), X, Y, rng)
-    ramp = np.stack([rgb(uniform(rng), uniform(rng, 0.1, 0.9), uniform(rng, 0.1, 1)) for _ in range(3)], -1)
+    ramp = np.stack(
+        [rgb(uniform(rng), uniform(rng, 0.1, 0.9), uniform(rng, 0.1, 1)) for _ in range(3)], -1
+    )
     image = np.stack([np.interp(t, (0, 0.5, 1), c) for c in ramp], -1)
     image = image * (0.8 + 0.4 * noise(rng, S, 60, 2))[..., None]
     return np.clip(np.rint(255 * image), 0, 255).astype('u1')[:h, :w]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.files import seeded_rng
+from ..core.randomness import seeded_rng
 from ..encoder.windows import check_window
 from .clip_baseline import anomaly_score
 

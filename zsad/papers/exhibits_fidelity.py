@@ -13,7 +13,7 @@ __all__ = ['IMAGE', 'PIXEL', 'IMAGE_AND_PIXEL', 'ANOCLIP_PROMPTS', 'CODE_PROMPTS
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..methods.prompts import PROMPTS
+from ..methods.prompt_sets import PROMPTS
 from .exhibit import Exhibit, Row, our_exhibit
 from .exhibits_dual import REFERENCE_ONLY, with_references
 from .exhibits_winclip import winclip_with_shots

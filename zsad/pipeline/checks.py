@@ -7,7 +7,7 @@ __all__ = ['MISSING', 'provided_inputs', 'check_needs', 'check_earlier', 'check_
            'check_method']
 
 # %% ../../nbs/pipeline/checks.ipynb #dfc9702d
-from ..methods.prompts import PROMPTS
+from ..methods.prompt_sets import PROMPTS
 from .operations import operations_of
 from .scores import SCORES, SMOOTHING
 from .terms import TERMS

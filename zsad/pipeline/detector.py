@@ -14,10 +14,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..encoder.clip import Encoder, Tokens
+from ..encoder.encoder import Encoder
+from ..encoder.tokens import Tokens
+from ..encoder.windows import check_window
 from ..learned.artifacts import Artifact, artifact_name, auxiliary_of, load_artifact
 from ..methods.prompts import encode_text
-from ..methods.windows import check_window
 from .checks import check_method
 from .inputs import ScoringInputs, select_images, select_paths
 from .method import Method, without_reference
@@ -188,7 +189,7 @@ def scoring_inputs(self: Detector, category, tokens: Tokens, reference=None, x=N
     m, text, device = self.method, self.text(category), tokens.cls.device
     embeddings = None, None
     if text is not None:
-        embeddings = text.pair.to(device), torch.cat(text.each).to(device)
+        embeddings = text.class_embeddings.to(device), torch.cat(text.prompt_embeddings).to(device)
     if reference is not None:
         reference = replace(reference, tokens=select_paths(reference.tokens, m.encode))
     selected = select_paths(tokens, m.encode)
@@ -233,7 +234,7 @@ def resolve_artifact(
             f'{m.name}: artifact {m.artifact!r} holds prompts and no head, and the row '
             "has no terms; give it terms, such as (('text', {}),)"
         )
-    return (m if m.terms else replace(m, **trained.reads)), trained
+    return (m if m.terms else replace(m, **trained.required_inputs)), trained
 
 # %% ../../nbs/pipeline/detector.ipynb #1a54a82f
 def build(

@@ -6,9 +6,10 @@
 __all__ = ['prompts_content', 'revs_of', 'complete_parameters', 'method_identity', 'local_operations']
 
 # %% ../../nbs/pipeline/identity.ipynb #84fe783c
-from ..core.identity import ENCODING_REV, PIPELINE_REV, Registry, importable
+from ..core.identity import ENCODING_REV, PIPELINE_REV
+from ..core.registry import Registry, importable
 from ..learned.artifacts import HEAD_REVS
-from ..methods.prompts import prompt_set
+from ..methods.prompt_sets import prompt_set
 from .method import Method
 from .operations import operations_of
 from .references import REFERENCES

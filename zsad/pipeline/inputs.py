@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..encoder.clip import Encoder, EncodeSpec, Tokens, map_tokens
+from ..encoder.encoder import Encoder
+from ..encoder.spec import EncodeSpec
+from ..encoder.tokens import Tokens, map_tokens
 from .references import Reference
 
 # %% ../../nbs/pipeline/inputs.ipynb #af1a322f

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from fastcore.basics import patch
 
-from ..encoder.clip import AttentionPath, EncodeSpec
+from ..encoder.spec import AttentionPath, EncodeSpec
 
 # %% ../../nbs/pipeline/method.ipynb #43611583
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.identity import Registry
-from ..encoder.clip import Tokens
+from ..core.registry import Registry
+from ..encoder.tokens import Tokens
 from ..methods.dual import draw_references
 from ..methods.windows import choose_references
 

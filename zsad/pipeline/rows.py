@@ -10,7 +10,7 @@ __all__ = ['FOUR_STAGES', 'CLIP_ROWS', 'TRANSMM_ROWS', 'MASKCLIP', 'WINDOWS', 'W
 # %% ../../nbs/pipeline/rows.ipynb #c849439b
 import difflib
 
-from ..encoder.clip import EncodeSpec
+from ..encoder.spec import EncodeSpec
 from .method import Method, learned_method, one_path
 
 # %% ../../nbs/pipeline/rows.ipynb #a652832c

@@ -10,8 +10,8 @@ __all__ = ['SMOOTHING', 'SCORES', 'score', 'SET_STEPS', 'set_step', 'smooth_map'
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.identity import Registry
-from ..encoder.clip import anomaly_score
+from ..core.registry import Registry
+from ..methods.clip_baseline import anomaly_score
 from ..methods.dual import dual_score
 from ..methods.musc import rscin
 from .inputs import TEMPERATURES, ScoringInputs

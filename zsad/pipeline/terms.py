@@ -12,14 +12,17 @@ __all__ = ['TERMS', 'term', 'ADAPTED', 'SYNTHETIC_ADAPTED', 'text_term', 'window
 import torch
 from torch import Tensor
 
-from ..core.files import seeded_rng
-from ..core.identity import Registry
-from ..encoder.clip import EncodeSpec, anomaly_score
-from ..methods.adaptation import adapt, adapt_in_order, draw_noise, draw_start, dual_adapt
+from ..core.randomness import seeded_rng
+from ..core.registry import Registry
+from ..encoder.spec import EncodeSpec
+from ..methods.adaptation import adapt, adapt_in_order, draw_noise, dual_adapt
+from ..methods.adapters import draw_start
+from ..methods.clip_baseline import anomaly_score
 from ..methods.dual import joint_map, pair_map
 from ..methods.musc import musc_map, split_subsets
 from ..methods.relevance import relevance
-from ..methods.synthesis import draw_texture, patch_mask, synthesize
+from ..methods.synthesis import patch_mask, synthesize
+from ..methods.textures import draw_texture
 from ..methods.windows import build_memory_bank, few_shot_map, zero_shot_map
 from .inputs import TEMPERATURES, ScoringInputs, patches_of
 from .scores import class_score

@@ -14,15 +14,10 @@ from functools import partial
 
 import numpy as np
 
-from zsad.core.files import (
-    cache_dir,
-    fill_folder,
-    parallel_map,
-    safe_name,
-    seeded_rng,
-    write_atomic,
-)
+from ..core.files import cache_dir, fill_folder, safe_name, write_atomic
 from ..core.identity import identity_key
+from ..core.parallel import parallel_map
+from ..core.randomness import seeded_rng
 from .drawing import pick
 from .procad import KINDS, design
 from .scene import paint_pair, photograph

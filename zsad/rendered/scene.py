@@ -14,7 +14,7 @@ from functools import reduce
 import numpy as np
 from scipy import ndimage
 
-from ..core.files import seeded_rng
+from ..core.randomness import seeded_rng
 from .defects import STRUCTURE, alter_parts, draw_defect
 from zsad.rendered.drawing import (
     cover,

@@ -11,7 +11,7 @@ __all__ = ['PRINT_STATES', 'BUILT_IN', 'describe_data', 'provenance', 'seed_coun
 import pandas as pd
 
 from ..bench.reading import Results, as_exhibit, as_results
-from ..papers.exhibits import CONTROLS, ROLES, Exhibit, Row
+from ..papers.exhibit import CONTROLS, ROLES, Exhibit, Row
 from zsad.reporting.cells import (
     cell,
     dataset_of,

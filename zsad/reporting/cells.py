@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..bench.reading import Results
-from ..papers.exhibits import ROLES, STAND_INS, Exhibit, Row, datasets_of, printed
+from ..papers.exhibit import ROLES, STAND_INS, Exhibit, Row, datasets_of
+from ..papers.exhibits import printed
 
 # %% ../../nbs/reporting/cells.ipynb #5b221d49
 def dataset_of(res: Results, e: Exhibit, role: str) -> str:

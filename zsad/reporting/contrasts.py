@@ -9,7 +9,8 @@ __all__ = ['outcome', 'contrast_sentence', 'contrasts', 'sentences_table', 'cont
 import pandas as pd
 
 from ..bench.reading import as_exhibit, as_results
-from ..papers.exhibits import EXHIBITS, Exhibit
+from ..papers.exhibit import Exhibit
+from ..papers.exhibits import EXHIBITS
 from .cells import NAMES, dataset_of, dataset_title, why_no_data
 
 # %% ../../nbs/reporting/contrasts.ipynb #fdb27729

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..bench.cost import read_cost
+from ..bench.reading import accepted_results
 
 # %% ../../nbs/reporting/cost.ipynb #034fdbfd
 FASTER_METRICS, FASTER_TEXT, SHARE, SLOWER_VV = 20.0, 5.0, 0.45, 1.2
@@ -91,8 +92,9 @@ def targets(rows) -> pd.DataFrame:  # name, measured, bound, held, sentence
     return pd.DataFrame([{**vars(t), 'sentence': t.sentence} for t in found])
 
 # %% ../../nbs/reporting/cost.ipynb #f0b61563
-def cost_caption(rows) -> str:
-    "Compute the caption: where it was measured, and which targets were held."
+def cost_caption(rows=None) -> str:
+    "Compute the caption: where it was measured (by default the accepted results), and targets."
+    rows = accepted_results() if rows is None else rows
     d, t = read_cost(rows), targets(rows)
     first, notes = d.iloc[0], d.note.str
     trial = 'A trial on little work, no measurement. ' if notes.contains('trial').any() else ''
@@ -119,9 +121,9 @@ def percent(v: float) -> str:
     return '' if np.isnan(v) else f'{100 * v:.0f} %'
 
 
-def cost_table(rows) -> pd.DataFrame:
-    "Format a measurement for people."
-    d = read_cost(rows)
+def cost_table(rows=None) -> pd.DataFrame:
+    "Format a measurement for people, by default the accepted one."
+    d = read_cost(accepted_results() if rows is None else rows)
     spread = d.lo.map(short) + ' to ' + d.hi.map(short)
     columns = {
         'type': d.dtype,
@@ -184,8 +186,9 @@ def draw_ratios(ax, t: pd.DataFrame):
     ax.set(title=title, xscale='log', yticks=range(2), yticklabels=two.index, xlim=(1, right))
 
 # %% ../../nbs/reporting/cost.ipynb #a800fbf2
-def cost_figure(rows):
+def cost_figure(rows=None):
     "Draw times per image beside the limit, and two ratios; what missed its target is red."
+    rows = accepted_results() if rows is None else rows
     widths = dict(width_ratios=(3, 2))
     fig, axes = plt.subplots(1, 2, figsize=(8.2, 2.3), dpi=72, gridspec_kw=widths)
     draw_passes(axes[0], read_cost(rows))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..bench.reading import NO_RESULTS, ExhibitResults, Results, as_exhibit
-from ..papers.exhibits import COLUMNS
+from ..papers.exhibit import COLUMNS
 
 # %% ../../nbs/reporting/examples.ipynb #7a57401f
 RUN = dict(  # of every made-up run

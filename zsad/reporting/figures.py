@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..bench.reading import Results, as_exhibit, as_results
-from ..papers.exhibits import CONTROLS, ROLES, Exhibit
+from ..papers.exhibit import CONTROLS, ROLES, Exhibit
 from .cells import NAMES, column_name, role_title, why_no_data
 from .tables import table
 

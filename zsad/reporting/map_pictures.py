@@ -9,8 +9,8 @@ __all__ = ['ONE_SCALE', 'scale_of', 'row_label', 'redden', 'prediction_on_image'
 # %% ../../nbs/reporting/map_pictures.ipynb #c12179b8
 import numpy as np
 
-from ..datasets.layouts import load_mask
-from ..papers.exhibits import Picture
+from ..datasets.masks import load_mask
+from ..papers.exhibit import Picture
 from .overlays import contour, map_range, overlay, picture_grid
 from zsad.reporting.scored_images import (
     ScoredImages,

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..bench.reading import Results, as_results
 from ..core.files import write_atomic
-from ..papers.exhibits import ROLES, Exhibit
+from ..papers.exhibit import ROLES, Exhibit
 from .captions import caption, provenance
 from .figures import figure
 from .tables import by_category, readable, table

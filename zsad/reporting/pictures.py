@@ -12,8 +12,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ..bench.jobs import Model, open_model, plan_jobs
-from ..papers.exhibits import EXHIBITS, PICTURES, Picture
+from ..bench.models import Model, open_model
+from ..bench.plan import plan_jobs
+from ..papers.exhibit import Picture
+from ..papers.exhibits import EXHIBITS
+from ..papers.pictures import PICTURES
 from .map_pictures import draw_localisation, draw_maps, draw_references
 from .selection import choose_categories
 from .token_pictures import draw_adaptation, draw_densities, draw_tokens, draw_windows

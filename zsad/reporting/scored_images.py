@@ -11,10 +11,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..bench.jobs import Job, all_tokens, open_model, predict_job, reference_of
-from ..datasets.layouts import Sample, load_image, load_mask
-from ..encoder.clip import Encoder, Tokens
-from ..pipeline.detector import Detector, Method, Reference, ScoringInputs, build, run_terms
+from ..bench.jobs import Job, all_tokens, predict_job, reference_of
+from ..bench.models import open_model
+from ..datasets.images import load_image
+from ..datasets.masks import load_mask
+from ..datasets.samples import Sample
+from ..encoder.encoder import Encoder
+from ..encoder.tokens import Tokens
+from ..pipeline.detector import Detector, build, run_terms
+from ..pipeline.inputs import ScoringInputs
+from ..pipeline.method import Method
+from ..pipeline.references import Reference
 from .overlays import contour, overlay
 
 # %% ../../nbs/reporting/scored_images.ipynb #b2d9adc7

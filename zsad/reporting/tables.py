@@ -10,7 +10,8 @@ __all__ = ['OPTIONAL', 'PARTS', 'shown_rows', 'empty_cells', 'table', 'printed_b
 import pandas as pd
 
 from ..bench.reading import Results, as_exhibit, as_results
-from ..papers.exhibits import Exhibit, Row, reported
+from ..papers.exhibit import Exhibit, Row
+from ..papers.exhibits import reported
 from .cells import column_name, dataset_of, row_cells, runs_of, why_empty, why_no_time
 
 # %% ../../nbs/reporting/tables.ipynb #4670738d

@@ -13,20 +13,16 @@ import numpy as np
 import seaborn as sns
 from sklearn.manifold import TSNE
 
-from ..datasets.layouts import load_mask
-from ..encoder.clip import anomaly_score
-from ..evaluation.metrics import auroc, sorted_counts
+from ..datasets.masks import load_mask
+from ..evaluation.counts import sorted_counts
+from ..evaluation.metrics import auroc
+from ..methods.clip_baseline import anomaly_score
 from ..methods.synthesis import patch_mask
 from ..methods.windows import harmonic
-from ..papers.exhibits import Picture
-from zsad.pipeline.detector import (
-    TERMS,
-    ScoringInputs,
-    adapted_tokens,
-    class_score,
-    patches_of,
-    synthetic_images,
-)
+from ..papers.exhibit import Picture
+from ..pipeline.inputs import ScoringInputs, patches_of
+from ..pipeline.scores import class_score
+from ..pipeline.terms import TERMS, adapted_tokens, synthetic_images
 
 # %% ../../nbs/reporting/token_pictures.ipynb #be8dfcb8
 from .map_pictures import row_label
