@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,8 @@ def test_tokens_move_once_for_all_rows_that_read_them(sets, tmp_path, monkeypatc
         moved.append(device)
         return move(self, device)
 
+    run_job(job)
+    shutil.rmtree(tmp_path / 'runs')  # the images stay encoded
     monkeypatch.setattr(Tokens, 'to', count)
     run_job(job)
     sets_of_tokens = {(m.encode.resolved(blocks), m.interpolation) for m in methods}
@@ -362,8 +365,6 @@ def test_other_processes_compute_what_they_can_and_this_one_the_rest(
 
 
 def test_a_changed_file_costs_its_category_only(sets, tmp_path):
-    import shutil
-
     shutil.copytree(sets[0], tmp_path / 'd')
 
     def count():
