@@ -9,6 +9,7 @@ import torch
 from zsad.encoder.loading import load_encoder
 from zsad.encoder.spec import AttentionPath, EncodeSpec
 from zsad.pipeline.detector import build
+from zsad.pipeline.checks import check_method
 from zsad.pipeline.method import Method, one_path
 from zsad.pipeline.terms import adapted_tokens, synthetic_images, synthetic_tokens
 
@@ -78,8 +79,9 @@ def test_terms_refuse_stages_that_they_cannot_read(term, stage):
     with pytest.raises(
         ValueError, match=f"m: term '{term}' reads patch tokens of stage proj.*stage='{stage}'"
     ):
-        Method('m', one_path('vv', stage=stage), 'clip', ((term, {}),))
+        check_method(Method('m', one_path('vv', stage=stage), 'clip', ((term, {}),)))
 
 
 def test_adapted_reads_ln_post_too():
-    assert Method('m', one_path('vv', stage='ln_post'), 'clip', (('adapted', {}),)).has('adapted')
+    m = Method('m', one_path('vv', stage='ln_post'), 'clip', (('adapted', {}),))
+    assert check_method(m).has('adapted')

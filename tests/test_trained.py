@@ -31,6 +31,7 @@ from zsad.methods.musc import musc_map, split_subsets
 from zsad.papers.exhibit import Row
 from zsad.pipeline.detector import build
 from zsad.pipeline.method import Method
+from zsad.pipeline.checks import check_method
 from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
 
@@ -160,7 +161,7 @@ def test_an_artifact_keeps_its_bits(enc, made):
 
 def test_what_does_not_fit_is_refused(enc, files, made, tmp_path):
     with pytest.raises(ValueError, match='terms=.*artifact='):
-        Method('x', VV, None, ())
+        check_method(Method('x', VV, None, ()))
     with pytest.raises(ValueError, match='no head.*no terms'):
         build(Method('x', VV, None, (), artifact=str(made / 'words.json')), ['pill'], enc)
     with pytest.raises(FileNotFoundError, match="'nowhere'.*zsad train"):

@@ -55,6 +55,7 @@ from zsad.papers.exhibits_winclip import winclip_with_shots
 from zsad.pipeline.detector import build
 from zsad.pipeline.inputs import select_images, select_paths
 from zsad.pipeline.references import Reference
+from zsad.pipeline.checks import check_method
 from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
 from zsad.reporting.cells import cell, runs_of
@@ -524,7 +525,7 @@ WRONG = [
 )
 def test_unknown_parts_and_parameters_are_refused_by_name(name, wrong, says):
     with pytest.raises(ValueError, match=says):
-        replace(METHODS[name], **wrong)
+        check_method(replace(METHODS[name], **wrong))
 
 
 CANNOT = [
@@ -548,7 +549,7 @@ CANNOT = [
 )
 def test_rows_whose_parts_lack_what_they_read_are_refused_when_made(name, wrong, says):
     with pytest.raises(ValueError, match=says):
-        replace(METHODS[name], **wrong)
+        check_method(replace(METHODS[name], **wrong))
 
 
 @pytest.mark.parametrize('name', ['anoclip', 'winclip', 'musc'])
