@@ -114,7 +114,7 @@ def test_a_failure_leaves_everything_as_it_was(checkout, tmp_path, monkeypatch, 
         def interrupt(*a):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(accepting, 'settle', interrupt)
+        monkeypatch.setattr(accepting, 'move_changed', interrupt)
     before = state(checkout)
     write_exhibit(tmp_path / 'new', 'anoclip-t3', '60')
     with pytest.raises(

@@ -48,6 +48,8 @@ WRONG = {
     'did you mean': ['reproduce', 'anoclip-t33'],
     '--workers 2 and --scheduler 3': 'reproduce anoclip-t3 --workers 2 --scheduler 3'.split(),
     '--batch-size 0': ['reproduce', 'anoclip-t3', '--batch-size', '0'],
+    '--days -1.0: give': ['store', 'prune', '--days', '-1'],
+    'nowhere: no such folder': 'reproduce --profile paper --data nowhere anoclip-t3'.split(),
     '--seeds 0': ['reproduce', 'anoclip-t3', '--seeds', '0'],
     'give METHOD with --data': ['evaluate'],
     'give --data': ['evaluate', 'anoclip'],

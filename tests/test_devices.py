@@ -191,12 +191,14 @@ def test_a_method_learns_on_the_device(name, small, aux, tmp_path):
                 tmp_path / 'a',
                 tmp_path / 'run',
                 limit=1,
-                lessons=train_set,
+                train_set=train_set,
                 show=False,
             )
             == ''
         )
-        key = learn(c, there, aux, tmp_path / 'a', tmp_path / 'run', lessons=train_set, show=False)
+        key = learn(
+            c, there, aux, tmp_path / 'a', tmp_path / 'run', train_set=train_set, show=False
+        )
         assert load_artifact(tmp_path / 'a', there).hash == key and small.device == 'cpu'
     assert load_artifact(tmp_path / 'a', small).hash == key
 

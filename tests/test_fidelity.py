@@ -1,13 +1,15 @@
 """Open choices of the papers: each switch changes the fields that the notebook names alone.
 
-The notebook's tables are read from its cells: lists of (where, paper, code, here, field, row), and
-of what equals public code.
+The tables are data of the package: open_points.csv (table, where, paper, code, here, field, row),
+and parity.csv, what equals public code.
 """
 
+import csv
 import json
 import re
 from collections import Counter
 from dataclasses import fields, replace
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -31,15 +33,14 @@ CELLS = [c for c in json.loads(NOTEBOOK.read_text())['cells'] if c['cell_type'] 
 PAGE = json.dumps(json.loads(NOTEBOOK.read_text()), ensure_ascii=False)
 
 
-def assigned_list(source: str) -> dict:
-    "The list that a cell assigns to a name in capitals, if it does."
-    m = re.match(r'([A-Z]+) = (\[.*?^\])', source, re.S | re.M)
-    return {m[1]: eval(m[2], {})} if m else {}
+def rows_of(name: str) -> list:
+    "Lines of a table of the package, as tuples."
+    with (files('zsad') / 'assets' / name).open(newline='', encoding='utf-8') as f:
+        return [tuple(line) for line in csv.reader(f)][1:]
 
 
-LISTS = {k: v for c in CELLS for k, v in assigned_list(''.join(c['source'])).items()}
-PARITY = LISTS['PARITY']
-LEDGER = [row for name, rows in LISTS.items() if name != 'PARITY' for row in rows]
+PARITY = rows_of('parity.csv')
+LEDGER = [row[1:] for row in rows_of('open_points.csv')]
 FIELD = {row[5]: row[4] for row in LEDGER}
 BY_NAME = {s.changed.name: s for s in SWITCHES}
 

@@ -171,3 +171,23 @@ def test_a_changed_constant_fails_a_snapshot_that_names_the_operation(mutants, n
     assert message.startswith(expected), message or 'no difference'
     assert f"first differs at '{stage}" in message, message
     assert message.count('gives other values') == 1, message
+
+
+def test_a_raised_revision_of_a_metric_changes_the_key_of_a_run(monkeypatch):
+    from dataclasses import replace
+
+    from zsad.bench.records import method_record, raised_metrics
+    from zsad.evaluation.metrics import METRIC_OPERATIONS
+    from zsad.papers.exhibit import Row
+    from zsad.pipeline.rows import METHODS
+
+    rows = {m: method_record(Row('x', m), m) for m in (METHODS['anoclip'], METHODS['clip'])}
+    outline = Row('outline', None, 'foreground mask')
+    before = [*rows.values(), method_record(outline, None)]
+    assert raised_metrics() == {} and 'metric' not in before[0]['revs']
+    raised = replace(METRIC_OPERATIONS['pro'], rev=2)
+    monkeypatch.setitem(METRIC_OPERATIONS.operations, 'pro', raised)
+    after = [*(method_record(Row('x', m), m) for m in rows), method_record(outline, None)]
+    for old, new in zip(before, after):
+        assert '"metric pro":2' in new['revs'].replace(' ', '')
+        assert {**old, 'revs': ''} == {**new, 'revs': ''}

@@ -98,10 +98,12 @@ def test_an_encoder_that_gives_nan_is_refused(encoder):
 
 def test_patches_and_windows_are_looked_at_too(encoder, monkeypatch):
     from zsad.encoder import attention as vv
-    from zsad.methods import windows
+    from zsad.encoder import encoder as encoder_module
 
     x, path = torch.zeros(1, 3, 240, 240), AttentionPath('vv')
-    monkeypatch.setattr(windows, 'encode_windows', lambda *a: {2: torch.full((1, 196, 128), NAN)})
+    monkeypatch.setattr(
+        encoder_module, 'encode_windows', lambda *a: {2: torch.full((1, 196, 128), NAN)}
+    )
     with pytest.raises(ValueError, match='not finite'):
         encoder.tokens(x, EncodeSpec((), windows=(2,)))
     answer = unit(1, 128), {path: torch.full((1, 1, 225, 128), NAN)}, None

@@ -23,7 +23,7 @@ def with_tier(path):
     return pytest.param(path, id=page(path), marks=marks)
 
 
-@pytest.mark.parametrize('path', map(with_tier, NOTEBOOKS))
+@pytest.mark.parametrize('path', [with_tier(p) for p in NOTEBOOKS])
 def test_inline(path, tmp_path):
     from nbdev.test import test_nb as run_notebook
 

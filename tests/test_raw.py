@@ -803,8 +803,8 @@ def test_a_set_is_arranged_and_checked_from_the_shell(tmp_path, capsys):
         lines[0].split()
         == ['electrical', 'commutators', '15', 'normal', '3', 'anomalous', '3', 'masks']
         and lines[1]
-        == 'in all 15 + 3, references 15, left out 1; '
-        'others report 181 + 74 (AnomalyCLIP) or 286 + 54 (its issue 19, by this rule)'
+        == 'total: 15 normal + 3 anomalous test images, 15 reference images, 1 left out; '
+        'published: 181 + 74 (AnomalyCLIP) or 286 + 54 (its issue 19, by this rule)'
     )
     assert (
         lines[2:] == [str(out / 'meta.json')]

@@ -319,6 +319,17 @@ def test_a_second_run_replaces_the_first(pills, score, tmp_path):
     ]
 
 
+def test_a_run_without_images_replaces_nothing(pills, score, tmp_path):
+    score('anoclip', *sorted((pills / 'test/hole').iterdir()))
+    before = {p: p.read_bytes() for p in (tmp_path / 'out').rglob('*') if p.is_file()}
+    (tmp_path / 'broken.png').write_text('no image')
+    code, _, _, printed = score('anoclip', tmp_path / 'broken.png')
+    assert code == 1 and 'no image could be scored' in printed.out
+    code, _, _, printed = score('anoclip', tmp_path / 'nowhere.png')
+    assert code == 2 and 'nowhere.png: no such file or folder; give' in printed.err
+    assert {p: p.read_bytes() for p in (tmp_path / 'out').rglob('*') if p.is_file()} == before
+
+
 def test_a_run_that_fails_leaves_the_first_alone(pills, score, tmp_path, monkeypatch):
     score('anoclip', *sorted((pills / 'test/hole').iterdir()))
     before = {p: p.read_bytes() for p in (tmp_path / 'out').rglob('*') if p.is_file()}

@@ -8,8 +8,8 @@ import torch
 
 from zsad.encoder.loading import load_encoder
 from zsad.encoder.spec import AttentionPath, EncodeSpec
-from zsad.pipeline.detector import build
 from zsad.pipeline.checks import check_method
+from zsad.pipeline.detector import build
 from zsad.pipeline.method import Method, one_path
 from zsad.pipeline.terms import adapted_tokens, synthetic_images, synthetic_tokens
 

@@ -29,9 +29,9 @@ from zsad.learned.heads import MVFA, AprilGan
 from zsad.learned.prompts import PROMPT_RECIPES, start_prompts, text_of
 from zsad.methods.musc import musc_map, split_subsets
 from zsad.papers.exhibit import Row
+from zsad.pipeline.checks import check_method
 from zsad.pipeline.detector import build
 from zsad.pipeline.method import Method
-from zsad.pipeline.checks import check_method
 from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
 

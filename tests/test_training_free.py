@@ -52,10 +52,10 @@ from zsad.methods.windows import choose_references, zero_shot_map
 from zsad.papers.exhibit import Exhibit, Row
 from zsad.papers.exhibits import EXHIBITS
 from zsad.papers.exhibits_winclip import winclip_with_shots
+from zsad.pipeline.checks import check_method
 from zsad.pipeline.detector import build
 from zsad.pipeline.inputs import select_images, select_paths
 from zsad.pipeline.references import Reference
-from zsad.pipeline.checks import check_method
 from zsad.pipeline.rows import METHODS
 from zsad.rendered.procad import render_procad
 from zsad.reporting.cells import cell, runs_of

@@ -19,11 +19,11 @@ from zsad.methods.adaptation import (
     adapt_in_order,
     adapt_together,
     as_they_are,
-    batch,
     descend,
     discriminative_loss,
     draw_noise,
     dual_adapt,
+    expand_per_image,
     pseudo_loss,
     synthesis_loss,
 )
@@ -171,7 +171,7 @@ def test_as_with_modules_and_an_optimiser_for_each_image(adapter, pseudo):
         assert (
             gap(
                 adapt_together(
-                    *batch(p, pair, T, draws, start),
+                    *expand_per_image(p, pair, T, draws, start),
                     steps=steps,
                     lr=lr,
                     adapter=adapter,
@@ -1034,7 +1034,9 @@ def test_numbers_of_anovl(adapter):
         assert (
             gap(
                 adapt_together(
-                    *batch(p, pair, T, noise, starts['code']), adapter='code', pseudo='entropy'
+                    *expand_per_image(p, pair, T, noise, starts['code']),
+                    adapter='code',
+                    pseudo='entropy',
                 )[2][:, 0],
                 want['losses'],
             )

@@ -34,7 +34,7 @@ from ..pipeline.references import Reference
 
 # %% ../../nbs/bench/jobs.ipynb #c8667495
 def join_groups(groups, same: tuple, joined: tuple) -> list:
-    """Join (methods, interpolation, EncodeSpec) of one interpolation, stage and kind of views.
+    """Merge groups (methods, interpolation, EncodeSpec) of one interpolation, stage and views.
 
     Groups are joined where their fields `same` are equal; the fields `joined` are put together.
     """

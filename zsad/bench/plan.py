@@ -24,13 +24,13 @@ from ..pipeline.detector import build
 # %% ../../nbs/bench/plan.ipynb #90a4225f
 @dataclass(frozen=True, eq=False)
 class Plan:
-    "What exhibits need on data sets: the object that is printed, run, written and accepted."
+    "Runs and jobs that exhibits need; the same object is printed, run, written and accepted."
 
     exhibits: tuple = ()
     runs: dict = field(default_factory=dict)  # key of a run -> its record
     jobs: tuple = ()
-    keys: dict = field(default_factory=dict)  # (data set, key of a run without its data) -> key
-    shown: dict = field(default_factory=dict)  # (exhibit, data set, label) -> keys, one for a seed
+    keys: dict = field(default_factory=dict)  # (data set, key without its data) -> key of the run
+    shown: dict = field(default_factory=dict)  # (exhibit, data set, label) -> a key per seed
 
     def runs_of(self, exhibit: str) -> set:
         "Give the keys of the runs that an exhibit shows."

@@ -169,7 +169,12 @@ def raise_failures(jobs, failures: dict):
 
 # %% ../../nbs/bench/workers.ipynb #095d74f1
 def run_all(jobs, scheduler=None, show=True, workers: int = 1) -> list:
-    "Run jobs and give their answers in the order of the jobs; errors come when all are done."
+    """Run jobs and give their answers {key of a row: result}, in the order of the jobs.
+
+    `scheduler` is the address of a Dask scheduler or a number of local processes, `workers` a
+    number of processes without Dask, `show` draws a progress bar. A ValueError names the jobs
+    that failed, after all others are done.
+    """
     away, here = split_jobs(jobs, bool(scheduler) or min(workers, len(jobs)) > 1, scheduler)
     answers, failures = [{} for _ in jobs], {}
     with tqdm(total=len(jobs), disable=not show, desc='categories') as bar:

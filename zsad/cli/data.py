@@ -52,8 +52,8 @@ def check_data(args) -> int:
 def convert_data(args):
     "Write the meta.json that the code of AnomalyCLIP and its relatives reads."
     ds = load_dataset(args.name, args.folder)
-    default = find_root(full_path(args.folder)) / 'meta.json'
-    print(write_meta(ds, full_path(args.out) if args.out else default))
+    path = full_path(args.out) if args.out else find_root(full_path(args.folder))
+    print(write_meta(ds, path if path.suffix == '.json' else path / 'meta.json'))
 
 # %% ../../nbs/cli/data.ipynb #f94b0966
 CHOICES = ('cut', 'share', 'seed', 'parts', 'kinds')  # options of some sets

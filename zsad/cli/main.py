@@ -46,6 +46,7 @@ SCORE = Command(
         'encoder': options.ENCODER,
     },
     'zsad score anoclip photos/ --category bottle --out scored',
+    'Exit code 1 if an image could not be read and was left out.',
 )
 
 # %% ../../nbs/cli/main.ipynb #53de4c7b

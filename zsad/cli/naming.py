@@ -36,15 +36,17 @@ def images_at(path) -> list:
 
 # %% ../../nbs/cli/naming.ipynb #5dd6f966
 def find_images(paths) -> list:
-    "List the images that paths stand for; a ValueError names a path without any."
-    found = []
+    "List the images that paths stand for; a ValueError names a path that is missing or has none."
+    found, kinds = [], ', '.join(sorted(IMAGES))
     for path in paths:
         images = images_at(path)
-        if not images:
+        missing = [f for f in images if not f.exists()]
+        if missing:
             raise ValueError(
-                f'{path}: no images here; give image files, or a folder of '
-                f'{", ".join(sorted(IMAGES))}'
+                f'{path}: no such file or folder; give image files, or a folder of {kinds}'
             )
+        if not images:
+            raise ValueError(f'{path}: no images here; give image files, or a folder of {kinds}')
         found += images
     return found
 

@@ -130,7 +130,13 @@ INPUTS = (
         metavar='DIR',
         help='folder that is a data set or holds several; needed with --profile paper',
     ),
-    option('--seeds', type=int, metavar='N', default=1, help='seeds of rows that learn or draw'),
+    option(
+        '--seeds',
+        type=int,
+        metavar='N',
+        default=1,
+        help='least number of seeds for rows that are trained or draw at random',
+    ),
     switch('--train', 'first train the prompts and heads that rows need and that are missing'),
 )
 
@@ -191,7 +197,8 @@ IMAGES = (
         '--out',
         required=True,
         metavar='DIR',
-        help='folder for scores.csv, maps/ID.npy and overlays/ID.png',
+        help='folder for scores.csv, maps/ID.npy and overlays/ID.png; ID is the path of an image '
+        'below the folder that all images share, without suffix',
     ),
 )
 
@@ -225,7 +232,7 @@ EVALUATED_MAPS = (
         help='scores.csv of `zsad score`, or any with the columns image and score',
     ),
 )
-METRICS_OUT = option('--out', metavar='CSV', help='file for the printed metrics')
+METRICS_OUT = option('--out', metavar='CSV', help='CSV file for the metrics')
 
 # %% ../../nbs/cli/options.ipynb #be02b312
 TRAINED = (
@@ -243,7 +250,7 @@ TRAINED = (
         help='file for the artifact, without suffix, or folder for an encoder; without it, the '
         'cache, where `zsad reproduce` and `zsad score` find artifacts',
     ),
-    batch_option(None, "images a step; without it, the configuration's"),
+    batch_option(None, "images per step; without it, the configuration's"),
 )
 
 # %% ../../nbs/cli/options.ipynb #6bd2fba8
@@ -273,7 +280,12 @@ TRAINED_METHOD = (
 # %% ../../nbs/cli/options.ipynb #bf3896cd
 TRAINED_ENCODER = (
     option('--steps', type=int, metavar='N', help="gradient steps; without it, the recipe's"),
-    option('--pairs', type=int, metavar='N', help="image pairs to render; default: the recipe's"),
+    option(
+        '--pairs',
+        type=int,
+        metavar='N',
+        help="pairs of image and caption to render; without it, the recipe's",
+    ),
     option('--start', metavar='FILE', help='weights to start from, of an earlier training'),
 )
 
@@ -336,11 +348,11 @@ KNOWLEDGE = (
         type=int,
         metavar='N',
         default=0,
-        help='also describe the defect in every anomalous image, N times',
+        help='also request N descriptions of the defect in every anomalous image',
     ),
 )
 CHAT_MODEL = (
     option('--model', metavar='NAME', help='chat model; without it, ZSAD_LLM_MODEL'),
     option('--price', type=float, nargs=2, metavar=('IN', 'OUT'), help='price of a million tokens'),
-    switch('--dry-run', 'print the number of calls and what they cost about; send nothing'),
+    switch('--dry-run', 'print the number of calls and their estimated cost; send nothing'),
 )

@@ -269,7 +269,9 @@ def reproduce(args):
     out, cost = Path(args.out), args.all or COST in args.exhibits
     if args.accept:
         check_accept(args, exhibits, cost)
-    if cost and not args.dry_run:
+    if cost and args.dry_run:
+        print('cost: measured on this machine, in some minutes')
+    elif cost:
         reproduce_cost(out)  # first: a table shows its times
     plan = reproduce_runs(args, exhibits, pictures, out) if exhibits or pictures else Plan()
     if args.accept and not args.dry_run:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_images', 'read_reference', 'preprocessed', 'in_batches', 'encode_set', 'predict_set', 'predict_files',
            'check_reference', 'set_seed', 'open_detector', 'scored_ids', 'count_earlier', 'write_maps', 'shared_scale',
-           'write_overlays', 'replace_results', 'score']
+           'write_overlays', 'replace_results', 'score', 'report_scores']
 
 # %% ../../nbs/cli/score.ipynb #0e579e9b
 import csv
@@ -260,12 +260,21 @@ def score(args) -> int:
         reference = read_reference(preprocess, reference_files)
         found = predict_files(detector, files, args.category, reference, skipped)
         rows = write_maps(found, args.category, Path(d))
-        write_overlays(preprocess, files, [i for *_, i in rows], Path(d))
-        replace_results(out, Path(d))
-    print(f'{len(rows)} images scored, {len(skipped)} left out; scores in {out / "scores.csv"}')
+        if rows:
+            write_overlays(preprocess, files, [i for *_, i in rows], Path(d))
+            replace_results(out, Path(d))
+    report_scores(len(rows), skipped, out, earlier)
+    return 1 if skipped else 0
+
+# %% ../../nbs/cli/score.ipynb #ecf22f9c
+def report_scores(scored: int, skipped: list, out: Path, earlier: int):
+    "Print how many images were scored, and name those that were left out."
+    for line in skipped:
+        print(f'left out: {line}', file=sys.stderr)
+    if not scored:
+        print(f'no image could be scored; {out} stays as it was')
+        return
+    print(f'{scored} images scored, {len(skipped)} left out; scores in {out / "scores.csv"}')
     print('overlays share one colour scale over these images')
     if earlier:
         print(f'the {earlier} images of an earlier run were replaced')
-    for line in skipped:
-        print(f'left out: {line}', file=sys.stderr)
-    return 1 if skipped else 0

@@ -43,5 +43,7 @@ def verify_store(args) -> int:
 
 def prune_store(args):
     "Remove features that no run can use, those not used for --days, or with --all everything."
+    if args.days is not None and args.days < 0:
+        raise ValueError(f'--days {args.days}: give a number of days of 0 or more, such as 30')
     freed = prune(cache_dir('tokens'), 0 if args.all else args.days)
     print(f'{freed / 1e9:.2f} GB freed')

@@ -13,7 +13,9 @@ from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 
 # %% ../../nbs/core/identity.ipynb #ac59af06
-PIPELINE_REV = 1  # of what stands between pixels and numbers and is not registered
+# raised when preprocessing, prompt rendering, fusion, smoothing, upsampling, mask rules or
+# statistics give other values
+PIPELINE_REV = 1
 ENCODING_REV = 1  # of the tokens of an image: class token, views, windows, attention paths
 
 # %% ../../nbs/core/identity.ipynb #8aa50520

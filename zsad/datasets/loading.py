@@ -20,8 +20,8 @@ from ..rendered.procad import render_aux, render_procad
 
 # %% ../../nbs/datasets/loading.ipynb #1a92deff
 RENDERED = {
-    'procad': 'the rendered benchmark: kinds of things that the mini encoder saw in other designs',
-    'procad-novel': 'rendered: kinds, words and defects that it never saw',
+    'procad': 'rendered: the benchmark; mini was trained on its kinds in other designs',
+    'procad-novel': 'rendered: kinds, words and defects that mini was not trained on',
     'procad-aux': 'rendered: an auxiliary set to train prompts and heads on',
     'procad-b': 'rendered: boards, several instances, clutter',
     'procad-med': 'rendered: slices, layers, cells',
@@ -83,5 +83,7 @@ def load_dataset(
         folder = 'that holds your images'
         if name in SOURCES:
             folder = f'you downloaded it to ({SOURCES[name].page})'
-        raise ValueError(f'{name} is not shipped: pass root=, the folder {folder}')
+        raise ValueError(
+            f'{name} is not shipped: pass root= (on the command line --data), the folder {folder}'
+        )
     return read_folder(root, name)

@@ -71,7 +71,7 @@ def sort_by_masks(root: Path, masks: Path, skipped: list) -> list:
 def scan_plain(root, name: str = 'folder') -> Dataset:
     """Read a folder of images as one category: kinds by folder, or by masks.
 
-    Raises ValueError where nothing tells which images are normal.
+    Raises ValueError where neither folders nor masks determine which images are normal.
     """
     root, skipped = Path(root), []
     masks = next((p for p in folders(root) if p.name.lower() in MASKS), root / MASKS[0])

@@ -23,7 +23,7 @@ def holds_yes_no(folder: Path) -> bool:
     return bool(subfolder(folder, 'yes') and subfolder(folder, 'no'))
 
 
-def read_yes_no(folder, skipped: list) -> tuple:
+def read_yes_no(folder, skipped: list) -> tuple:  # entries of the test part, of the training part
     "Read BrainMRI or Br35H: `no` is normal and `yes` anomalous."
     root = find_layout(folder, holds_yes_no, YES_NO_LAYOUT)
     kinds = dict(no=subfolder(root, 'no'), yes=subfolder(root, 'yes'))
@@ -72,8 +72,8 @@ def headct_images(root: Path) -> Path:
     return next((p for p in candidates if p and image_files(p)), root)
 
 
-def read_headct(folder, skipped: list) -> tuple:
-    "Read HeadCT: labels.csv tells which images show a haemorrhage."
+def read_headct(folder, skipped: list) -> tuple:  # entries of the test part, of the training part
+    "Read HeadCT: labels.csv lists which images show a haemorrhage."
     root = find_layout(folder, holds_labels, HEADCT_LAYOUT)
     file, place, tested = root / 'labels.csv', headct_images(root), []
     files = image_files(place)
@@ -113,7 +113,7 @@ def read_covid(
     folder,
     skipped: list,
     kinds=None,  # folders of what is anomalous; None: all but the normal one
-) -> tuple:
+) -> tuple:  # entries of the test part, of the training part
     "Read COVID-19 radiography, the early release or the later ones."
     root = find_layout(folder, holds_kinds, COVID_LAYOUT)
     images = {p: subfolder(p, 'images') or p for p in folders(root)}

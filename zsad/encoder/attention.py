@@ -95,7 +95,7 @@ def embed_patches(v, x: Tensor) -> Tensor:
 def class_tokens(v, z: Tensor) -> Tensor:
     """Project the class tokens of a stream [B,1+N,D]: [B,C] of unit length.
 
-    They are projected with their patches: a product of few rows may round by their number.
+    They are projected with their patches, because a product of few rows may round differently.
     """
     return to_stage(v, z)[:, 0]
 

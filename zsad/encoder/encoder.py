@@ -99,7 +99,11 @@ def tokens(self: Encoder, x, spec: EncodeSpec) -> Tokens:
 def encode(
     self: Encoder, x, attention='vv', depth=None, layers=(-1,), windows=(), stage='proj'
 ) -> Tokens:
-    "Encode `x` [B,3,S,S] along one attention path; `.single` is its tensor [L,B,N,C]."
+    """Encode `x` [B,3,S,S] along one attention path.
+
+    `attention` and `depth` are those of `AttentionPath`; `layers`, `windows` and `stage` are
+    fields of `EncodeSpec`. `.single` of the result is the tensor of the path [L,B,N,C].
+    """
     path = AttentionPath(attention, depth)
     return self.tokens(x, EncodeSpec((path,), layers, stage, windows=windows))
 

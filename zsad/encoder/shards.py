@@ -48,7 +48,7 @@ def write_file(folder, images: list, tokens: Tensor) -> Path:
 
 # %% ../../nbs/encoder/shards.ipynb #7fe9e2f2
 def check_names(file, images: list, rows: int) -> None:
-    "Raise DamagedShard unless a shard has a row for each of its images and is named by them."
+    "Raise DamagedShard unless a shard has a row an image and the hash of its images as its name."
     if len(images) != rows:
         raise DamagedShard(file, f'{len(images)} images, {rows} rows')
     if digest(*images, n=16) != Path(file).stem:
@@ -73,7 +73,7 @@ def read_shard(file) -> tuple:  # images, tokens [M,...]
 
 # %% ../../nbs/encoder/shards.ipynb #080220fa
 def read_header(file) -> list:  # images
-    "Read the images of a shard off its header; raises DamagedShard where it does not hold them."
+    "List a shard's images from its header; raises DamagedShard where header or size is wrong."
     with open(file, 'rb') as f:
         size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), 'little')

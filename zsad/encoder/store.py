@@ -48,7 +48,7 @@ def write_shard(root, s: Stream, images: list, tokens: Tensor) -> Path:
 # %% ../../nbs/encoder/store.ipynb #3071576e
 @lru_cache(2**16)
 def rows_in(file, changed: int, size: int) -> MappingProxyType:  # image -> (shard file, row)
-    "List the rows of a shard from its header, read once as long as time and size of the file stay."
+    "List the rows of a shard from its header; cached until the file's time or size changes."
     return MappingProxyType({name: (file, i) for i, name in enumerate(read_header(file))})
 
 
@@ -158,6 +158,9 @@ def load_or_encode(
     root, encoder: Encoder, spec: EncodeSpec, interpolation: str, files: dict, batch: int = 16
 ) -> Tokens:
     """Give the tokens of the images of `files` (pixel hash -> path), encode what the store lacks.
+
+    `root` is the folder of the store, `interpolation` the filter of the resize, `batch` the
+    number of images per pass. The images of the result are in the order of `files`.
 
     Raises DamagedShard where the tokens do not stay on the disk.
     """

@@ -28,7 +28,7 @@ SHIPPED = tuple(
 
 # %% ../../nbs/encoder/weights.ipynb #1ba62e5b
 def unknown_backbone(backbone) -> ValueError:
-    "Make the error for a backbone that nobody knows, with names that resemble it."
+    "Make the error for an unknown backbone, with names that resemble it."
     near = difflib.get_close_matches(str(backbone), open_clip.list_models(), 3, 0.5)
     return ValueError(
         f'backbone={backbone!r}: not one of {list(SHIPPED)}, not a .json file and not an '
@@ -45,7 +45,7 @@ def check_config(config: dict, backbone):
     hub &= set(config['text_cfg'])
     if hub:
         raise ValueError(
-            f"{backbone}: text_cfg asks for {sorted(hub)}, which only open_clip's own names "
+            f"{backbone}: text_cfg needs {sorted(hub)}, which only open_clip's own names "
             'bring; give the name instead of a file'
         )
 

@@ -168,7 +168,7 @@ def mean_precision(b: Bins, above, fp, tp, p) -> np.ndarray:
 
 
 def missed_area(b: Bins, above, fp, cover, limit) -> np.ndarray:
-    "Return the area up to `limit` [R] normal pixels that the PRO curve of each draw lacks: [R]."
+    "Return the area [R] above the PRO curve of each draw, up to `limit` [R] normal pixels."
     x = np.minimum(above + b.cover_place * (fp - above), limit[:, None])
     row, cut = np.arange(len(fp)), (fp > limit[:, None]).argmax(1)
     low, high = above[row, cut], fp[row, cut]

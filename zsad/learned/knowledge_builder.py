@@ -43,7 +43,7 @@ def estimate(
 # %% ../../nbs/learned/knowledge_builder.ipynb #1fd434c3
 def cost_words(estimated: dict, stored: int) -> str:
     "Write an estimate in one line."
-    cost = 'give price=(in, out) per million tokens to see the cost'
+    cost = 'for the cost give --price IN OUT (price=(in, out) in Python), per million tokens'
     if estimated['cost'] is not None:
         cost = f'cost about {estimated["cost"]:.2g}'
     return (

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PSEUDO', 'SIMILARITY', 'draw_noise', 'discriminative_loss', 'printed_loss', 'entropy_loss', 'frozen_loss',
            'pseudo_loss', 'make_optimizer', 'descend', 'adapt_together', 'check_steps', 'check_noise', 'check_start',
-           'check_adapt', 'batch', 'as_they_are', 'adapt', 'adapt_in_order', 'square_distance', 'cosine_distance',
-           'synthesis_loss', 'check_dual', 'dual_loss', 'identity_layers', 'dual_adapt']
+           'check_adapt', 'expand_per_image', 'as_they_are', 'adapt', 'adapt_in_order', 'square_distance',
+           'cosine_distance', 'synthesis_loss', 'check_dual', 'dual_loss', 'identity_layers', 'dual_adapt']
 
 # %% ../../nbs/methods/adaptation.ipynb #b9ed7695
 from functools import partial
@@ -67,7 +67,7 @@ def pseudo_loss(
     y: Tensor,  # [B,N] scores before adapting, used by 'frozen'
     pseudo: str = 'printed',  # one of PSEUDO
 ) -> Tensor:  # [B]
-    "Preserve the pretrained representation of the image's own tokens, L_p of AnoCLIP Eq. (11)."
+    "Average a loss of PSEUDO over patches: it preserves the frozen model's scores, L_p, Eq. (11)."
     return PSEUDO[pseudo](z, y).mean(1)
 
 # %% ../../nbs/methods/adaptation.ipynb #79bda3ff
@@ -174,7 +174,7 @@ def check_adapt(p, noise, T, start, steps, adapter, pseudo):
     check_start(p, T, start, adapter)
 
 
-def batch(p, pair, T, noise, start=None) -> tuple:  # p, pair, T, noise [B,S,N,C], *start
+def expand_per_image(p, pair, T, noise, start=None) -> tuple:  # p, pair, T, noise [B,S,N,C], *start
     "Copy tensors out of inference mode; every image gets its own text, noise and start."
 
     def copied(t):
@@ -214,7 +214,7 @@ def adapt(
     if steps == 0:
         return as_they_are(p)
     chunk = chunk or (max(1, 2**20 // T.shape[-2:].numel()) if p.device.type == 'cpu' else 64)
-    parts = zip(*(t.split(chunk) for t in batch(p, pair, T, noise, start)))
+    parts = zip(*(t.split(chunk) for t in expand_per_image(p, pair, T, noise, start)))
     how = dict(steps=steps, lr=lr, adapter=adapter, pseudo=pseudo, tau=tau)
     return torch.cat([adapt_together(*part, **how)[0] for part in parts])
 
@@ -239,7 +239,7 @@ def adapt_in_order(
     if steps == 0:
         return as_they_are(p), moments
     out, how = [], dict(steps=steps, lr=lr, adapter=adapter, pseudo=pseudo, tau=tau)
-    for part in zip(*(t.split(1) for t in batch(p, pair, T, noise, start))):
+    for part in zip(*(t.split(1) for t in expand_per_image(p, pair, T, noise, start))):
         tokens, moments, _ = adapt_together(*part, **how, moments=moments)
         out.append(tokens)
     return torch.cat(out), moments

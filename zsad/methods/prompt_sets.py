@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'ORDERS', 'TUPLE_FIELDS', 'KINDS', 'TEMPLATES', 'BASE', 'WINCLIP_TEMPLATES', 'CLIP', 'CLIP_AC',
-           'FLAWLESS_STATES', 'FLAWED_STATES', 'CS', 'ANOCLIP', 'ANOCLIP_CODE', 'WINCLIP', 'FAULTY_TEMPLATES',
-           'WINCLIP_CODE', 'VISA_BOARDS', 'DRAWN_BOARDS', 'WINCLIP_TASK', 'APRIL_TEMPLATES', 'APRIL_GAN', 'PROMPT_SETS',
-           'PROMPTS', 'PromptSet', 'make_tuples', 'check_slots', 'check_prompts', 'category_words', 'category_kind',
-           'with_domain', 'compose', 'prompt_set', 'category_prompts']
+           'FLAWLESS_STATES', 'FLAWED_STATES', 'CONTRASTIVE_STATES', 'ANOCLIP', 'ANOCLIP_CODE', 'WINCLIP',
+           'FAULTY_TEMPLATES', 'WINCLIP_CODE', 'VISA_BOARDS', 'DRAWN_BOARDS', 'WINCLIP_TASK', 'APRIL_TEMPLATES',
+           'APRIL_GAN', 'PROMPT_SETS', 'PROMPTS', 'PromptSet', 'make_tuples', 'check_slots', 'check_prompts',
+           'category_words', 'category_kind', 'with_domain', 'compose', 'prompt_set', 'category_prompts']
 
 # %% ../../nbs/methods/prompt_sets.ipynb #0b08d247
 from dataclasses import dataclass, replace
@@ -205,7 +205,7 @@ FLAWLESS_STATES = (
     '{} without damage',
 )
 FLAWED_STATES = ('{} with flaw', '{} with defect', '{} with damage')
-CS = replace(
+CONTRASTIVE_STATES = replace(
     BASE,
     name='cs',
     normal=('normal {}', *FLAWLESS_STATES),
@@ -215,7 +215,7 @@ CS = replace(
 
 # %% ../../nbs/methods/prompt_sets.ipynb #2694cb89
 ANOCLIP = replace(
-    CS,
+    CONTRASTIVE_STATES,
     name='anoclip',
     domains=('industrial photo', 'industrial image', 'manufacturing image', 'textural photo'),
     source='AnoCLIP Table 4, row +DA; the four domain phrases are a reconstruction',
@@ -294,7 +294,7 @@ APRIL_GAN = PromptSet(
 )
 
 # %% ../../nbs/methods/prompt_sets.ipynb #82e14cad
-PROMPT_SETS = (CLIP, CLIP_AC, BASE, CS, ANOCLIP, ANOCLIP_CODE)
+PROMPT_SETS = (CLIP, CLIP_AC, BASE, CONTRASTIVE_STATES, ANOCLIP, ANOCLIP_CODE)
 PROMPT_SETS += (WINCLIP, WINCLIP_CODE, WINCLIP_TASK, APRIL_GAN)
 PROMPTS = {p.name: p for p in PROMPT_SETS}
 

@@ -30,35 +30,43 @@ def edge(t, contrast):
 
 # %% ../../nbs/methods/textures.ipynb #56a6384e
 def clouds(X, Y, scale, contrast, rng):
+    "Clouds of noise with edges as sharp as `contrast`."
     return edge(noise(rng, len(X), int(scale), 4) - 0.5, contrast)
 
 
 def marble(X, Y, scale, contrast, rng):
+    "Bands bent by noise."
     return 0.5 + 0.5 * wave(scale * X / 4 + uniform(rng, 0.5, 2) * noise(rng, len(X), 4, 4))
 
 
 def speckle(X, Y, scale, contrast, rng):
+    "Spots of fine noise."
     return np.clip(8 * noise(rng, len(X), int(5 * scale), 2) - uniform(rng, 3.5, 5), 0, 1)
 
 
 def stripes(X, Y, scale, contrast, rng):
+    "Parallel stripes."
     return edge(wave(scale * X), contrast)
 
 
 def checks(X, Y, scale, contrast, rng):
+    "A grid of soft squares."
     return edge(wave(scale * X / 2) * wave(scale * Y / 2), contrast)
 
 
 def rings(X, Y, scale, contrast, rng):
+    "Rings around a point drawn inside the image."
     return edge(wave(scale * disc(X, Y, 0, uniform(rng, -1), uniform(rng, -1))), contrast)
 
 # %% ../../nbs/methods/textures.ipynb #422bcbfd
 def weave(X, Y, scale, contrast, rng):
+    "Threads that cross above and below each other."
     above = wave(scale * X / 2) * wave(scale * Y / 2) > 0
     return 0.5 + 0.4 * np.where(above, wave(scale * X), wave(scale * Y))
 
 
 def bricks(X, Y, scale, contrast, rng):
+    "Rows of bricks of different grey, each row shifted by half."
     row = np.floor(scale * Y)
     column = scale * X / 2 + row / 2
     joint = (column % 1 < 0.06) | (scale * Y % 1 < 0.12)
@@ -66,20 +74,24 @@ def bricks(X, Y, scale, contrast, rng):
 
 
 def dots(X, Y, scale, contrast, rng):
+    "One disc in every cell of a grid."
     distance = disc(scale * X % 1 - 0.5, scale * Y % 1 - 0.5, uniform(rng, 0.15, 0.45))
     return cover(distance, scale)
 
 
 def cells(X, Y, scale, contrast, rng):
+    "Areas that are nearest to drawn points, each of one grey."
     return near(scale * X, scale * Y, rng)[2]
 
 
 def cracks(X, Y, scale, contrast, rng):
+    "Borders between the areas of `cells`."
     a, b, _ = near(scale * X, scale * Y, rng)
     return np.minimum(2 * contrast * (b - a), 1)
 
 # %% ../../nbs/methods/textures.ipynb #2e994546
 def bubbles(X, Y, scale, contrast, rng):
+    "Distance to the nearest drawn point."
     return np.minimum(near(scale * X, scale * Y, rng)[0], 1)
 
 

@@ -48,7 +48,7 @@ class Row:
 
 # %% ../../nbs/papers/exhibit.ipynb #686e1770
 def check_row(row: Row):
-    "Raise ValueError for a row that is neither run nor explained, or both."
+    "Raise ValueError unless a row has either a method to run or a state, and not both."
     where = f'row {row.label!r}'
     if row.state not in ('', *STATES):
         raise ValueError(f"{where}: state={row.state!r}: choose '' or one of {STATES}")
@@ -104,7 +104,7 @@ STAND_INS = dict(  # role -> data set that replaces it at mini scale
 
 # %% ../../nbs/papers/exhibit.ipynb #ab03ebba
 def datasets_of(role: str) -> tuple:
-    "Name the data sets whose runs count for a role: itself, then its stand-in if it has one."
+    "Name the data set of a role, then the set that replaces it in the mini profile, if any."
     if role not in ROLES:
         raise ValueError(f'role={role!r}: choose from {list(ROLES)}')
     return (role, STAND_INS[role]) if role in STAND_INS else (role,)

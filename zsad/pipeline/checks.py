@@ -90,7 +90,7 @@ def check_order(m):
 def check_method(m):
     """Raise ValueError for a row with operations or values that do not exist or do not fit.
 
-    Gives the row itself, so that a check can stand where the row is used.
+    Returns the row itself, so that the call can be used in place of the row.
     """
     for op, params in operations_of(m):
         op.resolve(params)

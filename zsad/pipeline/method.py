@@ -29,7 +29,7 @@ class Method:
     set_steps: tuple = ()  # (name, parameters) of each step over the scores of the set
     seed: int = 0  # of everything that is drawn
     artifact: str = ''  # file, name or pattern of a trained artifact: its prompts
-    # replace `prompts`, its head stands where no terms are
+    # replace `prompts`, its head makes the maps of a row without terms
     interpolation: str = 'bicubic'  # filter of the resize
     source: str = ''  # paper or repository the row follows
 

@@ -46,7 +46,7 @@ TRANSMM_ROWS = (
         EncodeSpec(()),
         'clip-ac',
         (('relevance', dict(first_block=-1)),),
-        source='its public CLIP notebook: the last block alone',
+        source='public CLIP notebook of TransMM: the last block alone',
     ),
 )
 MASKCLIP = Method(
@@ -142,7 +142,7 @@ ANOCLIP_PLUS_ROWS = (
         (('adapted', ANOVL_ADAPTER),),
         **ANOVL_CODE,
         source='AnoVL repository, MVTec script with adapter; depends on the order of images, '
-        'whose optimiser it keeps',
+        'because one optimiser serves all of them',
     ),
 )
 
@@ -155,7 +155,7 @@ MUSC_ROWS = (
         None,
         **MUSC,
         set_steps=(('rscin', {}),),
-        source='MuSc: the unlabelled set scores itself',
+        source='MuSc: each image is compared with all others of the unlabelled set',
     ),
     Method(
         'musc-2',
@@ -176,7 +176,7 @@ DUAL_ROWS = (
         'anoclip',
         (('text', dict(tau=0.07)), ('pair', {})),
         **DUAL,
-        source='Dual-Image Enhanced CLIP; its constants are lost, these are reconstructed',
+        source='Dual-Image Enhanced CLIP; constants that the text lacks are reconstructed',
     ),
     Method(
         'dual+',

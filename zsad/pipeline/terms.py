@@ -45,7 +45,7 @@ def text_term(
 
 @term('windows', rev=1, needs=('text', 'windows'), ranges=dict(tau=TEMPERATURES))
 def windows_term(s: ScoringInputs, tau: float = 0.07) -> Tensor:  # [B,N]
-    "Score windows by text and average them with the class token's score, WinCLIP, zero-shot."
+    "Join the text scores of windows and class token by harmonic means, WinCLIP, zero-shot."
     score = class_score(s, tau)
     grid = s.tokens.grid
     return zero_shot_map(s.tokens.windows, score, s.class_embeddings, grid, tau).flatten(1)
@@ -53,7 +53,10 @@ def windows_term(s: ScoringInputs, tau: float = 0.07) -> Tensor:  # [B,N]
 # %% ../../nbs/pipeline/terms.ipynb #82bae2b8
 @term('pair', rev=1, needs=('reference',), choices=dict(join=('union', 'mean')))
 def pair_term(
-    s: ScoringInputs, path: int = 0, layer: int = -1, join: str = 'union'
+    s: ScoringInputs,
+    path: int = 0,  # which of the row's attention paths
+    layer: int = -1,  # which of its layers
+    join: str = 'union',  # several references: 'union' of their patches, or 'mean' of maps
 ) -> Tensor:  # [B,N]
     "Compare patches with those of each image's own references, Dual-Image Eq. (5)."
     p = patches_of(s.tokens, path, layer)
@@ -125,7 +128,9 @@ def mutual_term(
     'relevance', rev=1, needs=('text', 'images'), choices=dict(target=('anomalous', 'difference'))
 )
 def relevance_term(
-    s: ScoringInputs, first_block: int = 0, target: str = 'anomalous'
+    s: ScoringInputs,
+    first_block: int = 0,  # first block that counts: 0 all of them, -1 the last alone
+    target: str = 'anomalous',  # 'anomalous', or 'difference' to the normal class
 ) -> Tensor:  # [B,N]
     "Read the relevance of patches for the anomalous class off attention gradients (TransMM)."
     visual, x = s.encoder.model.visual, s.x.to(s.encoder.device)
