@@ -181,13 +181,13 @@ def test_a_raised_revision_of_a_metric_changes_the_key_of_a_run(monkeypatch):
     from zsad.papers.exhibit import Row
     from zsad.pipeline.rows import METHODS
 
-    rows = {m: method_record(Row('x', m), m) for m in (METHODS['anoclip'], METHODS['clip'])}
+    methods = [METHODS['anoclip'], METHODS['clip']]
     outline = Row('outline', None, 'foreground mask')
-    before = [*rows.values(), method_record(outline, None)]
+    before = [*(method_record(Row('x', m), m) for m in methods), method_record(outline, None)]
     assert raised_metrics() == {} and 'metric' not in before[0]['revs']
     raised = replace(METRIC_OPERATIONS['pro'], rev=2)
     monkeypatch.setitem(METRIC_OPERATIONS.operations, 'pro', raised)
-    after = [*(method_record(Row('x', m), m) for m in rows), method_record(outline, None)]
+    after = [*(method_record(Row('x', m), m) for m in methods), method_record(outline, None)]
     for old, new in zip(before, after):
         assert '"metric pro":2' in new['revs'].replace(' ', '')
         assert {**old, 'revs': ''} == {**new, 'revs': ''}

@@ -97,7 +97,6 @@ def test_an_encoder_that_gives_nan_is_refused(encoder):
 
 
 def test_patches_and_windows_are_looked_at_too(encoder, monkeypatch):
-    from zsad.encoder import attention as vv
     from zsad.encoder import encoder as encoder_module
 
     x, path = torch.zeros(1, 3, 240, 240), AttentionPath('vv')
@@ -107,7 +106,7 @@ def test_patches_and_windows_are_looked_at_too(encoder, monkeypatch):
     with pytest.raises(ValueError, match='not finite'):
         encoder.tokens(x, EncodeSpec((), windows=(2,)))
     answer = unit(1, 128), {path: torch.full((1, 1, 225, 128), NAN)}, None
-    monkeypatch.setattr(vv, 'forward_tokens', lambda *a: answer)
+    monkeypatch.setattr(encoder_module, 'forward_tokens', lambda *a: answer)
     with pytest.raises(ValueError, match='not finite'):
         encoder.tokens(x, EncodeSpec((path,)))
 
