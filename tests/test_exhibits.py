@@ -584,7 +584,7 @@ def test_captions_name_each_data_set_once_and_what_is_not_there(both, mini):
     text = caption(waiting(), both)
     assert (
         text.count('hash-of-mvtec') == text.count('hash-of-visa') == 1
-        and 'played by' not in text
+        and 'replaces' not in text
         and 'Not here yet: TransMM, WinCLIP, AnoCLIP+.' in text
     )
     assert 'visa' not in caption('anoclip-t3', both) and provenance(
@@ -593,7 +593,7 @@ def test_captions_name_each_data_set_once_and_what_is_not_there(both, mini):
     text = caption('anoclip-t1', mini)
     assert (
         text.count('hash-of-procad') == 1
-        and 'MVTec-AD is played by procad. VisA: no stand-in.' in text
+        and 'procad replaces MVTec-AD. VisA: no stand-in.' in text
         and 'left out' not in text
     )
     assert (

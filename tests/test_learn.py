@@ -403,9 +403,7 @@ def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_pa
         (f'{stem}-procad-aux-s1', 'procad-aux', 1),
         (f'{stem}-procad-b-s0', 'procad-b', 0),
     ]
-    assert (
-        missing(rows[2:3], enc, ['procad-b']) == []
-    )  # it would be asked about what it learned from
+    assert missing(rows[2:3], enc, ['procad-b']) == []  # it would be evaluated on its training set
     learn_missing(lacking[:2], enc, show=False)
     assert [n for n, *_ in missing(rows, enc, ['procad'])] == [f'{stem}-procad-b-s0']
     fits = [resolve_artifact(m, enc, 'procad') for m in rows[:2]]

@@ -3,6 +3,7 @@
 import ast
 import filecmp
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -51,8 +52,10 @@ def copy_sources(to):
 
 
 def python(code, cwd):
-    "Run code in a folder; return what it printed to stderr where it failed."
-    done = subprocess.run([sys.executable, '-c', code], cwd=cwd, capture_output=True, text=True)
+    "Run code in a folder; fail with what it printed. nbdev exports nothing where IN_TEST is set."
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    command = [sys.executable, '-c', code]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -202,16 +202,16 @@ def test_adapted_tokens_are_those_that_are_scored(world, texts):
     assert (adapted_tokens(s, steps=0) - adapted_tokens(s)).abs().max() > 1e-3
 
 
-def test_the_painted_twin_is_the_one_adapted_to(world, texts):
+def test_the_synthetic_anomaly_is_the_one_adapted_to(world, texts):
     l = prepare_images(job_of(world, PICTURES['dual-f4']), 'Ours+', [6, 7], texts)
     s = inputs_with_maps(l)
     tokens, mask = synthetic_tokens(s, 0, -1)
-    twins = synthetic_images(s)
+    images = synthetic_images(s)
     assert (
-        mask.numpy() == np.stack([patch_mask(m, l.tokens.grid).numpy() for _, m in twins])
+        mask.numpy() == np.stack([patch_mask(m, l.tokens.grid).numpy() for _, m in images])
     ).all()
     enc = l.detector.encoder
-    mine = enc.tokens(enc.preprocess([im for im, _ in twins]), l.detector.method.encode)
+    mine = enc.tokens(enc.preprocess([im for im, _ in images]), l.detector.method.encode)
     torch.testing.assert_close(next(iter(mine.patches.values()))[-1], tokens, atol=1e-5, rtol=0)
 
 

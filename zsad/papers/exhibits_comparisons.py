@@ -63,7 +63,7 @@ UNTRAINED_ROWS = tuple(
 )
 UNTRAINED_TABLE = our_exhibit(
     'untrained',
-    'What reference images tell a network that was never trained',
+    'Reference images with an untrained network',
     (*rows_of(*COMPARING), *UNTRAINED_ROWS),
     ('mvtec',),
     ('image_auroc', *LOCALISATION),
@@ -79,7 +79,7 @@ UNTRAINED_TABLE = our_exhibit(
 # %% ../../nbs/papers/exhibits_comparisons.ipynb #3e74e971
 SPREAD_TABLE = our_exhibit(
     'spread',
-    'Spread over five draws of references, noise and painted anomalies',
+    'Spread over five draws of references, noise and synthetic anomalies',
     rows_of('winclip+', 'anoclip+', 'musc-2', 'dual', 'dual+'),
     ('mvtec',),
     ('image_auroc', *LOCALISATION),
@@ -94,7 +94,7 @@ DEPTH_ROWS = tuple(
 )
 DEPTH_CURVE = our_exhibit(
     'vv-depth',
-    'How many of the last blocks walk the V-V path',
+    'Number of last blocks on the V-V path',
     DEPTH_ROWS,
     ('mvtec',),
     ('pixel_auroc', 'pro'),

@@ -122,7 +122,7 @@ OBJECT_NAME_ROWS = (
 )
 OBJECT_NAME_TABLE = our_exhibit(
     'object-agnostic',
-    'Prompts that know the name of the object, and prompts that do not',
+    'Prompts with and without the name of the object',
     OBJECT_NAME_ROWS,
     ('mvtec', 'novel'),
     AUROCS,
@@ -192,7 +192,7 @@ def kanoclip_trained_on(dataset: str) -> Method:
 TRAINING_SETS = ('procad', 'procad-b', 'procad-novel', 'procad-med', 'procad-aux')
 TRANSFER_TABLE = our_exhibit(
     'transfer',
-    'Learned from one set, asked about the others',
+    'Trained on one set, evaluated on the others',
     tuple(Row(f'from {dataset}', kanoclip_trained_on(dataset)) for dataset in TRAINING_SETS),
     ('mvtec', 'visa', 'novel', 'brainmri'),
     AUROCS,

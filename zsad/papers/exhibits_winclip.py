@@ -51,7 +51,7 @@ SOLDERING = 'with bad soldering'
 SOLDERING_NOTE = 'the word joins the sentences of boards alone'
 TASK_STATE_TABLE = our_exhibit(
     'winclip-states',
-    'A word for the defects of boards',
+    'A state about soldering in the prompts of boards',
     (Row('without', METHODS['winclip']), Row(SOLDERING, WINCLIP_TASK, note=SOLDERING_NOTE)),
     ('visa',),
     ('image_auroc', 'pixel_auroc', 'pro'),

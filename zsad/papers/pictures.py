@@ -57,13 +57,13 @@ PART_PICTURE = Picture(
 )
 ADAPTATION_PICTURE = Picture(
     'dual-f4',
-    'Adaptation to a painted anomaly (Dual-Image Enhanced CLIP, Fig. 4)',
+    'Adaptation to a synthetic anomaly (Dual-Image Enhanced CLIP, Fig. 4)',
     'dual',
     (DUAL_PLUS_ROW,),
     ('mvtec',),
     CATEGORIES,
     3,
-    'A linear layer learns from an anomaly painted into the image itself.',
+    'A linear layer learns from an anomaly that is synthesised in the image itself.',
 )
 
 # %% ../../nbs/papers/pictures.ipynb #7bad07d8

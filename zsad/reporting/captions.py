@@ -86,8 +86,8 @@ def roles_sentence(e: Exhibit, res: Results) -> str:
     for role in e.roles if len(e.roles) > 1 else ():
         d = dataset_of(res, e, role)
         if d != role:
-            how = f' is played by {d}' if d else f': {why_no_data(res, e, role)}'
-            sentences.append(ROLES[role] + how)
+            absent = f'{ROLES[role]}: {why_no_data(res, e, role)}'
+            sentences.append(f'{d} replaces {ROLES[role]}' if d else absent)
     for state in dict.fromkeys(r.state for r in e.rows if r.state):
         labels = ', '.join(r.label for r in e.rows if r.state == state)
         sentences.append(f'{state.capitalize()}: {labels}')
