@@ -1022,11 +1022,11 @@ REFUSED = {  # what is done to a copy of both sets, what is loaded, the error, i
         ValueError,
         r'dataset\.json: not valid JSON',
     ),
-    'nothing tells what is normal': (
+    'no normal images are marked': (
         lambda r: (r / 'own').mkdir() or shutil.copy(r / f'mvtec/{G}.png', r / 'own'),
         ('folder', 'own'),
         ValueError,
-        r'own: nothing tells which images are normal',
+        r'own: cannot determine which images are normal',
     ),
     'no such folder': (
         lambda r: None,

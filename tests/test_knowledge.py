@@ -732,8 +732,8 @@ def answer_text(*s, background='Fine.'):
         ('1. a crack 2. a dent', ['not JSON']),
         ('{"anomalies": ["a crack", ', ['not JSON']),
         ('["a crack"]', ['not JSON']),
-        ('{"list": []}', ['not in the form asked for']),
-        ('{"anomalies": "a crack"}', ['not in the form asked for']),
+        ('{"list": []}', ['not in the requested form']),
+        ('{"anomalies": "a crack"}', ['not in the requested form']),
         (answer_text('a crack'), ['too few descriptions']),
         (answer_text('a crack', ' A crack. '), ['description said before', 'too few descriptions']),
         (
@@ -1012,7 +1012,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         base, done = build_base(qs, **s.how(tmp_path / 'c', workers=1))
         assert (
             done.stored == len(before) - 1
-            and done.asked == 7 - len(before)
+            and done.sent == 7 - len(before)
             and done.kept == 6
             and s.asked == {q.name: 1 + (q.name == 'n3') for q in qs}
         )

@@ -520,7 +520,7 @@ def test_what_dagm_lacks_is_named(tmp_path):
     left = {f: w for f, w in why(ds, raw).items() if 'is not tested on' not in w}
     assert left == {
         'Class1/Test/0001.PNG': 'Labels.txt calls it anomalous, but there is no 0001_label',
-        'Class2/Test': '5 images: no folder Label tells which are anomalous',
+        'Class2/Test': '5 images: no folder Label with the anomalous ones',
         'Class3/Train': 'there is no such folder',
         'Class3/Test': 'there is no such folder',
         'Class4/Train': 'there is no such folder',
@@ -809,7 +809,7 @@ def test_a_set_is_arranged_and_checked_from_the_shell(tmp_path, capsys):
     assert (
         lines[2:] == [str(out / 'meta.json')]
         and captured.err
-        == f'left out: {raw}/kos01/Part1.jpg: no Part1_label beside it tells whether it is normal\n'
+        == f'left out: {raw}/kos01/Part1.jpg: no Part1_label beside it, so its label is unknown\n'
     )
     assert (
         main(['data', 'check', str(out), '--name', 'sdd']) == 0

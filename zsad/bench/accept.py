@@ -26,13 +26,13 @@ from ..papers.exhibits import EXHIBITS
 
 # %% ../../nbs/bench/accept.ipynb #def359db
 def without_times(path) -> pd.DataFrame:
-    "Read runs.csv without the columns that tell how long runs took."
+    "Read runs.csv without the columns of how long runs took."
     t = pd.read_csv(path, dtype=str, keep_default_na=False)
     return t[[c for c in t if not c.startswith('seconds_')]]
 
 
 def same_results(a, b) -> bool:
-    "Tell whether two folders of an exhibit say the same, the seconds of its runs aside."
+    "Return whether two folders of an exhibit are equal, the seconds of its runs aside."
     a, b, names = Path(a), Path(b), [f'{n}.csv' for n in COLUMNS]
     if not all((folder / name).is_file() for name in names for folder in (a, b)):
         return False

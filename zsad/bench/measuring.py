@@ -57,7 +57,7 @@ def measure_row(maps, scores, truth: Truth, key, protocol=Protocol()) -> tuple:
     """
     masks = truth.masks if any(s.mask for s in truth.samples) else None
     check_shapes(maps, masks, scores, truth.labels, truth.foreground, protocol.size)
-    pixels = 'no pixel metric asked for'
+    pixels = 'no pixel metric requested'
     if any(metric_unit(k) == 'pixel' for k in protocol.metrics):
         pixels = pixel_arrays(maps, masks, protocol, truth.foreground)
     weights, kinds = resample_weights(len(truth.labels), key), defect_groups(truth)

@@ -36,7 +36,7 @@ def encoder_variant_of(row: Row) -> str:
 
 
 def has_variant(variant: str, encoder: Encoder) -> bool:
-    "Tell whether an encoder has a variant: only shipped weights may come with a plain training."
+    "Return whether an encoder has a variant: only shipped weights may come with a plain training."
     if variant != 'plain training':
         return True
     return encoder.source == 'shipped' and f'{encoder.backbone}-plain' in SHIPPED

@@ -20,7 +20,7 @@ from ..papers.exhibits import EXHIBITS
 
 # %% ../../nbs/bench/pages.ipynb #c9d196a5
 def is_not_run(cell) -> bool:
-    "Tell whether a cell is not to be run."
+    "Return whether a cell is not to be run."
     marked = re.search(r'^#\|\s*eval:\s*false', cell.source, re.M)
     return cell.cell_type == 'code' and marked is not None
 
@@ -41,7 +41,7 @@ KERNEL = {'display_name': 'python3', 'language': 'python', 'name': 'python3'}
 
 
 def is_progress(output) -> bool:
-    "Tell whether an output is a progress bar, or text of the error stream, where they are printed."
+    "Return whether an output is a progress bar or text of the error stream."
     printed = (output.output_type, output.get('name')) == ('stream', 'stderr')
     return printed or '%|' in output.get('data', {}).get('text/plain', '')
 
@@ -142,7 +142,7 @@ def strings_in(nodes) -> set:
 
 
 def uses_all_results(nodes) -> bool:
-    "Tell whether code reads `.all` or `.exhibits` of what `read_results` gives, or calls OF_ALL."
+    "Return whether code reads `.all` or `.exhibits` of what `read_results` gives, or calls OF_ALL."
     readers = {'read_results', 'accepted_results'}
     names = set(readers)
     for n in nodes:
@@ -165,7 +165,7 @@ def timed_exhibits() -> list:
 
 
 def shows(code: str, names) -> bool:
-    "Tell whether code reads results of one of the exhibits `names` (or 'cost'), or of all."
+    "Return whether code reads results of one of the exhibits `names` (or 'cost'), or of all."
     called, strings, uses_all = parse_page(code)
     shows_cost = any(name.startswith('cost_') for name in called)
     if 'cost' in names and shows_cost:

@@ -35,7 +35,7 @@ class RequestedRow:
 
 
 def row_content(row: Row) -> tuple:
-    "Tell rows apart by what they are, not by their names."
+    "Return the content of a row, which identifies it; names do not."
     return repr(row.method and replace(row.method, name='', source='')), row.control
 
 
@@ -63,7 +63,7 @@ def gather_rows(exhibits, role: str, seeds: int = 1) -> list:  # of RequestedRow
 
 # %% ../../nbs/bench/requests.ipynb #09fb8253
 def enough_references(m, ds) -> bool:
-    "Tell whether every category has as many images as a row draws references."
+    "Return whether every category has as many images as a row draws references."
     if not m.reference:
         return True
     (kind, how), training = m.reference, Counter(s.category for s in ds.train)
@@ -85,7 +85,7 @@ def neighbourhood_of(m) -> int:
 
 
 def fits_encoder(m, encoder: Encoder) -> bool:
-    "Tell whether an encoder has the depths, windows and neighbourhoods of a row."
+    "Return whether an encoder has the depths, windows and neighbourhoods of a row."
     side = min(encoder.grid)
     depth = max([p.depth or 0 for p in m.encode.paths], default=0)
     window = max(m.encode.windows, default=0)
@@ -93,13 +93,13 @@ def fits_encoder(m, encoder: Encoder) -> bool:
 
 
 def has_foreground(ds) -> bool:
-    "Tell whether a data set has objects and a foreground mask for every image of one."
+    "Return whether a data set has objects and a foreground mask for every image of one."
     objects = [s for s in ds.samples if ds.kinds[s.category] == 'object']
     return bool(objects) and all(s.foreground for s in objects)
 
 # %% ../../nbs/bench/requests.ipynb #2f74afa4
 def possible(row: Row, encoder: Encoder, ds) -> bool:
-    "Tell whether a row can be run with an encoder on a data set, its artifact aside."
+    "Return whether a row can be run with an encoder on a data set, its artifact aside."
     if not has_variant(encoder_variant_of(row), encoder):
         return False
     if row.method is None:

@@ -17,7 +17,7 @@ from ..evaluation.intervals import interval
 
 # %% ../../nbs/bench/statistics.ipynb #9e6b38ab
 def is_number(result, metric) -> bool:
-    "Tell whether a category's metric was measured and is a number."
+    "Return whether a category's metric was measured and is a number."
     return not math.isnan(result['values'].get(metric, math.nan))
 
 
@@ -45,7 +45,7 @@ class RowResults:
         return self.by_seed[0]
 
     def has(self, category: str, metric: str) -> bool:
-        "Tell whether a metric of a category is a number for every seed."
+        "Return whether a metric of a category is a number for every seed."
         return all(category in by and is_number(by[category], metric) for by in self.by_seed)
 
     def values(self, category: str, metric: str) -> np.ndarray:  # [S]

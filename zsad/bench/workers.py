@@ -120,7 +120,7 @@ def operations_of_this_process(jobs) -> list:
 
 
 def is_local(row) -> bool:
-    "Tell whether a row uses operations that no module holds."
+    "Return whether a row uses operations that no module holds."
     return bool(row.method and local_operations(row.method))
 
 # %% ../../nbs/bench/workers.ipynb #d4bbbad9

@@ -44,7 +44,7 @@ def build_knowledge(args) -> int:
     base, report = build_base(questions, args.model, price=args.price)
     path = write_base(args.out, base)
     print(
-        f'{path}: {report.kept} answers; {report.asked} questions sent, {report.stored} answered '
+        f'{path}: {report.kept} answers; {report.sent} questions sent, {report.stored} answered '
         'from the cache'
     )
     for what, count in report.left_out.items():

@@ -43,7 +43,7 @@ def parts_of(value) -> list:
 
 # %% ../../nbs/core/hashing.ipynb #3f9501d7
 def text_is_exact(value) -> bool:
-    "Tell whether `str(value)` holds all of a value; TypeError for a part without stable bytes."
+    "Return whether `str(value)` holds all of a value; TypeError for a part without stable bytes."
     if isinstance(value, np.ndarray):
         array_bytes(value)
         return False

@@ -64,7 +64,7 @@ MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_T
 
 
 def keep_memory() -> bool:
-    "Tell glibc to keep freed blocks; returns whether it did (False on other systems)."
+    "Make glibc keep freed blocks; returns whether it did (False on other systems)."
     if platform.libc_ver()[0] != 'glibc':
         return False
     libc = ctypes.CDLL(None)

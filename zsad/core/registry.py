@@ -54,7 +54,7 @@ class Operation:
         return self.function(*args, **kwargs)
 
     def holds(self, what: str, params: dict) -> bool:
-        "Tell whether the operation is 'stochastic' or 'transductive' with these parameters."
+        "Return whether the operation is 'stochastic' or 'transductive' with these parameters."
         flag = getattr(self, what)
         return bool(flag(self.resolve(params)) if callable(flag) else flag)
 
@@ -68,7 +68,7 @@ def resolve(self: Operation, params: dict) -> dict:
     valid, where = list(self.parameters), f'{self.kind} {self.name!r}'
     wrong = sorted(set(params) - set(valid))
     if wrong:
-        raise ValueError(f'{where} does not know {wrong}; it takes {valid}')
+        raise ValueError(f'{where} has no parameter {wrong}; it takes {valid}')
     missing = [k for k, p in self.parameters.items() if p.required and k not in params]
     if missing:
         raise ValueError(f'{where} needs {missing}; give {dict.fromkeys(missing, "...")}')
@@ -158,6 +158,6 @@ def register(self: Registry, name: str, rev: int, needs=(), choices=None, ranges
 
 
 def importable(op: Operation) -> bool:
-    "Tell whether another process finds the operation by importing the module that defines it."
+    "Return whether another process finds the operation by importing the module that defines it."
     module = getattr(op.function, '__module__', None)
     return module not in (None, '__main__') and '<locals>' not in op.function.__qualname__

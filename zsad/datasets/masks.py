@@ -17,7 +17,7 @@ LEVELS = 6  # distinct values within one region from which a mask counts as soft
 
 
 def is_soft(a: np.ndarray) -> bool:
-    "Tell whether a mask of raw values [H,W] has `LEVELS` values or more within one region."
+    "Return whether a mask of raw values [H,W] has `LEVELS` values or more within one region."
     if not ((a > 0) & (a <= a.max() / 2)).any():
         return False  # halving would change nothing
     regions, n = ndimage.label(a > 0, np.ones((3, 3)))
@@ -39,7 +39,7 @@ def raw_values(im) -> np.ndarray:
 
 # %% ../../nbs/datasets/masks.ipynb #f07419cd
 def to_mask(im) -> np.ndarray:
-    "Tell where an opened mask is anomalous, [H,W] bool; soft edges are divided in the middle."
+    "Return where an opened mask is anomalous, [H,W] bool; soft edges are divided in the middle."
     indexed, lossy = im.mode in ('P', 'PA', '1'), im.format in ('JPEG', 'MPO')
     a = raw_values(im)
     if lossy:
@@ -66,7 +66,7 @@ def load_mask(
 
 
 def looks_inverted(m) -> bool:
-    """Tell whether a mask [H,W] seems to mark what is normal.
+    """Return whether a mask [H,W] seems to mark what is normal.
 
     It does if it marks more than half of the image and its whole border, but not everything.
     """

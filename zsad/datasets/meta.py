@@ -17,7 +17,7 @@ from .scanning import Entry, make_dataset, read_entries, read_json
 
 # %% ../../nbs/datasets/meta.ipynb #47dc38fb
 def is_nothing(value) -> bool:
-    "Tell whether a value of a list means none: null, an empty text, or pandas' NaN."
+    "Return whether a value of a list means none: null, an empty text, or pandas' NaN."
     is_nan = isinstance(value, float) and value != value
     return value is None or value == '' or is_nan
 
@@ -84,7 +84,7 @@ def split_entries(content, split: str, path: Path) -> dict:  # category -> its e
 
 # %% ../../nbs/datasets/meta.ipynb #9462c4be
 def has_meta(root: Path) -> bool:
-    "Tell whether a folder holds a meta.json."
+    "Return whether a folder holds a meta.json."
     return (root / 'meta.json').is_file()
 
 

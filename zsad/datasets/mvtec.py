@@ -16,7 +16,7 @@ from .scanning import folders, make_dataset, scan_kinds
 
 # %% ../../nbs/datasets/mvtec.ipynb #cbb90812
 def is_category(root: Path) -> bool:
-    "Tell whether a folder is one MVTec-shaped category."
+    "Return whether a folder is one MVTec-shaped category."
     return (root / 'test').is_dir()
 
 

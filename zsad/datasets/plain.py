@@ -27,7 +27,7 @@ MASKS = ('masks', 'mask', 'ground_truth', 'label', 'labels')
 
 
 def has_images(root: Path) -> bool:
-    "Tell whether a folder holds images, or a folder of normal ones."
+    "Return whether a folder holds images, or a folder of normal ones."
     return bool(image_files(root) or any(is_normal(p) and image_files(p) for p in folders(root)))
 
 # %% ../../nbs/datasets/plain.ipynb #7fd28695
@@ -84,6 +84,6 @@ def scan_plain(root, name: str = 'folder') -> Dataset:
     if masks.is_dir() and image_files(root):
         return make_dataset(name, root, sort_by_masks(root, masks, skipped), skipped)
     raise ValueError(
-        f'{root}: nothing tells which images are normal; put them into folders named by kind, '
+        f'{root}: cannot determine which images are normal; put them into folders named by kind, '
         f'one of them {" or ".join(sorted(NORMAL))}, or add a folder masks'
     )

@@ -67,7 +67,7 @@ WORDS = dict(
 
 
 def holds_test(folder: Path) -> bool:
-    "Tell whether a folder holds normal and anomalous test images."
+    "Return whether a folder holds normal and anomalous test images."
     test = find_test(folder)
     return bool(test.good and test.bad)
 

@@ -23,7 +23,7 @@ def read_part(folder: Path, part: str, category: str, skipped: list) -> list:
     "Read one part of a class of DAGM, 'Train' or 'Test'."
     images, labels = subfolder(folder, part), subfolder(folder, f'{part}/Label')
     if labels is None:
-        reason = 'no folder Label tells which are anomalous'
+        reason = 'no folder Label with the anomalous ones'
         leave_out([images] if images else [], reason, skipped)
         return []
     masks, listed, entries = by_stem(labels, '_label'), read_labels(labels / 'Labels.txt'), []
@@ -45,7 +45,7 @@ LAYOUT = 'folders Class1 to Class10 with Train and Test, in each NNNN.PNG and La
 
 
 def holds_classes(folder: Path) -> bool:
-    "Tell whether a folder holds a part of one of the classes."
+    "Return whether a folder holds a part of one of the classes."
     return any(subfolder(folder, f'{c}/{part}') for c in CLASSES for part in ('Test', 'Train'))
 
 

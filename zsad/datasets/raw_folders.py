@@ -30,7 +30,7 @@ class RawSet:
 
 # %% ../../nbs/datasets/raw_folders.ipynb #a4e64e3b
 def has_word(path, words) -> bool:
-    "Tell whether a path bears one of some words, not merely inside of another word."
+    "Return whether a path bears one of some words, not merely inside of another word."
     text = path.as_posix().lower()
     return any(re.search(rf'(?<![a-z]){w}(?![a-z])', text) for w in words)
 

@@ -19,7 +19,7 @@ YES_NO_LAYOUT = 'folders yes and no of images'
 
 
 def holds_yes_no(folder: Path) -> bool:
-    "Tell whether a folder holds folders yes and no."
+    "Return whether a folder holds folders yes and no."
     return bool(subfolder(folder, 'yes') and subfolder(folder, 'no'))
 
 
@@ -62,7 +62,7 @@ HEADCT_LAYOUT = 'labels.csv (id, hemorrhage) and NNN.png in head_ct'
 
 
 def holds_labels(folder: Path) -> bool:
-    "Tell whether a folder holds labels.csv."
+    "Return whether a folder holds labels.csv."
     return (folder / 'labels.csv').is_file()
 
 
@@ -94,7 +94,7 @@ COVID_LAYOUT = 'a folder Normal and others beside it, each of images, or with im
 
 
 def holds_kinds(folder: Path) -> bool:
-    "Tell whether a folder holds a folder Normal and others beside it."
+    "Return whether a folder holds a folder Normal and others beside it."
     return bool(subfolder(folder, 'normal') and len(folders(folder)) > 1)
 
 

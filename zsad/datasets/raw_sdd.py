@@ -57,12 +57,12 @@ def write_parts(image: Path, label: Path, folder: Path, cut: int) -> list:
 
 # %% ../../nbs/datasets/raw_sdd.ipynb #b8f318af
 def is_part_folder(folder: Path) -> bool:
-    "Tell whether a folder is one of kos01, kos02, ..."
+    "Return whether a folder is one of kos01, kos02, ..."
     return folder.name.lower().startswith('kos') and folder.name[3:].isdigit()
 
 
 def holds_parts(folder: Path) -> bool:
-    "Tell whether a folder holds folders of parts."
+    "Return whether a folder holds folders of parts."
     return any(is_part_folder(p) for p in folders(folder))
 
 
@@ -74,7 +74,7 @@ def cut_folder(folder: Path, out: Path, cut: int, skipped: list) -> list:
     for f in unique_stems(images, skipped):
         label = labels.pop(f.stem, None)
         if label is None:
-            skipped.append((f, f'no {f.stem}_label beside it tells whether it is normal'))
+            skipped.append((f, f'no {f.stem}_label beside it, so its label is unknown'))
             continue
         try:
             parts += write_parts(f, label, out, cut)

@@ -39,7 +39,7 @@ def by_stem(folder: Path, ending: str) -> dict:
 
 
 def is_normal(folder: Path) -> bool:
-    "Tell by its name whether a folder holds normal images."
+    "Return whether the name of a folder stands for normal images."
     return folder.name.lower() in NORMAL
 
 # %% ../../nbs/datasets/scanning.ipynb #f95631b3
@@ -61,7 +61,7 @@ MVTEC_TEXTURES = ('carpet', 'grid', 'leather', 'tile', 'wood')
 
 
 def kinds_of(root: Path, categories) -> dict:
-    """Tell for each category whether it is an object or a texture.
+    """Return for each category whether it is an object or a texture.
 
     The `dataset.json` of the folder decides, otherwise the names of MVTec-AD's textures.
     """

@@ -167,7 +167,7 @@ def check_dataset(name: str, ds: Dataset) -> list:  # (category, normal, anomalo
 
 # %% ../../nbs/datasets/sources.ipynb #7bfe49e4
 def role_of(folder: Path) -> str:  # a name in SOURCES, or None
-    "Tell which published set a folder can stand for."
+    "Return which published set a folder can stand for."
     if is_visa(folder):
         return 'visa'
     categories, name = {p.name for p in category_folders(folder)}, folder.name.lower()

@@ -33,7 +33,7 @@ class ScannedDataset:
 
 # %% ../../nbs/datasets/survey.ipynb #9ab65897
 def wrong_proportion(m: np.ndarray, image: np.ndarray) -> bool:
-    "Tell whether a mask [h,w] differs by more than 1 % from the proportion of an image [H,W,3]."
+    "Return whether a mask [h,w] differs by more than 1 % from the proportion of an image [H,W,3]."
     h, w = image.shape[:2]
     return abs(m.shape[1] * h / (m.shape[0] * w) - 1) > 0.01
 
@@ -120,7 +120,7 @@ def scan_dataset(ds: Dataset, workers: int = None) -> ScannedDataset:
 
 # %% ../../nbs/datasets/survey.ipynb #2a455a16
 def defect_vanishes(job) -> bool:
-    "Tell whether a mask file marks something that is gone at a size; `job` is (file, side)."
+    "Return whether a mask file marks something that is gone at a size; `job` is (file, side)."
     path, size = job
     m = read_mask(path)
     return bool(m.any() and m.shape != (size, size) and not resize_bilinear(m[None], size).any())

@@ -23,7 +23,7 @@ def table_of(root: Path) -> Path:
 
 
 def is_visa(root: Path) -> bool:
-    "Tell whether a folder holds VisA as published."
+    "Return whether a folder holds VisA as published."
     return table_of(root).is_file()
 
 

@@ -27,7 +27,7 @@ from .weights import find_config, find_weights
 
 # %% ../../nbs/encoder/loading.ipynb #a7dadfd2
 def cpu_flags() -> set:
-    "List the CPU's feature flags (empty where the system does not tell)."
+    "List the CPU's feature flags (empty where the system does not list them)."
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else ()
     flags = next((line for line in lines if line.startswith('flags')), ':')
@@ -42,7 +42,7 @@ def choose_device(device='auto') -> str:
 
 
 def has_fast_bfloat(device: str) -> bool:
-    "Tell whether a device computes bfloat16 natively."
+    "Return whether a device computes bfloat16 natively."
     if device.startswith('cuda'):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return 'amx_bf16' in cpu_flags()

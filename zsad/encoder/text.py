@@ -34,7 +34,7 @@ def find_tokenizer(name, text_cfg):
 
 # %% ../../nbs/encoder/text.ipynb #5d818c32
 def is_causal(tower) -> bool:
-    "Tell whether a text tower is CLIP's: a causal mask, read at the end token, then projected."
+    "Return whether a text tower is CLIP's: a causal mask, read at the end token, then projected."
     pool = getattr(tower, 'pool_type', getattr(tower, 'text_pool_type', 'argmax'))
     needed = ('attn_mask', 'text_projection')
     has_parts = all(getattr(tower, part, None) is not None for part in needed)

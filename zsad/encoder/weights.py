@@ -71,7 +71,7 @@ def find_config(backbone) -> tuple:  # name, model configuration, preprocessing 
 
 # %% ../../nbs/encoder/weights.ipynb #5c64bfee
 def from_hub(name, tag) -> bool:
-    "Tell whether the hub repository of a tag is its own, not that of a tag with another file."
+    "Return whether the hub repository of a tag is its own, not that of a tag with another file."
     tags = {t: open_clip.get_pretrained_cfg(name, t) for t in (tag, *tags_of(name))}
     hub, url = tags[tag].get('hf_hub'), tags[tag].get('url')
     shared = any(t.get('hf_hub') == hub and t.get('url') != url for t in tags.values())
@@ -157,7 +157,7 @@ def check_positions(model, shapes: dict, source):
             raise ValueError(
                 f'weights {source!r} do not fit the configuration: {name} has {found[0]} rows in '
                 f"the file and {expected[0]} by the configuration; write the file's image size "
-                'and context length there and ask for another size with size='
+                'and context length there and request another size with size='
             )
 
 # %% ../../nbs/encoder/weights.ipynb #f6b7b075

@@ -114,12 +114,12 @@ def measure(
 
 
 def takes_limit(operation) -> bool:
-    "Tell whether a metric has an argument `limit`."
+    "Return whether a metric has an argument `limit`."
     return 'limit' in inspect.signature(operation.function).parameters
 
 # %% ../../nbs/evaluation/measure.ipynb #1b28866b
 def metric_unit(name) -> str:
-    "Tell what a metric counts: 'image' or 'pixel'."
+    "Return what a metric counts: 'image' or 'pixel'."
     return 'image' if 'scores' in METRIC_OPERATIONS.find(name).needs else 'pixel'
 
 # %% ../../nbs/evaluation/measure.ipynb #2f95e392
@@ -147,7 +147,7 @@ def measure_set(
     names, limit = protocol.metrics, protocol.pro_limit
     units = {name: metric_unit(name) for name in names}
     with_images = 'image' in units.values()
-    image = image_counts(scores, labels) if with_images else 'no image metric asked for'
+    image = image_counts(scores, labels) if with_images else 'no image metric requested'
     pixel = pixel_counts(pixels) if counted is None else counted
     counts = dict(image=image, pixel=pixel)
     measured = {name: measure(name, counts[units[name]], limit) for name in names}
@@ -194,7 +194,7 @@ def evaluate(
     if isinstance(draws, bool) or draws != int(draws) or draws < 0:
         raise ValueError(f'draws={draws!r}: give 0 for no intervals, or a number such as 200')
     weights = resample_weights(n, ('evaluate', seed), int(draws)) if draws else None
-    pixels = 'no pixel metric asked for'
+    pixels = 'no pixel metric requested'
     if any(metric_unit(name) == 'pixel' for name in p.metrics):
         pixels = pixel_arrays(maps, masks, p, foreground)
     values, why, bootstrap_values = measure_set(pixels, scores, labels, p, weights)

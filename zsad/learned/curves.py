@@ -12,7 +12,7 @@ from ..core.files import write_atomic
 
 # %% ../../nbs/learned/curves.ipynb #2e0b4493
 def add_lines(file, text: str):
-    "Add lines to a file atomically: another process sees the old file or the new one."
+    "Add lines to a file atomically: another process reads the old file or the new one."
     file = Path(file)
     write_atomic(file, (file.read_text() if file.exists() else '') + text)
 

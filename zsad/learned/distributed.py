@@ -20,7 +20,7 @@ TORCHRUN = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  #
 
 
 def world() -> tuple:  # (rank, processes)
-    "Tell which of how many processes of `torchrun` this is; (0, 1) without it."
+    "Return which of how many processes of `torchrun` this is; (0, 1) without it."
     if not all(os.environ.get(k) for k in TORCHRUN):
         return 0, 1
     return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])

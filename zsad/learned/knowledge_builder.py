@@ -129,7 +129,7 @@ def send_questions(
 class Report:
     "Counts of a run of questions."
 
-    asked: int  # questions that were sent
+    sent: int  # questions that were sent
     stored: int  # answers that were in the cache
     kept: int  # answers in the base
     left_out: dict  # reason -> how often, whole answers and single descriptions
@@ -165,7 +165,7 @@ def choose_model(model: str = None) -> str:
     if not model:
         raise ValueError(
             'no model: set ZSAD_LLM_MODEL or give model=, the name under which the endpoint '
-            'knows it'
+            'lists it'
         )
     return model
 

@@ -21,7 +21,7 @@ from .trainer import config_notes, learn
 
 # %% ../../nbs/learned/missing.ipynb #d6e458d7
 def has_artifact(name: str, config: TrainConfig, encoder: Encoder) -> bool:
-    "Tell whether an artifact ships for an encoder, or was trained here as its config says today."
+    "Return whether an artifact ships for an encoder, or was trained here as its config says today."
     try:
         file = find_artifact(name, encoder)
     except (FileNotFoundError, ValueError):

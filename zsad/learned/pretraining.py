@@ -193,7 +193,7 @@ def pretrain_step(run: PretrainingRun) -> tuple:  # line of the curve, {term: va
 
 # %% ../../nbs/learned/pretraining.ipynb #aaee1f58
 def validation_due(run: PretrainingRun, every: int) -> bool:
-    "Tell whether a tenth of the run ended since the last checkpoint."
+    "Return whether a tenth of the run ended since the last checkpoint."
     tenth = max(1, run.recipe.steps // 10)
     before = (run.done - 1) // every * every
     return run.done == run.recipe.steps or run.done // tenth > before // tenth

@@ -44,7 +44,7 @@ class CachingTokenizer:
 
 
 def is_word(token: str) -> bool:
-    "Tell whether a token is a word of letters, at least four long."
+    "Return whether a token is a word of letters, at least four long."
     return token.isalpha() and token.isascii() and len(token) > 3
 
 # %% ../../nbs/learned/pretraining_data.ipynb #dd618182

@@ -115,7 +115,7 @@ def read_answer(text: str):  # content of its JSON object, or the reason why it 
         return 'a refusal' if REFUSAL.search(text) else 'not JSON'
     if isinstance(content, dict) and isinstance(content.get('anomalies'), list):
         return content
-    return 'not in the form asked for'
+    return 'not in the requested form'
 
 # %% ../../nbs/learned/questions.ipynb #1466ef7f
 def normalized(sentence: str) -> str:

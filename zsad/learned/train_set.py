@@ -50,7 +50,7 @@ class TrainSet:
 
 # %% ../../nbs/learned/train_set.ipynb #4df97ca7
 def report_unmarked(samples) -> list:  # M bools
-    "Tell which images are normal or have a mask, and name on stderr those that are neither."
+    "Return which images are normal or have a mask, and name on stderr those that are neither."
     marked = [bool(s.mask) or not s.label for s in samples]
     unmarked = [s for s, known in zip(samples, marked) if not known]
     for category in dict.fromkeys(s.category for s in unmarked):

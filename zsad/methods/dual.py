@@ -29,7 +29,7 @@ def check_shapes(p: Tensor, q: Tensor):
 
 # %% ../../nbs/methods/dual.ipynb #2f3e1d03
 def check_reference(p: Tensor, q: Tensor, join: str):
-    "Refuse references that do not fit, and a mean over references that are not told apart."
+    "Refuse references that do not fit, and a mean over references that cannot be distinguished."
     if join not in ('union', 'mean'):
         raise ValueError(
             f"join={join!r}: choose 'union', one memory of all references, "
@@ -131,7 +131,7 @@ LABELS = dict(normal=0, anomalous=1)
 
 
 def allowed(image_id, j: int, pool: list, policy: str, labels) -> bool:
-    "Tell whether a policy may draw position `j` of the pool for an image."
+    "Return whether a policy may draw position `j` of the pool for an image."
     if policy == 'same':
         return pool[j] == image_id
     if pool[j] == image_id:
@@ -160,7 +160,7 @@ def draw_references(
             raise ValueError(
                 f'count={count}: {category!r} has {len(found)} images that policy {policy!r} may '
                 f'draw for {i!r}, of {len(pool)}; give more images or a pool of references, '
-                'or ask for fewer'
+                'or request fewer'
             )
         drawn.append(found[:count])
     return torch.tensor(drawn, dtype=torch.long).view(len(ids), count)

@@ -36,7 +36,7 @@ class Row:
 
     @property
     def own(self) -> bool:
-        "Tell whether this is a row of the exhibit itself, not a control."
+        "Return whether this is a row of the exhibit itself, not a control."
         return self.control in ('', 'plain training')
 
     @property

@@ -172,12 +172,12 @@ def switch_exhibit(name: str, title: str, switches) -> Exhibit:
 FIDELITY_EXHIBITS = (
     switch_exhibit(
         'fidelity',
-        'Where papers are silent',
+        'Choices that papers leave open',
         [s for s in SWITCHES if s.changed.encode.views == 'one'],
     ),
     switch_exhibit(
         'fidelity-views',
-        'Where papers are silent: 22 views of every image',
+        'Choices that papers leave open: 22 views of every image',
         [s for s in SWITCHES if s.changed.encode.views != 'one'],
     ),
 )

@@ -22,7 +22,7 @@ MISSING = dict(
 
 # %% ../../nbs/pipeline/checks.ipynb #8d8243e3
 def provided_inputs(m) -> dict:  # {need: provided or not}
-    "Tell which inputs of terms and scores a row provides."
+    "Return which inputs of terms and scores a row provides."
     return dict(
         text=m.prompts is not None or bool(m.artifact),
         windows=bool(m.encode.windows),

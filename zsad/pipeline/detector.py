@@ -29,7 +29,7 @@ from .terms import TERMS
 
 # %% ../../nbs/pipeline/detector.ipynb #f623c2be
 def run_terms(m: Method, s: ScoringInputs) -> ScoringInputs:
-    "Run a row's terms; each sees the maps of those before it."
+    "Run a row's terms in order; each can read the maps of those before it."
     for name, params in m.terms:
         s = replace(s, maps={**s.maps, name: TERMS[name](s, **params)})
     return s

@@ -42,21 +42,21 @@ class Method:
 # %% ../../nbs/pipeline/method.ipynb #1896999d
 @patch(as_prop=True)
 def stochastic(self: Method) -> bool:
-    "Tell whether another seed gives other values."
+    "Return whether another seed gives other values."
     drawn = any(op.holds('stochastic', params) for op, params in self.operations())
     return drawn or '{seed}' in self.artifact
 
 
 @patch(as_prop=True)
 def needs_images(self: Method) -> bool:
-    "Tell whether the row needs the images beside their tokens."
+    "Return whether the row needs the images beside their tokens."
     read_by_terms = any('images' in op.needs for op, _ in self.operations())
     return read_by_terms or not self.terms and not self.encode.paths
 
 
 @patch(as_prop=True)
 def transductive(self: Method) -> bool:
-    "Tell whether images that are scored together change one another's score."
+    "Return whether images that are scored together change one another's score."
     flagged = [op for op, params in self.operations() if op.holds('transductive', params)]
     independent = ('mutual',) if self.reference else ()  # compared with given references only
     return any(op.name not in independent for op in flagged)
@@ -64,7 +64,7 @@ def transductive(self: Method) -> bool:
 
 @patch
 def has(self: Method, *names) -> bool:
-    "Tell whether the row has one of these terms."
+    "Return whether the row has one of these terms."
     return any(name in names for name, _ in self.terms)
 
 # %% ../../nbs/pipeline/method.ipynb #e9c4d344

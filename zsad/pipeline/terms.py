@@ -97,7 +97,7 @@ def mutual_maps(
 
 # %% ../../nbs/pipeline/terms.ipynb #4300e768
 def has_subsets(params: dict) -> bool:
-    "Tell whether the set of images is dealt out into subsets, which is done at random."
+    "Return whether the set of images is dealt out into subsets, which is done at random."
     return params['subsets'] > 1
 
 
@@ -179,7 +179,7 @@ def adapted_tokens(
 
 # %% ../../nbs/pipeline/terms.ipynb #f6d1eeb0
 def is_sequential(params: dict) -> bool:
-    "Tell whether the optimiser's state is carried from image to image."
+    "Return whether the optimiser's state is carried from image to image."
     return params['sequential']
 
 

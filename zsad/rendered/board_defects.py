@@ -50,12 +50,12 @@ def component_name(part) -> str:
 
 
 def is_loose(part) -> bool:
-    "Tell whether a part can be taken away."
+    "Return whether a part can be taken away."
     return part.loose
 
 
 def is_pin(part) -> bool:
-    "Tell whether a part is a row of legs or pins."
+    "Return whether a part is a row of legs or pins."
     return part.name.endswith(('leg', 'pin'))
 
 
@@ -210,7 +210,7 @@ def break_instance(parts, rng, X, Y):
 
 # %% ../../nbs/rendered/board_defects.ipynb #70bc667b
 def is_wick(part) -> bool:
-    "Tell whether a part is the wicks of candles."
+    "Return whether a part is the wicks of candles."
     return part.name == 'candle wick'
 
 

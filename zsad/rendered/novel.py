@@ -80,6 +80,6 @@ NOVEL_REV = 1  # raised when a change of the code changes the pixels of this set
 
 
 def render_novel(**how) -> Path:
-    "Render the set of kinds that pretraining never sees (`render_set` takes the rest)."
+    "Render the set of kinds that are not in pretraining (`render_set` takes the rest)."
     designs = {k.name: design(k, 'novel') for k in NOVEL}
     return render_set('procad-novel', designs, revs=dict(novel=NOVEL_REV), **how)

@@ -62,7 +62,7 @@ KINDS = {k.name: k for k in OBJECTS + TEXTURES}
 
 # %% ../../nbs/rendered/procad.ipynb #8b35460b
 def held_out(form: float, hue: float) -> bool:
-    "Tell whether the (form, hue) cell is kept from every training set."
+    "Return whether the (form, hue) cell is kept from every training set."
     return (int(form * 8) + int(hue * 6)) % 4 == 3
 
 

@@ -35,7 +35,7 @@ from zsad.rendered.drawing import (
 class Kind:
     """A kind of thing.
 
-    Objects are painted by (X, Y, g, v, form, hue) -> parts, textures -> image [3,S,S], where g is
+    Objects are drawn by (X, Y, g, v, form, hue) -> parts, textures -> image [3,S,S], where g is
     the generator of the design and v that of the instance.
     """
 
@@ -146,7 +146,7 @@ def paint_surface_defect(design: Design, clean, foreground, defect, rng, points)
 
 
 def is_visible(clean, img, mask, contrast) -> bool:
-    "Tell whether a defect is neither too small nor too large nor too faint."
+    "Return whether a defect is neither too small nor too large nor too faint."
     return 0.003 <= mask.mean() <= 0.1 and abs(img - clean).max(0)[mask].mean() > contrast
 
 # %% ../../nbs/rendered/scene.ipynb #fe2eedc8

@@ -92,7 +92,7 @@ def existing_set(root: Path, spec: str) -> Path:
         found = None
     if found != spec:
         raise ValueError(
-            f'{root}: holds something else than was asked for (dataset.json says {found}, '
+            f'{root}: holds something else than was requested (dataset.json says {found}, '
             f'not {spec}); choose an empty place, or remove the folder'
         )
     return root

@@ -169,7 +169,7 @@ TRUNK = dict(
     wing=0.82,
     spine=0.88,
     canal=0.4,
-)  # brightness of the parts, in the order in which they are painted
+)  # brightness of the parts, in the order in which they are drawn
 
 # %% ../../nbs/rendered/tissues.ipynb #f7c7ec28
 def liver_slice(X, Y, g, v, form, hue):

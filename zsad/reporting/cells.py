@@ -98,12 +98,12 @@ def time_of(
 
 
 def is_timed(res: Results, row: Row) -> bool:
-    "Tell whether the time of a row was measured."
+    "Return whether the time of a row was measured."
     return not np.isnan(time_of(res, row)[0])
 
 # %% ../../nbs/reporting/cells.ipynb #f4b193ae
 def learned_from(row: Row, dataset: str) -> bool:
-    "Tell whether a row uses what was trained on a data set; it is not evaluated there."
+    "Return whether a row uses what was trained on a data set; it is not evaluated there."
     return bool(row.method) and row.method.artifact.endswith(f'-{dataset}-s{{seed}}')
 
 
@@ -130,7 +130,7 @@ PAPER_ENCODERS = dict(  # paper -> backbones, tags of weights and pixels per sid
 
 # %% ../../nbs/reporting/cells.ipynb #409f83da
 def comparable(res: Results, e: Exhibit, row: Row, role: str) -> bool:
-    "Tell whether a row used the paper's data, whole, with its encoder, weights and input size."
+    "Return whether a row used the paper's data, whole, with its encoder, weights and input size."
     runs = runs_of(res, e, row, role)
     if runs.empty or e.paper not in PAPER_ENCODERS:
         return False

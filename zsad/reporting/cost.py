@@ -143,7 +143,7 @@ HELD, MISSED = '#31688e', '#d1495b'
 
 
 def passes_held(d: pd.DataFrame, passes: pd.DataFrame) -> list:
-    "Tell for each pass of the encoder whether it held its targets."
+    "Return for each pass of the encoder whether it held its targets."
     ratios = select(d, 'encoding', 'V-V over plain').groupby('dtype').value.max()
     held = []
     for p in passes.itertuples():

@@ -115,12 +115,12 @@ def inputs_with_maps(images: ScoredImages) -> ScoringInputs:
 
 # %% ../../nbs/reporting/scored_images.ipynb #ea55ca26
 def plain_image(images: ScoredImages, sample: Sample) -> np.ndarray:  # [S,S,3] uint8
-    "Show an image as the encoder sees it."
+    "Show an image as the encoder reads it."
     return images.detector.encoder.preprocess.square(load_image(sample.path))
 
 
 def marked_image(images: ScoredImages, sample: Sample) -> np.ndarray:  # [S,S,3] uint8
-    "Show an image as the encoder sees it, its ground truth as a green contour."
+    "Show an image as the encoder reads it, its ground truth as a green contour."
     mask = load_mask(sample.mask, images.detector.encoder.preprocess.size)
     return contour(plain_image(images, sample), mask)
 

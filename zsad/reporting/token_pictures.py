@@ -41,7 +41,7 @@ from .selection import BY_KIND, IN_TURN, choose_in_turn, choose_kinds
 
 # %% ../../nbs/reporting/token_pictures.ipynb #e7a7b86c
 def split_patches(images: ScoredImages) -> tuple:  # anomalous, normal: [B,N] bool each
-    """Tell which patches are anomalous and which are without a marked pixel.
+    """Return which patches are anomalous and which are without a marked pixel.
 
     A patch is anomalous where more than half of it is marked; of a defect that covers no patch by
     half, the one it covers most. All others with a mark are neither.
