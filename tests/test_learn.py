@@ -29,7 +29,7 @@ from zsad.learned.missing import check_target, learn_missing, missing
 from zsad.learned.tensor_files import save_state
 from zsad.learned.train_set import (
     draw_rows,
-    known_of,
+    embed_known,
     known_sentences,
     load_train_set,
     make_batch,
@@ -282,7 +282,8 @@ def test_every_image_is_seen_once_per_epoch():
 
 def test_knowledge_of_an_image_is_the_mean_of_its_sentences(enc, aux):
     c, ds = resolve_config(short_config('kanoclip'), enc), aux.dataset
-    rows, got = known_sentences(c, ds), known_of(c, enc, ds)
+    rows = known_sentences(c, ds)
+    got = embed_known(c, enc, rows)
     for i in (0, 1, 20, 47):
         k = ds.samples[i]
         want = list(knowledge(k.category, 'procad-aux', 5))
@@ -295,12 +296,14 @@ def test_knowledge_of_an_image_is_the_mean_of_its_sentences(enc, aux):
         assert list(rows[i]) == want and len(want) == 5 + k.label
         assert gap(got[i], F.normalize(enc.embed_text(want).float().mean(0), dim=-1)) < 1e-5
     assert {len(r) for r in known_sentences(replace(c, known=(3, 0)), ds)} == {3}
-    own = known_of(replace(c, known=(0, 1)), enc, ds)
+    alone = replace(c, known=(0, 1))
+    own = embed_known(alone, enc, known_sentences(alone, ds))
     assert [bool(k.isfinite().all()) for k in own] == [
         bool(k.label) for k in ds.samples
     ]  # of normal images nothing is said
     with pytest.raises(ValueError, match=r'known=\(0, 0\).*nothing is said'):
-        known_of(replace(c, known=(0, 0)), enc, ds)
+        nothing = replace(c, known=(0, 0))
+        embed_known(nothing, enc, known_sentences(nothing, ds))
 
 
 def test_a_knowledge_file_of_your_own_goes_over_the_shipped_one(enc, aux, tmp_path):
@@ -398,7 +401,7 @@ def test_a_table_trains_what_it_lacks_and_never_on_its_own_set(enc, root, tmp_pa
     ]
     lacking = missing(rows, enc, ['procad', 'procad-b'])
     stem = f'april-gan-{Path(enc.backbone).stem}'
-    assert [(n, s, k) for n, _, s, k in lacking] == [
+    assert [(n, s, c.seed) for n, c, s in lacking] == [
         (f'{stem}-procad-aux-s0', 'procad-aux', 0),
         (f'{stem}-procad-aux-s1', 'procad-aux', 1),
         (f'{stem}-procad-b-s0', 'procad-b', 0),

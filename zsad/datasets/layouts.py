@@ -6,11 +6,11 @@
 __all__ = ['LAYOUTS', 'Layout', 'layout_of', 'candidate_roots', 'find_root', 'read_folder']
 
 # %% ../../nbs/datasets/layouts.ipynb #782c1e10
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.files import full_path
 from .meta import has_meta, read_meta
 from .mvtec import category_folders, is_category, read_category, scan_mvtec
 from .plain import has_images, scan_plain
@@ -82,5 +82,5 @@ def find_root(root: Path) -> Path:
 
 def read_folder(root, name: str = 'folder') -> Dataset:
     "Read a folder of any layout as a data set called `name`."
-    root = find_root(Path(os.path.abspath(Path(root).expanduser())))
+    root = find_root(full_path(root))
     return LAYOUTS[layout_of(root)].read(root, name)

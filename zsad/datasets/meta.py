@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.files import write_atomic
 from .samples import Dataset
-from .scanning import Entry, make_dataset, read_entries, read_json
+from .scanning import Entry, make_listed_dataset, read_json
 
 # %% ../../nbs/datasets/meta.ipynb #47dc38fb
 def is_nothing(value) -> bool:
@@ -101,9 +101,7 @@ def read_meta(path, name: str = 'folder') -> Dataset:
             for n, item in enumerate(items)
         ]
 
-    test, train = entries('test'), entries('train')
-    samples = read_entries(test, root, skipped)
-    return make_dataset(name, root, samples, skipped, read_entries(train, root, []))
+    return make_listed_dataset(name, root, entries('test'), entries('train'), skipped)
 
 # %% ../../nbs/datasets/meta.ipynb #300d21ef
 def listed_path(file, folder: Path) -> str:

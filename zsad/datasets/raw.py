@@ -7,18 +7,17 @@ __all__ = ['RAW', 'check_choices', 'read_raw', 'record_kinds', 'arrange']
 
 # %% ../../nbs/datasets/raw.ipynb #5174b2a3
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.files import write_atomic
+from ..core.files import full_path, write_atomic
 from .meta import write_meta
 from .raw_bmad import BMAD_BRAIN, LIVERCT, RESC
 from .raw_dagm import DAGM
 from .raw_medical import BR35H, BRAINMRI, COVID, HEADCT
 from .raw_sdd import SDD
 from .samples import Dataset
-from .scanning import kinds_of, make_dataset, read_description, read_entries
+from .scanning import kinds_of, make_listed_dataset, read_description
 
 # %% ../../nbs/datasets/raw.ipynb #da00df5d
 RAW = dict(
@@ -57,11 +56,10 @@ def read_raw(
     "Read a set in its raw layout, as others test on it."
     check_choices(name, choices)
     raw, skipped = RAW[name], []
-    out = Path(os.path.abspath(Path(out or folder).expanduser()))
+    out = full_path(out or folder)
     more = dict(out=out) if raw.writes else {}
     tested, train = raw.read(folder, skipped, **more, **choices)
-    samples = read_entries(tested, out, skipped)
-    ds = make_dataset(name, out, samples, skipped, read_entries(train, out, []))
+    ds = make_listed_dataset(name, out, tested, train, skipped)
     return replace(ds, kinds=dict.fromkeys(ds.kinds, 'texture')) if raw.textures else ds
 
 # %% ../../nbs/datasets/raw.ipynb #fb4d0be6
@@ -81,7 +79,7 @@ def arrange(
     **choices,  # as in `read_raw`
 ) -> tuple:  # the data set, the path written
     "Write the meta.json of a set in its raw layout."
-    path = Path(os.path.abspath(Path(out or folder).expanduser()))
+    path = full_path(out or folder)
     path = path if path.suffix == '.json' else path / 'meta.json'
     ds = read_raw(name, folder, path.parent, **choices)
     record_kinds(path.parent, ds.kinds)

@@ -7,11 +7,11 @@ __all__ = ['MASK_FOLDERS', 'LAYOUT', 'CATEGORIES', 'WORDS', 'BMAD_BRAIN', 'LIVER
            'find_test', 'holds_test', 'find_bmad', 'anomalous_entries', 'normal_entries', 'read_bmad', 'bmad_set']
 
 # %% ../../nbs/datasets/raw_bmad.ipynb #78d8d1ca
-import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from ..core.files import full_path
 from zsad.datasets.raw_folders import (
     RawSet,
     find_layout,
@@ -75,7 +75,7 @@ def holds_test(folder: Path) -> bool:
 def find_bmad(folder, name: str) -> Path:
     "Find the folder of a BMAD set; raises ValueError where it bears the name of another one."
     root = find_layout(folder, holds_test, LAYOUT, WORDS[name])
-    above = Path(os.path.abspath(Path(folder).expanduser())).parent
+    above = full_path(folder).parent
     likely = [n for n, words in WORDS.items() if has_word(root.relative_to(above), words)]
     if likely and name not in likely:
         raise ValueError(

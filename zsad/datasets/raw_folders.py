@@ -6,12 +6,12 @@
 __all__ = ['RawSet', 'has_word', 'folders_that_fit', 'find_layout', 'subfolder', 'count_images', 'leave_out', 'unique_stems']
 
 # %% ../../nbs/datasets/raw_folders.ipynb #86343c6c
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.files import full_path
 from .scanning import IMAGES, folders
 
 # %% ../../nbs/datasets/raw_folders.ipynb #c4536b97
@@ -51,7 +51,7 @@ def find_layout(
     words=(),  # words of the set's name, which decide between several folders
 ) -> Path:
     "Find the one folder with a layout; FileNotFoundError without one, ValueError for several."
-    root = Path(os.path.abspath(Path(folder).expanduser()))
+    root = full_path(folder)
     found = folders_that_fit(root, fits)
     if len(found) > 1:
         found = [p for p in found if has_word(p.relative_to(root), words)] or found

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGES', 'NORMAL', 'MVTEC_TEXTURES', 'image_files', 'folders', 'by_stem', 'is_normal', 'read_json',
            'read_description', 'kinds_of', 'check_category', 'unique_samples', 'reference_samples', 'make_dataset',
-           'kind_sample', 'scan_kinds', 'Entry', 'resolve_paths', 'why_unusable', 'path_name', 'read_entries']
+           'kind_sample', 'scan_kinds', 'Entry', 'resolve_paths', 'why_unusable', 'path_name', 'read_entries',
+           'make_listed_dataset']
 
 # %% ../../nbs/datasets/scanning.ipynb #e34f7c07
 import json
@@ -217,3 +218,9 @@ def read_entries(entries, root: Path, skipped: list) -> list:
         id = f'{e.category}/{name}'
         samples.append(Sample(e.image, e.label, e.category, id, e.mask, e.foreground, e.kind))
     return samples
+
+
+def make_listed_dataset(name: str, root: Path, test, train, skipped: list) -> Dataset:
+    "Make a data set of the entries of its parts; what the test part loses goes to `skipped`."
+    samples = read_entries(test, root, skipped)
+    return make_dataset(name, root, samples, skipped, read_entries(train, root, []))

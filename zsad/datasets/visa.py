@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 
 from .samples import Dataset
-from .scanning import Entry, make_dataset, read_entries
+from .scanning import Entry, make_listed_dataset
 
 # %% ../../nbs/datasets/visa.ipynb #8f3354b7
 COLUMNS = ('object', 'split', 'label', 'image', 'mask')
@@ -52,5 +52,4 @@ def scan_visa(root, name: str = 'visa') -> Dataset:
             values = ', '.join(f'{k}={r[k]!r}' for k in ('object', 'label', 'image'))
             reason = f'line {n}: {values}; give all three, the label as normal or anomaly'
             skipped.append((table_of(root), reason))
-    samples = read_entries(parts['test'], root, skipped)
-    return make_dataset(name, root, samples, skipped, read_entries(parts['train'], root, []))
+    return make_listed_dataset(name, root, parts['test'], parts['train'], skipped)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import add_mlp, attend, project, qkv, to_stage
+from .attention import add_mlp, attend, embed_patches, project, qkv, to_stage
 
 # %% ../../nbs/encoder/windows.ipynb #44e36201
 def check_window(grid, k: int) -> tuple:  # rows, columns
@@ -58,12 +58,12 @@ def forward_windows(
 @torch.inference_mode()
 def window_tokens(
     visual,  # open_clip VisionTransformer
-    x: Tensor,  # [B,3,S,S] preprocessed images, or [B,1+N,D] from `visual._embeds`
+    x: Tensor,  # [B,3,S,S] preprocessed images, or [B,1+N,D] from `embed_patches`
     k: int,  # side of a window in patches
     chunk: int = None,  # windows per pass; None: 256 on a CPU, 8192 elsewhere
 ) -> Tensor:  # [B,M,C] unit length
     "Embed all k x k windows of images (WinCLIP, window embeddings)."
-    z = visual._embeds(x.to(visual.conv1.weight.dtype)) if x.ndim == 4 else x
+    z = embed_patches(visual, x) if x.ndim == 4 else x
     places, N = window_places(visual.grid_size, k), visual.positional_embedding.shape[0]
     if z.ndim != 3 or z.shape[1] != N:
         raise ValueError(
@@ -83,5 +83,5 @@ def encode_windows(visual, x: Tensor, scales=(2, 3), chunk: int = None) -> dict:
     "Embed the windows of all `scales`; patches are embedded once (WinCLIP: 2 and 3 patches)."
     for k in scales:
         check_window(visual.grid_size, k)
-    z = visual._embeds(x.to(visual.conv1.weight.dtype))
+    z = embed_patches(visual, x)
     return {k: window_tokens(visual, z, k, chunk) for k in scales}

@@ -107,7 +107,7 @@ def measure(
 ) -> tuple[float, str]:
     "Return one metric and, when it is NaN, the reason."
     operation = METRIC_OPERATIONS.find(name)
-    if why := reason(c, 'image' if 'scores' in operation.needs else 'pixel'):
+    if why := reason(c, metric_unit(name)):
         return float('nan'), why
     value = operation(c, limit) if takes_limit(operation) else operation(c)
     return value if isinstance(value, tuple) else (value, '')

@@ -13,7 +13,6 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -24,6 +23,7 @@ from torch import nn
 from ..core.files import cache_dir
 from ..core.hashing import digest
 from ..encoder.spec import AttentionPath, EncodeSpec
+from ..encoder.weights import ASSETS
 from .anomalyclip import LayerMaps
 from .fusion import KAnoCLIP
 from .heads import MVFA, AprilGan
@@ -148,7 +148,7 @@ def cached_artifact(name, encoder) -> Path:
 
 def shipped_artifact(name) -> Path:
     "Give the place in the package of an artifact."
-    return Path(str(files('zsad') / 'assets' / 'trained' / f'{name}.json'))
+    return Path(str(ASSETS / 'trained' / f'{name}.json'))
 
 
 def artifact_not_found(path) -> FileNotFoundError:

@@ -174,15 +174,11 @@ def forward(
     q = self.q(y)
     places = self.places(q, grid)
 
-    def split(t):
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     k, v = self.kv(sample_places(y, places, grid)).chunk(2, -1)
     bias = None
     if self.bias is not None:
         bias = displacement_bias(self.bias, places, grid).to(q.dtype)
-    mixed = F.scaled_dot_product_attention(split(q), split(k), split(v), bias)
-    return self.out(mixed.transpose(1, 2).flatten(2))
+    return self.out(attend(q, k, v, self.heads, bias))
 
 # %% ../../nbs/learned/attention.ipynb #3d28df4f
 PARTS = ('text', 'patches', 't2v', 'v2t')  # self-attentions, text-to-visual, visual-to-text

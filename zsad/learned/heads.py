@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..encoder.attention import add_mlp, attend, project, qkv
+from zsad.encoder.attention import (
+    add_mlp,
+    attend,
+    check_differentiable,
+    embed_patches,
+    project,
+    qkv,
+)
 from .attention import weights_from
 from .fusion import trainable_copy
 from ..methods.adapters import anomaly_logit
@@ -127,22 +134,13 @@ def forward_adapted(
 # %% ../../nbs/learned/heads.ipynb #35536e58
 def check_images(visual, x: Tensor, layers, width):
     "Raise ValueError for an encoder or images that the adapters do not fit."
-    n, S, D = len(visual.transformer.resblocks), visual.image_size[0], visual.conv1.out_channels
+    n, D = len(visual.transformer.resblocks), visual.conv1.out_channels
     if D != width or max(layers) >= n:
         raise ValueError(
             f'visual: {D} channels and blocks 0 to {n - 1}; these adapters need {width} channels '
             f'and stand behind blocks {layers}; make them for this encoder'
         )
-    if x.ndim != 4 or x.shape[1:] != (3, S, S):
-        raise ValueError(
-            f'x: need images [B,3,{S},{S}], got {list(x.shape)}; '
-            'make it with encoder.preprocess(images)'
-        )
-    if visual.proj.is_inference():
-        raise ValueError(
-            'visual: its weights were made under torch.inference_mode() and give no gradients; '
-            'load the encoder outside of it'
-        )
+    check_differentiable(visual, x)
 
 
 def check_layers(layers):
@@ -186,7 +184,7 @@ def forward(
     "Score images and their patches (MVFA-AD, zero-shot)."
     check_images(visual, x, self.layers, self.width)
     check_text_embeddings(text, len(x), self.dim)
-    z = visual._embeds(x.to(visual.conv1.weight))
+    z = embed_patches(visual, x)
     _, *middles = forward_adapted(visual, z, self.seg, self.det, self.layers, self.gamma)
     text = trainable_copy(text)
     logits, det = (token_logits(m[:, :, 1:], text, self.tau) for m in middles)

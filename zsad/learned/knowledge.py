@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'EXAMPLE', 'is_text', 'check_entry', 'check_sentences', 'check_base', 'parse_base', 'read_base',
-           'write_base', 'join_bases', 'open_base', 'Entry', 'unknown_category', 'find_set', 'look_up', 'knowledge',
-           'background', 'knowledge_of_image', 'count_tokens']
+           'write_base', 'join_bases', 'shipped_base', 'open_base', 'Entry', 'unknown_category', 'find_set', 'look_up',
+           'knowledge', 'background', 'knowledge_of_image', 'count_tokens']
 
 # %% ../../nbs/learned/knowledge.ipynb #cba36cec
 import difflib
 import json
 from collections import Counter
 from dataclasses import dataclass
-from importlib.resources import files
+from functools import lru_cache
 from pathlib import Path
 
 from ..core.files import write_atomic
 from ..encoder.text import plain_tokenizer
+from ..encoder.weights import ASSETS
 
 # %% ../../nbs/learned/knowledge.ipynb #7e89f5c7
 FORMAT = 'zsad-knowledge-1'
@@ -92,7 +93,7 @@ def parse_base(
 # %% ../../nbs/learned/knowledge.ipynb #bb4e3035
 def read_base(path=None) -> dict:  # as `parse_base`
     "Read and check a knowledge base; None: the one in the package."
-    path = files('zsad') / 'assets' / 'knowledge.json' if path is None else Path(path)
+    path = ASSETS / 'knowledge.json' if path is None else Path(path)
     try:
         content = json.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as e:
@@ -120,11 +121,17 @@ def join_bases(over: dict, under: dict) -> dict:
     return dict(sets=join('sets'), images=join('images'))
 
 
+@lru_cache(1)
+def shipped_base() -> dict:
+    "Read the knowledge base in the package, once; its dicts must not be changed."
+    return read_base()
+
+
 def open_base(user=None) -> dict:
     "Give the shipped knowledge base, or a user's (a path, or what `read_base` gave) over it."
     if user is None:
-        return read_base()
-    return join_bases(user if isinstance(user, dict) else read_base(user), read_base())
+        return shipped_base()
+    return join_bases(user if isinstance(user, dict) else read_base(user), shipped_base())
 
 # %% ../../nbs/learned/knowledge.ipynb #9cb8e280
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def has_artifact(name: str, config: TrainConfig, encoder: Encoder) -> bool:
 def missing(methods, encoder: Encoder, datasets) -> list:
     """List the artifacts that rows need on data sets and that are not there.
 
-    Each is (name, configuration, data set to train on, seed).
+    Each is (name, configuration with its seed, data set to train on).
     """
     needed = [m for m in methods if m.artifact.count('{seed}')]
     out = {}
@@ -45,7 +45,7 @@ def missing(methods, encoder: Encoder, datasets) -> list:
         name = artifact_name(m.artifact, encoder.backbone, auxiliary, m.seed)
         trained_on = artifact_name(rest.removesuffix('-s{seed}'), '', auxiliary)
         if trained_on != dataset and not has_artifact(name, config, encoder):
-            out[name] = (name, config, trained_on, m.seed)
+            out[name] = (name, config, trained_on)
     return list(out.values())
 
 # %% ../../nbs/learned/missing.ipynb #0d08de26
@@ -63,9 +63,8 @@ def learn_missing(
 ):
     "Train artifacts into the cache."
     scanned, key, train_set = {}, None, None
-    for name, config, trained_on, seed in (bar := tqdm(lacking, 'artifacts', disable=not show)):
+    for name, config, trained_on in (bar := tqdm(lacking, 'artifacts', disable=not show)):
         bar.set_postfix_str(name)
-        config = replace(config, seed=seed)
         if trained_on not in scanned:
             scanned[trained_on] = scan_dataset(load_dataset(trained_on, roots.get(trained_on)))
         s, resolved = scanned[trained_on], resolve_config(config, encoder)

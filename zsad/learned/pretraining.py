@@ -147,7 +147,7 @@ def save_run(run: PretrainingRun):
 TERMS = ('contrast', 'state', 'region')
 
 
-def backward(run: PretrainingRun, draw: int) -> tuple:  # side of the windows, {term: value}
+def backward(run: PretrainingRun, draw: int) -> tuple:  # side of the windows, {term: scalar}
     "Draw a batch, compute its terms, and add their gradients."
     r = run.recipe
     batch = to_device(draw_batch(run.data, draw, r, run.words), run.tokenizer, run.device)
@@ -156,8 +156,7 @@ def backward(run: PretrainingRun, draw: int) -> tuple:  # side of the windows, {
         l = losses(run.model, run.scale, *batch, r)
     total = l['contrast'] + r.state * l['state'] + r.region * l.get('region', 0)
     (total / r.accumulate).backward()
-    side = int(batch[1].shape[1] ** 0.5)
-    return side, {k: l[k].item() if k in l else math.nan for k in TERMS}
+    return int(batch[1].shape[1] ** 0.5), l
 
 # %% ../../nbs/learned/pretraining.ipynb #98ff083c
 def change_weights(run: PretrainingRun):
@@ -180,8 +179,9 @@ def pretrain_step(run: PretrainingRun) -> tuple:  # line of the curve, {term: va
     "Take one step and update the running mean of the weights."
     r, step = run.recipe, run.done
     for draw in range(step * r.accumulate, (step + 1) * r.accumulate):
-        side, values = backward(run, draw)
+        side, terms = backward(run, draw)
     change_weights(run)
+    values = {k: terms[k].item() if k in terms else math.nan for k in TERMS}
     keep = min(r.ema, (step + 1) / (step + 10))
     for k, p in run.model.state_dict().items():
         if p.is_floating_point():

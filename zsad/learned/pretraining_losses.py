@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoder.attention import forward_paths
+from ..encoder.attention import forward_paths, to_stage
 from ..encoder.spec import AttentionPath
 from ..encoder.text import text_tower
 from .pretraining_data import Sentences
@@ -81,12 +81,7 @@ def loss_terms(model, scale, text, tokens, defect, inside, sentences: Sentences,
 
     `tokens` are the class tokens [I,D] and, where patches count, the patch tokens [I,a*b,D].
     """
-    visual = model.visual
-
-    def project(y):
-        return F.normalize(visual.ln_post(y) @ visual.proj, dim=-1)
-
-    cls = project(tokens[0])
+    cls = to_stage(model.visual, tokens[0])
     to_bad = F.embedding(sentences.bad, text) - F.embedding(sentences.good, text)
     to_bad = F.normalize(to_bad, dim=-1)
     bad = (defect > 0.12).any(1)
@@ -95,7 +90,8 @@ def loss_terms(model, scale, text, tokens, defect, inside, sentences: Sentences,
     signed = scale[1].exp() * (cls * to_bad).sum(-1) * torch.where(bad, -1.0, 1.0)
     out = dict(contrast=contrast(similarity, sentences.right(bad)))
     out['state'] = F.softplus(signed)[certain].mean()
-    for patches in map(project, tokens[1:]):
+    for stream in tokens[1:]:
+        patches = to_stage(model.visual, stream)
         logit = scale[0].exp() * (patches * to_bad[:, None]).sum(-1) + scale[2]
         out['region'] = region_loss(logit, defect, inside, r.inside)
     return out

@@ -8,8 +8,9 @@ __all__ = ['unsuitable_tower', 'clip_text_tower', 'embed_prompts', 'forward_text
 # %% ../../nbs/learned/text_tower.ipynb #5ea748ff
 import open_clip
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..encoder.text import project_text
 
 # %% ../../nbs/learned/text_tower.ipynb #c731e0ae
 def unsuitable_tower(tower, tokenizer) -> str:
@@ -76,7 +77,4 @@ def project_end_token(
 ) -> Tensor:  # [R,C] float32, not normalised
     "Apply the last norm and the projection to the end tokens, the last step of g (KAnoCLIP Eq. 3)."
     h = tower.ln_final(h)[torch.arange(len(h), device=h.device), end].float()
-    p = tower.text_projection
-    if isinstance(p, nn.Linear):
-        return F.linear(h, p.weight.float(), None if p.bias is None else p.bias.float())
-    return h @ p.float()
+    return project_text(h, tower.text_projection)

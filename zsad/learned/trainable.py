@@ -8,13 +8,13 @@ __all__ = ['LOSSES', 'TrainableModel', 'hand_written_pairs', 'fixed_loss', 'dist
 
 # %% ../../nbs/learned/trainable.ipynb #c183b64c
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..encoder.encoder import Encoder
 from .anomalyclip import state_maps
 from .artifacts import HEADS
 from .configs import TrainConfig
+from .heads import stage_probabilities
 from zsad.learned.losses import (
     dice_loss,
     focal_loss,
@@ -89,9 +89,7 @@ def stack_probabilities(a: Tensor) -> Tensor:  # [...,H,W] -> [...,2,H,W]
 
 def enlarged(logits: Tensor, grid, size: int) -> Tensor:  # [L,B,N] -> [L,B,2,size,size]
     "Enlarge the logits of every stage as the heads do and turn them into probabilities."
-    small = logits.float().transpose(0, 1).unflatten(-1, grid)
-    large = F.interpolate(small, size=(size, size), mode='bilinear', align_corners=True)
-    return stack_probabilities(large.sigmoid().transpose(0, 1))
+    return stack_probabilities(stage_probabilities(logits, grid, size).transpose(0, 1))
 
 
 def pixel_loss(loss, maps: Tensor, b) -> Tensor:  # maps [...,B,2,H,W] -> scalar

@@ -10,7 +10,16 @@ __all__ = ['TARGETS', 'weigh', 'mix', 'forward_weights', 'check_shapes', 'check_
 import torch
 from torch import Tensor
 
-from ..encoder.attention import add_mlp, attend, project, qkv, to_stage
+from zsad.encoder.attention import (
+    add_mlp,
+    attend,
+    check_differentiable,
+    embed_patches,
+    project,
+    qkv,
+    split_heads,
+    to_stage,
+)
 
 # %% ../../nbs/methods/relevance.ipynb #5f2caed0
 def weigh(
@@ -19,7 +28,7 @@ def weigh(
     heads: int,
 ) -> Tensor:  # [B,h,Q,T] float32, rows sum to 1
     "Compute the attention weights of every head, AnoCLIP Eq. (5)."
-    q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
+    q, k = (split_heads(t, heads) for t in (q, k))
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1, dtype=torch.float32)
 
 
@@ -28,8 +37,7 @@ def mix(
     v: Tensor,  # [B,T,D] values
 ) -> Tensor:  # [B,Q,D] before the output projection
     "Mix values by given weights in every head, AnoCLIP Eq. (5)."
-    v = v.unflatten(-1, (a.shape[1], -1)).transpose(1, 2)
-    return (a.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return (a.to(v.dtype) @ split_heads(v, a.shape[1])).transpose(1, 2).flatten(2)
 
 # %% ../../nbs/methods/relevance.ipynb #cb74027a
 def forward_weights(
@@ -57,12 +65,8 @@ TARGETS = ('anomalous', 'difference')
 
 def check_shapes(visual, x: Tensor, text: Tensor):
     "Refuse images and text that do not fit the encoder."
-    S, C = visual.image_size[0], visual.proj.shape[1]
-    if x.ndim != 4 or x.shape[1:] != (3, S, S):
-        raise ValueError(
-            f'x: need images [B,3,{S},{S}], got {list(x.shape)}; '
-            'make it with encoder.preprocess(images)'
-        )
+    check_differentiable(visual, x)
+    C = visual.proj.shape[1]
     if text.shape not in ((2, C), (len(x), 2, C)):
         raise ValueError(
             f'text: need [2,{C}] or one pair per image [{len(x)},2,{C}], got {list(text.shape)}; '
@@ -81,11 +85,6 @@ def check_request(visual, x: Tensor, text: Tensor, start: int, target: str):
         )
     if target not in TARGETS:
         raise ValueError(f'target={target!r}: choose from {TARGETS}')
-    if visual.proj.is_inference():
-        raise ValueError(
-            'visual: its weights were made under torch.inference_mode() and give no gradients; '
-            'load the encoder outside of it'
-        )
 
 # %% ../../nbs/methods/relevance.ipynb #3937e63c
 def block_relevance(
@@ -100,7 +99,7 @@ def block_relevance(
     check_request(visual, x, text, start, target)
     w, start = visual.conv1.weight, range(len(visual.transformer.resblocks))[start]
     with torch.inference_mode(False), torch.enable_grad():
-        cls, weights = forward_weights(visual, visual._embeds(x.to(w)), start)
+        cls, weights = forward_weights(visual, embed_patches(visual, x), start)
         text = scale * text.to(w.device, torch.float32)
         direction = text[..., 1, :]
         if target == 'difference':
