@@ -14,6 +14,7 @@ import numpy as np
 from ..core.hashing import digest
 from ..core.parallel import parallel_map
 from .images import load_image
+from .inspections import inspect_samples
 from .masks import looks_inverted, read_mask
 from .samples import Dataset, Sample
 from ..evaluation.resizing import resize_bilinear
@@ -104,11 +105,13 @@ def hash_category(c: str, ds: Dataset, names: dict) -> str:
 
 # %% ../../nbs/datasets/survey.ipynb #dc97529b
 def scan_dataset(ds: Dataset, workers: int = None) -> ScannedDataset:
-    """Read every file of a data set once on all cores, leave out and name what cannot be used.
+    """Read the files of a data set on all cores, leave out and name what cannot be used.
+
+    A file that has not changed since an earlier survey is not read again.
 
     Raises ValueError where no sample can be used.
     """
-    seen = list(zip(ds.samples, parallel_map(inspect_sample, ds.samples, workers, 8)))
+    seen = list(zip(ds.samples, inspect_samples(ds.samples, inspect_sample, workers)))
     names = {s.id: digests for s, (digests, _) in seen if digests}
     unusable = [problem for _, (_, problem) in seen if problem]
     if not names:
