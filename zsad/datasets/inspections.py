@@ -37,7 +37,7 @@ def inspection_key(s: Sample, now: float) -> str:
     states = [file_state(f, now) for f in files]
     return digest(INSPECTION_REV, s.id, s.label, *states) if all(states) else ''
 
-# %% ../../nbs/datasets/inspections.ipynb #a25fbd3a
+# %% ../../nbs/datasets/inspections.ipynb #e12d6fe6
 def inspections_file(samples) -> Path:
     """Name the file of the cache that keeps the inspections of samples of one folder.
 
@@ -58,7 +58,7 @@ def read_inspections(file) -> dict:  # {key: (digests or None, problem or None)}
     except (OSError, ValueError, TypeError):
         return {}
 
-
+# %% ../../nbs/datasets/inspections.ipynb #13986c3d
 def inspect_samples(samples, inspect, workers: int = None) -> list:
     """Inspect samples on all cores, those first whose files have changed since.
 
