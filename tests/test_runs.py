@@ -235,7 +235,7 @@ def test_tokens_are_moved_to_the_encoders_device(sets, tmp_path):
 
 def test_tokens_move_once_for_all_rows_that_read_them(sets, tmp_path, monkeypatch):
     "The tokens of a job are moved to the device once for each set of tokens, not for each row."
-    shown = (EXHIBITS['anoclip-t3'], EXHIBITS['anoclip-t4'])
+    shown = (EXHIBITS['anoclip-t4'], EXHIBITS['anoclip-t5'])
     job = plan_jobs(shown, sets[1], Model(), cache=tmp_path).jobs[0]
     methods = [row.method for _, row in job.rows if row.method]
     blocks, moved, move = open_model(job.model).blocks, [], Tokens.to

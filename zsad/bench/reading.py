@@ -9,6 +9,7 @@ __all__ = ['UNACCEPTED', 'NO_RESULTS', 'NUMBERS', 'ExhibitResults', 'Results', '
 # %% ../../nbs/bench/reading.ipynb #6575b52a
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,23 @@ class ExhibitResults:
     metrics: pd.DataFrame
     contrasts: pd.DataFrame
     defects: pd.DataFrame
+
+    @cached_property
+    def cells(self) -> dict:  # (row, data set, metric, category) -> line of metrics.csv
+        "Find the lines of metrics by what they measure; of lines that are there twice the first."
+        places = zip(*(self.metrics[k] for k in ('row', 'dataset', 'metric', 'category')))
+        lines = dict(zip(reversed([*places]), reversed([*self.metrics.itertuples(index=False)])))
+        return lines
+
+    @cached_property
+    def runs_by_row(self) -> dict:  # (row, data set) -> its lines of runs.csv
+        "Group the runs by row and data set."
+        return dict(iter(self.runs.groupby(['row', 'dataset'], sort=False)))
+
+    @cached_property
+    def datasets(self) -> set:
+        "Name the data sets that were run."
+        return set(self.runs.dataset)
 
 
 NO_RESULTS = ExhibitResults(*(pd.DataFrame(columns=c) for c in COLUMNS.values()))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COST', 'DEFAULTS', 'check_names', 'select_exhibits', 'select_pictures', 'format_duration', 'worker_count',
-           'describe_set', 'describe_data', 'describe_work', 'check_disk', 'check_options', 'open_run', 'announce_work',
-           'train_missing', 'reproduce_cost', 'compute_tables', 'plan_runs', 'reproduce_runs', 'check_accept',
+           'describe_set', 'describe_data', 'describe_work', 'check_disk', 'check_options', 'describe_run', 'open_run',
+           'announce_work', 'train_missing', 'reproduce_cost', 'model_identity', 'draw_gallery', 'draw_pictures',
+           'plan_runs', 'compute_plan', 'first_exhibit', 'compute_exhibits', 'reproduce_runs', 'check_accept',
            'accept_results', 'reproduce']
 
 # %% ../../nbs/cli/reproduce.ipynb #b2c92c63
@@ -17,29 +18,30 @@ import matplotlib.pyplot as plt
 from ..app.explorer import write_gallery
 from ..bench.accept import accept, find_checkout
 from ..bench.cost import write_cost
-from ..bench.forecast import forecast
+from ..bench.forecast import Forecast, forecast
 from ..bench.models import Model, open_model
 from ..bench.plan import Plan, plan_jobs, run_plan
-from ..bench.profiles import PROFILES, open_sets
-from ..bench.records import machine
+from ..bench.profiles import PROFILES, open_sets, roles_at_hand
+from ..bench.progress import Progress
+from ..bench.records import TORCH, machine
 from ..bench.requests import untrained_artifacts
-from ..bench.results import write_results
 from ..reporting.cost import cost_caption, cost_figure, cost_table
 
 # %% ../../nbs/cli/reproduce.ipynb #7f6030b6
-from ..bench.reading import read_results
 from .encoder import check_device, check_positive
 from ..core.files import write_atomic
 from ..core.parallel import available_cores
 from ..datasets.sources import check_dataset, find_sets
+from ..datasets.survey import ScannedDataset
 from ..encoder.loading import choose_device
 from ..encoder.weights import weights_origin
 from ..learned.missing import learn_missing
 from ..papers.exhibit import ROLES
-from ..papers.exhibits import EXHIBITS
+from ..papers.exhibits import EXHIBITS, wave_of
 from ..papers.pictures import PICTURES
-from ..reporting.pages import markdown, write_page, write_report
+from ..reporting.pages import markdown
 from ..reporting.pictures import write_pictures
+from ..reporting.report import Report
 
 # %% ../../nbs/cli/reproduce.ipynb #e0a917a9
 COST = 'cost'  # name of the exhibit that is measured on this machine
@@ -104,12 +106,14 @@ def describe_data(sets: dict, absent: dict) -> list:
     return lines + [f'{ROLES[r]}: {why}; its columns stay empty' for r, why in absent.items()]
 
 # %% ../../nbs/cli/reproduce.ipynb #7f0c72d6
-def describe_work(model: Model, jobs, work) -> list:
-    "Describe the device, what is left to do (a Forecast), about how long it takes, and its disk."
+def describe_work(model: Model, jobs, work: Forecast, workers: int) -> list:
+    "Describe the device, what is left to do, about how long it takes, and its disk."
     encoder = open_model(model)
     dtype = str(encoder.dtype).removeprefix('torch.')
-    measured = work.seconds == work.seconds
-    time = f', about {format_duration(work.seconds)} in one process' if measured else ''
+    time = ''
+    if work.by_job:
+        processes = f'{workers} process' + ('es' if workers > 1 else '')
+        time = f', about {format_duration(work.seconds / workers)} in {processes}'
     cache = jobs[0].cache if jobs else ''
     return [
         f'on {machine(encoder)["device"]} in {dtype}, {encoder.preprocess.size} px',
@@ -119,7 +123,7 @@ def describe_work(model: Model, jobs, work) -> list:
         f'in {cache}',
     ]
 
-
+# %% ../../nbs/cli/reproduce.ipynb #b26bffc3
 def check_disk(jobs, work):
     "Raise a ValueError where the tokens to write do not fit on the disk of the cache."
     if work.bytes > 0.95 * work.free:
@@ -143,27 +147,34 @@ def check_options(args):
     check_device(choose_device(args.device))
 
 # %% ../../nbs/cli/reproduce.ipynb #8b7f9691
-def open_run(args, exhibits, pictures) -> tuple:  # {role: ScannedDataset}, Model
-    "Open the data sets and name the encoder of a run; prints what was found before any download."
-    check_options(args)
+def describe_run(args, sets: dict, absent: dict, pictures) -> list:
+    "Describe data sets, encoder and pictures, before anything is downloaded."
     profile = PROFILES[args.profile]
-    drawn = [PICTURES[name] for name in pictures]
-    roles = {role for e in (*exhibits, *drawn) for role in e.roles}
-    sets, absent = open_sets(profile, args.data, roles)
     backbone, weights = args.backbone or profile.backbone, args.weights or profile.weights
     lines = describe_data(sets, absent)
     lines.append(f'encoder: {backbone}, {weights_origin(backbone, weights)}')
     if pictures:
         lines.append(f'pictures, of a few images each: {", ".join(pictures)}')
-    print('\n'.join(lines), flush=True)
+    return lines
+
+
+def open_run(args, exhibits, pictures) -> tuple:  # {role: ScannedDataset}, Model
+    "Open the data sets and name the encoder of a run; prints what was found."
+    profile = PROFILES[args.profile]
+    drawn = [PICTURES[name] for name in pictures]
+    roles = {role for e in (*exhibits, *drawn) for role in e.roles}
+    sets, absent = open_sets(profile, args.data, roles)
+    print('\n'.join(describe_run(args, sets, absent, pictures)), flush=True)
+    backbone, weights = args.backbone or profile.backbone, args.weights or profile.weights
     return sets, Model(backbone, weights, size=args.size, device=args.device)
 
 
-def announce_work(model: Model, plan: Plan):
+def announce_work(args, model: Model, plan: Plan) -> Forecast:
     "Print what a plan has left to do; a ValueError where the disk is too small."
-    work = forecast(plan.jobs, measure=True)
-    print('\n'.join(describe_work(model, plan.jobs, work)), flush=True)
+    work, workers = forecast(plan.jobs, measure=True), worker_count(args.workers, args.device)
+    print('\n'.join(describe_work(model, plan.jobs, work, workers)), flush=True)
     check_disk(plan.jobs, work)
+    return work
 
 # %% ../../nbs/cli/reproduce.ipynb #8245eaec
 def train_missing(args, exhibits, sets: dict, model: Model):
@@ -199,40 +210,95 @@ def reproduce_cost(out: Path):
     print(text)
 
 # %% ../../nbs/cli/reproduce.ipynb #6b432e1b
-def compute_tables(args, plan: Plan, sets: dict, model: Model, out: Path) -> tuple:
-    "Run a plan and write results, tables, figures and the gallery: (Results, pictures)."
-    workers = worker_count(args.workers, args.device)
-    found = run_plan(plan, args.scheduler, workers=workers)
-    results = read_results(write_results(out / 'results', plan, found))
-    write_report(plan.exhibits, results, out)
-    first = next(iter(sets.values())).dataset
-    return results, write_gallery(open_model(model), first, out)
+def model_identity(model: Model) -> tuple:
+    "Give what pictures depend on beside the images: the encoder, its numbers and its device."
+    e = open_model(model)
+    return e.backbone, e.weights, str(e.dtype), e.preprocess.size, e.device, TORCH
+
+
+def draw_gallery(report: Report, s: ScannedDataset, model: Model):
+    "Add maps of one image of each category of a data set, the first picture of a run."
+
+    def draw(folder):
+        return write_gallery(open_model(model), s.dataset, folder)
+
+    report.add_pictures('gallery', (s.hash, model_identity(model)), draw)
+    report.write('Rows are computed next.', refresh=10)
+
+
+def draw_pictures(report: Report, names, sets: dict, model: Model):
+    "Add pictures of the papers; the page shows each as soon as it is drawn."
+    texts, hashes = {}, [(role, s.hash) for role, s in sets.items()]
+    for name in names:
+
+        def draw(folder, name=name):
+            return write_pictures([name], sets, model, folder, texts)
+
+        report.add_pictures(f'picture-{name}', (hashes, model_identity(model)), draw)
+        report.write('Pictures are drawn.', refresh=10)
 
 # %% ../../nbs/cli/reproduce.ipynb #ec185a98
-def plan_runs(args, exhibits, sets: dict, model: Model) -> Plan:
+def plan_runs(args, exhibits, sets: dict, model: Model) -> tuple:  # Plan, Forecast
     "Plan the runs of exhibits and print what they take; trains missing artifacts with --train."
-    if not exhibits:
-        return Plan()
     train_missing(args, exhibits, sets, model)
     plan = plan_jobs(exhibits, sets, model, args.batch_size, seeds=args.seeds)
-    announce_work(model, plan)
+    return plan, announce_work(args, model, plan)
+
+
+def compute_plan(args, plan: Plan, work: Forecast, report: Report):
+    "Run a plan; the report shows what is done, also where the run is stopped."
+    workers = worker_count(args.workers, args.device)
+    report.follow(Progress(plan, work.by_job, workers))
+    try:
+        run_plan(plan, args.scheduler, workers=workers, watch=report.update)
+    except BaseException:
+        report.write('This run was stopped. The same command goes on where it stopped.')
+        raise
+    report.write()
+
+
+def first_exhibit(args, exhibits) -> list:
+    "Choose the exhibit to compute before further data sets are read, if there is one."
+    if len(exhibits) < 2:
+        return []
+    first = min(exhibits, key=lambda e: wave_of(e.name))
+    others = {role for e in exhibits for role in e.roles} - set(first.roles)
+    at_hand = roles_at_hand(PROFILES[args.profile], args.data)
+    return [first] if others & at_hand and set(first.roles) <= at_hand else []
+
+# %% ../../nbs/cli/reproduce.ipynb #971902eb
+def compute_exhibits(args, exhibits, pictures, report: Report) -> Plan:
+    "Draw pictures and compute exhibits, a table that takes little before the others."
+    first = first_exhibit(args, exhibits)
+    if first:
+        sets, model = open_run(args, first, ())
+        draw_gallery(report, sets[first[0].roles[0]], model)
+        compute_plan(args, *plan_runs(args, first, sets, model), report)
+    sets, model = open_run(args, exhibits, pictures)
+    if exhibits and not first:
+        draw_gallery(report, next(iter(sets.values())), model)
+    draw_pictures(report, pictures, sets, model)
+    if not exhibits:
+        report.write()
+        return Plan()
+    plan, work = plan_runs(args, exhibits, sets, model)
+    compute_plan(args, plan, work, report)
     return plan
 
-
+# %% ../../nbs/cli/reproduce.ipynb #7c91bef9
 def reproduce_runs(args, exhibits, pictures, out: Path) -> Plan:
     "Compute the exhibits that are made of runs, draw the pictures and write the index page."
-    sets, model = open_run(args, exhibits, pictures)
-    plan = plan_runs(args, exhibits, sets, model)
+    check_options(args)
     if args.dry_run:
-        return plan
-    results, drawn = None, ()
-    if exhibits:  # tables are written before the pictures are drawn
-        results, drawn = compute_tables(args, plan, sets, model, out)
-    drawn = (*drawn, *write_pictures(pictures, sets, model, out))
-    page = write_page(exhibits, results, out, drawn)
-    for e in exhibits:
+        sets, model = open_run(args, exhibits, pictures)
+        return plan_runs(args, exhibits, sets, model)[0] if exhibits else Plan()
+    report = Report(out)
+    report.write('The data sets are read, or rendered where this is the first run.', refresh=5)
+    print(f'tables and figures appear while they are computed: {report.page}', flush=True)
+    plan = compute_exhibits(args, exhibits, pictures, report)
+    for e in exhibits if args.exhibits else ():
         print(f'\n{(out / "tables" / f"{e.name}.md").read_text()}')
-    print(f'tables, figures and results: {page}')
+    print(f'tables, figures and results: {report.page}')
     return plan
 
 # %% ../../nbs/cli/reproduce.ipynb #13670af9

@@ -18,7 +18,7 @@ from ..papers.exhibits import printed
 # %% ../../nbs/reporting/cells.ipynb #5b221d49
 def dataset_of(res: Results, e: Exhibit, role: str) -> str:
     "Name the data set of a role in an exhibit's results, '' if there is none."
-    available = set(res.of(e).runs.dataset)
+    available = res.of(e).datasets
     return next((d for d in datasets_of(role) if d in available), '')
 
 
@@ -26,7 +26,7 @@ def why_no_data(res: Results, e: Exhibit, role: str) -> str:
     "Give the reason why a role has no data set, '' if it has one."
     if dataset_of(res, e, role):
         return ''
-    available = set(res.of(e).runs.dataset)
+    available = res.of(e).datasets
     if not available:
         return 'not accepted yet' if res.accepted else 'missing'
     if not available & set(STAND_INS.values()):
@@ -36,8 +36,8 @@ def why_no_data(res: Results, e: Exhibit, role: str) -> str:
 
 def runs_of(res: Results, e: Exhibit, row: Row, role: str) -> pd.DataFrame:
     "Give the runs of an exhibit's row on the data set of a role, one per seed."
-    runs = res.of(e).runs
-    return runs[(runs.row == row.label) & (runs.dataset == dataset_of(res, e, role))]
+    results = res.of(e)
+    return results.runs_by_row.get((row.label, dataset_of(res, e, role)), results.runs[:0])
 
 # %% ../../nbs/reporting/cells.ipynb #b7a0659f
 def dataset_title(dataset: str) -> str:
@@ -75,12 +75,8 @@ def cell(
     columns=('value', 'low', 'high'),
 ) -> tuple:  # one number per column, NaN where absent
     "Look up a value of an exhibit's row on a role, in percent."
-    m = res.of(e).metrics
-    at_row = (m.row == label) & (m.dataset == dataset_of(res, e, role))
-    lines = m[at_row & (m.metric == metric) & (m.category == category)]
-    if lines.empty:
-        return (np.nan,) * len(columns)
-    return tuple(float(lines.iloc[0][k]) for k in columns)
+    line = res.of(e).cells.get((label, dataset_of(res, e, role), metric, category))
+    return tuple(float(getattr(line, k)) if line else np.nan for k in columns)
 
 # %% ../../nbs/reporting/cells.ipynb #36344401
 def time_of(
@@ -131,11 +127,13 @@ PAPER_ENCODERS = dict(  # paper -> backbones, tags of weights and pixels per sid
 # %% ../../nbs/reporting/cells.ipynb #409f83da
 def comparable(res: Results, e: Exhibit, row: Row, role: str) -> bool:
     "Return whether a row used the paper's data, whole, with its encoder, weights and input size."
+    if e.paper not in PAPER_ENCODERS or dataset_of(res, e, role) != role:
+        return False
     runs = runs_of(res, e, row, role)
-    if runs.empty or e.paper not in PAPER_ENCODERS:
+    if runs.empty:
         return False
     backbones, tags, size = PAPER_ENCODERS[e.paper]
-    same_data = (runs.dataset == role) & (runs.complete == 'yes')
+    same_data = runs.complete == 'yes'
     same_weights = runs.encoder.isin(backbones) & runs.source.isin(tags)
     return bool((same_data & same_weights & (runs['size'].astype(str) == str(size))).all())
 

@@ -80,10 +80,10 @@ def file_of(name: str) -> str:
 
 
 def write_pictures(
-    names, sets: dict, model: Model, out
+    names, sets: dict, model: Model, out, texts=None
 ) -> tuple:  # of (file below figures, title, caption)
     "Draw pictures below `out`/figures as PNG and SVG; stderr names those that cannot be drawn."
-    folder, texts, done = Path(out) / 'figures', {}, []
+    folder, texts, done = Path(out) / 'figures', {} if texts is None else texts, []
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         try:
