@@ -24,6 +24,7 @@ from ..papers.exhibits_anoclip import ATTENTION_ROWS
 from ..pipeline.detector import build
 from ..pipeline.method import one_path
 from ..pipeline.rows import METHODS
+from ..pipeline.texts import StoredTexts
 from ..reporting.overlays import contour, map_range, overlay, picture_grid
 from ..reporting.selection import choose_categories, choose_in_turn
 
@@ -78,7 +79,7 @@ def gallery(
     context: int = 6,
 ):
     "Show image, mask and the maps of `rows`, one sample a line."
-    texts = {}
+    texts = StoredTexts(cache_dir('texts'))
     lines = [gallery_line(encoder, ds, s, rows, context, texts) for s in samples]
     names = [r.label.replace('with ', '').replace('attention', 'att.') for r in rows]
     labels = [f'{s.category}\n{s.defect}' for s in samples]

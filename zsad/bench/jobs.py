@@ -32,6 +32,7 @@ from ..methods.dual import draw_references
 from ..pipeline.detector import Detector, Prediction, build
 from ..pipeline.inputs import select_images
 from ..pipeline.references import Reference
+from ..pipeline.texts import StoredTexts
 
 # %% ../../nbs/bench/jobs.ipynb #c8667495
 def join_groups(groups, same: tuple, joined: tuple) -> list:
@@ -226,7 +227,7 @@ def predictions(job: Job, rows, encoder: Encoder, truth: Truth):
     methods = {key: row.method for key, row in rows if row.method is not None}
     for key in [key for key, row in rows if row.method is None]:
         yield key, foreground_maps(truth), None, (0.0, 0.0)
-    texts = {}
+    texts = StoredTexts(Path(job.cache) / 'texts')
     for interpolation, spec, some in merge_specs(list(methods.values()), encoder.blocks):
         start = time.time()
         encode_missing(job.tokens, encoder, spec, interpolation, job.files, job.batch)

@@ -29,7 +29,7 @@ from ..reporting.cost import cost_caption, cost_figure, cost_table
 
 # %% ../../nbs/cli/reproduce.ipynb #7f6030b6
 from .encoder import check_device, check_positive
-from ..core.files import write_atomic
+from ..core.files import cache_dir, write_atomic
 from ..core.parallel import available_cores
 from ..datasets.sources import check_dataset, find_sets
 from ..datasets.survey import ScannedDataset
@@ -39,6 +39,7 @@ from ..learned.missing import learn_missing
 from ..papers.exhibit import ROLES
 from ..papers.exhibits import EXHIBITS, wave_of
 from ..papers.pictures import PICTURES
+from ..pipeline.texts import StoredTexts
 from ..reporting.pages import markdown
 from ..reporting.pictures import write_pictures
 from ..reporting.report import Report
@@ -228,7 +229,7 @@ def draw_gallery(report: Report, s: ScannedDataset, model: Model):
 
 def draw_pictures(report: Report, names, sets: dict, model: Model):
     "Add pictures of the papers; the page shows each as soon as it is drawn."
-    texts, hashes = {}, [(role, s.hash) for role, s in sets.items()]
+    texts, hashes = StoredTexts(cache_dir('texts')), [(role, s.hash) for role, s in sets.items()]
     for name in names:
 
         def draw(folder, name=name):

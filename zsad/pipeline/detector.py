@@ -9,6 +9,7 @@ __all__ = ['run_terms', 'fuse_terms', 'Prediction', 'Detector', 'positions_by_ca
 # %% ../../nbs/pipeline/detector.ipynb #50008a4b
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -26,6 +27,7 @@ from .references import Reference
 from .rows import find_method
 from .scores import SCORES, SET_STEPS, smooth_map, upsample
 from .terms import TERMS
+from .texts import StoredTexts, load_or_encode_text
 
 # %% ../../nbs/pipeline/detector.ipynb #f623c2be
 def run_terms(m: Method, s: ScoringInputs) -> ScoringInputs:
@@ -241,7 +243,7 @@ def build(
     method,  # a Method or the name of one
     categories,  # names, or {name: 'object' | 'texture'}
     encoder: Encoder,
-    text_cache: dict = None,  # embeddings that detectors of an encoder share
+    text_cache: dict = None,  # embeddings that detectors share, maybe StoredTexts
     artifact=None,  # file or name of a trained artifact; None: the row's own
 ) -> Detector:
     """Make a method ready: check the row, resolve layers and depths, encode its prompts.
@@ -276,7 +278,9 @@ def encode_categories(m: Method, kinds: dict, encoder: Encoder, cache: dict) -> 
     if m.prompts is None:
         return dict.fromkeys(kinds)
     keys = {c: (repr(m.prompts), c, kind) for c, kind in kinds.items()}
+    stored = isinstance(cache, StoredTexts)
+    encode = partial(load_or_encode_text, cache.folder) if stored else encode_text
     for c, key in keys.items():
         if key not in cache:
-            cache[key] = encode_text(encoder, m.prompts, c, kinds[c])
+            cache[key] = encode(encoder, m.prompts, c, kinds[c])
     return {c: cache[key] for c, key in keys.items()}
