@@ -11,7 +11,7 @@ from scipy import ndimage
 
 import zsad
 from zsad.bench.measuring import Truth, measure_row
-from zsad.evaluation.counts import components, sorted_counts
+from zsad.evaluation.counts import components, mark, rank, sorted_counts
 from zsad.evaluation.intervals import corrected_interval, interval
 from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import (
@@ -58,9 +58,10 @@ def from_the_start(maps, masks, weights, limit=0.3):
     return dict(auroc=auroc(c), f1max=f1max(c), ap=average_precision(c), pro=pro(c, limit))
 
 
-def drawn(maps, masks, weights, limit=0.3, **k):
+def drawn(maps, masks, weights, limit=0.3, within=None, **k):
     regions = components(masks)
-    bins = threshold_bins(maps, regions, sorted_counts(maps, regions), limit, **k)
+    ranked = rank(maps, mark(regions, within, within is not None))
+    bins = threshold_bins(ranked, sorted_counts(maps, regions, within), limit, **k)
     return resample(bins, weights)
 
 
