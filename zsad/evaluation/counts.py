@@ -38,7 +38,7 @@ class Counts:
     above: np.ndarray  # normal pixels strictly above each score [T]
     cover: np.ndarray  # mean covered fraction of the regions at each score [T]
     negatives: int = 0  # number of normal pixels
-    even: tuple = ()  # evenly spaced scores, ascending, and the normal pixels above each [S]
+    even: tuple = ()  # evenly spaced scores [S], ascending, and normal pixels above each, if counted
     nans: int = 0  # NaN among all values; the arrays are empty then
     total: int = 0  # number of values
     positives = property(lambda c: int(c.tp[-1]) if len(c.tp) else 0)
@@ -165,19 +165,21 @@ def rank(
     return Ranked(marks, values[::-1], places, places.reshape(-1)[marks.pixel] >> 1, even)
 
 # %% ../../nbs/evaluation/counts.ipynb #a17c0de4
-CHUNK = 2**21  # ranks counted at a time
+CHUNK = 2**19  # ranks counted at a time, at least
 
 
 def count_ranks(ranked: Ranked, images) -> np.ndarray:
-    "Count the ranks of the pixels of images, outside and on the object [2,2T+1]."
+    "Count the ranks of the pixels of images [1,2T+1]; outside and on the object [2,2T+1] if known."
     on, width = ranked.marks.on, 2 * len(ranked.score) + 1
-    total = np.zeros((2, width), int)
-    step = max(1, CHUNK // max(1, ranked.rank[0].size))
+    rows, pixels = 1 if on is None else 2, max(1, ranked.rank[:1].size)
+    total = np.zeros((rows, width), int)
+    step = max(CHUNK, 2 * width) // pixels + 1
     for start in range(0, len(images), step):
         some = images[start : start + step]
-        cell = ranked.rank[some].astype(np.intp)
-        cell += width if on is None else width * on[some]
-        total += np.bincount(cell.ravel(), minlength=2 * width).reshape(2, width)
+        cell = ranked.rank[some]
+        if on is not None:
+            cell += np.multiply(on[some], width, dtype=np.int32)
+        total += np.bincount(cell.ravel(), minlength=rows * width).reshape(rows, width)
     return total
 
 # %% ../../nbs/evaluation/counts.ipynb #a17c0de5
@@ -185,7 +187,7 @@ def count_ranks(ranked: Ranked, images) -> np.ndarray:
 class Part:
     "The ranks of one group of images."
 
-    normal: np.ndarray  # normal pixels outside and on the object at every rank [2,2T+1]
+    passed: np.ndarray  # normal pixels up to every rank: all; on the object if known [1 or 2,2T+1]
     at: np.ndarray  # thresholds of its anomalous pixels [A]
     region: np.ndarray  # their regions [A]
     inside: np.ndarray  # whether they lie on the object [A]
@@ -196,50 +198,54 @@ def part_of(
     images=None,  # indices; None: all
 ) -> Part:
     "Count the ranks of a group of images."
-    m, M = ranked.marks, len(ranked.rank)
-    chosen = np.arange(M) if images is None else np.asarray(images)
-    own = slice(None) if images is None else np.isin(m.image, chosen)
-    normal = count_ranks(ranked, chosen) if M else np.zeros((2, 2 * len(ranked.score) + 1), int)
-    at, region, inside = ranked.at[own], m.region[own], m.inside[own]
-    np.subtract.at(normal, (inside.astype(int), 2 * at + 1), 1)
-    return Part(normal, at, region, inside)
+    marks, member = ranked.marks, np.zeros(len(ranked.rank), bool)
+    member[slice(None) if images is None else images] = True
+    own = member[marks.image]
+    at, inside = ranked.at[own], marks.inside[own]
+    normal = count_ranks(ranked, np.flatnonzero(member))
+    for row, some in zip(normal[::-1], (at[inside], at[~inside])):
+        row[1::2] -= np.bincount(some, minlength=len(ranked.score))
+    passed = np.cumsum(normal, 1)
+    passed[0] += passed[1] if len(passed) > 1 else 0
+    return Part(passed, at, marks.region[own], inside)
 
 # %% ../../nbs/evaluation/counts.ipynb #a17c0de6
 def counts_of(
     ranked: Ranked,
     *parts,  # from `part_of`
     inside=None,  # count on the object only; None: where the marks say so
+    even=True,  # count at the even scores as well
 ) -> Counts:
     "Count the parts together."
     inside = ranked.marks.only if inside is None else inside
-    normal = sum(p.normal[1] if inside else p.normal.sum(0) for p in parts)
+    passed = [p.passed[-1 if inside else 0] for p in parts]
     keep = np.concatenate([p.inside | (not inside) for p in parts])
     at = np.concatenate([p.at for p in parts])[keep]
     share = region_shares(np.concatenate([p.region for p in parts])[keep])
-    p, passed = np.bincount(at, minlength=len(ranked.score)), np.cumsum(normal)
-    T = np.flatnonzero(p)
+    p = np.bincount(at, minlength=len(ranked.score))
+    T, negatives = np.flatnonzero(p), int(sum(a[-1] for a in passed))
     return Counts(
         score=ranked.score[T],
         tp=np.cumsum(p[T]),
-        fp=passed[1::2][T],
-        above=passed[::2][T],
+        fp=sum(a[2 * T + 1] for a in passed),
+        above=sum(a[2 * T] for a in passed),
         cover=np.cumsum(np.bincount(at, share, len(p))[T]),
-        negatives=int(passed[-1]),
-        even=even_counts(ranked, passed),
-        total=len(at) + int(passed[-1]),
+        negatives=negatives,
+        even=even_counts(ranked, passed) if even else (),
+        total=len(at) + negatives,
     )
 
 # %% ../../nbs/evaluation/counts.ipynb #a17c0de7
 def region_shares(region) -> np.ndarray:
     "Return what every anomalous pixel adds to the mean covered fraction [A]."
     area = np.bincount(region)
-    return 1 / (area * max(1, np.count_nonzero(area)))[region]
+    return 1 / (area[region] * max(1, np.count_nonzero(area)))
 
 
 def even_counts(ranked: Ranked, passed) -> tuple:
-    "Return the even scores and the normal pixels above each, from the cumulated ranks."
-    low = round_down(ranked.even, ranked.score.dtype)
-    return ranked.even, passed[2 * ranked.find(low)]
+    "Return the even scores and the normal pixels above each, from the cumulated ranks of parts."
+    rank = 2 * ranked.find(round_down(ranked.even, ranked.score.dtype))
+    return ranked.even, sum(a[rank] for a in passed)
 
 # %% ../../nbs/evaluation/counts.ipynb #2a6a799a
 def components(
@@ -267,8 +273,9 @@ def group_counts(
 ) -> tuple:  # Counts of the set, [Counts of the first group with each other], Counts on the object
     "Count a set of images, the first group with each other one, and the set on the object."
     parts = [part_of(ranked, images) for images in groups]
-    each = [counts_of(ranked, parts[0], part) for part in parts[1:]]
-    return counts_of(ranked, *parts), each, counts_of(ranked, *parts, inside=True)
+    each = [counts_of(ranked, parts[0], part, even=False) for part in parts[1:]]
+    inside = counts_of(ranked, *parts, inside=True, even=False)
+    return counts_of(ranked, *parts), each, inside
 
 # %% ../../nbs/evaluation/counts.ipynb #47235205
 def reason(

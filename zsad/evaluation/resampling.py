@@ -115,7 +115,9 @@ def bin_normal(
         x = cell.take(ranked.rank[some])
         if marks.only:
             x[~marks.on[some]] = parts  # left out
-        x = x.reshape(len(x), -1) + width * np.arange(len(x))[:, None]
+        x = x.reshape(len(x), -1)
+        if len(x) > 1:
+            x += width * np.arange(len(x))[:, None]
         counts.append(np.bincount(x.ravel(), minlength=width * len(x)).reshape(len(x), width))
     return np.concatenate(counts)[:, :parts]
 
