@@ -11,7 +11,7 @@ from scipy import ndimage
 
 import zsad
 from zsad.bench.measuring import Truth, measure_row
-from zsad.evaluation.counts import components, mark, rank, sorted_counts
+from zsad.evaluation.counts import components, mark, mark_object, rank, sorted_counts
 from zsad.evaluation.intervals import corrected_interval, interval
 from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import (
@@ -60,7 +60,8 @@ def from_the_start(maps, masks, weights, limit=0.3):
 
 def drawn(maps, masks, weights, limit=0.3, within=None, **k):
     regions = components(masks)
-    ranked = rank(maps, mark(regions, within, within is not None))
+    marks = mark(regions)
+    ranked = rank(maps, marks if within is None else mark_object(marks, within, only=True))
     bins = threshold_bins(ranked, sorted_counts(maps, regions, within), limit, **k)
     return resample(bins, weights)
 

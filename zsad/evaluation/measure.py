@@ -14,10 +14,10 @@ import numpy as np
 from zsad.evaluation.counts import (
     Marks,
     as_array,
-    components,
     count_nans,
     counts_of,
-    mark,
+    mark_components,
+    mark_object,
     part_of,
     rank,
     reason,
@@ -75,9 +75,10 @@ def mark_pixels(masks, protocol, foreground=None) -> Marks:
     All methods of a category can share the Marks.
     """
     p = protocol
-    anomalous = resize_mask(masks, p.size, p.mask_rule)
-    on = None if foreground is None else resize_mask(foreground, p.size, 'nearest')
-    return mark(components(anomalous, p.connectivity), on, p.within is not None)
+    marks = mark_components(resize_mask(masks, p.size, p.mask_rule), p.connectivity)
+    if foreground is None:
+        return marks
+    return mark_object(marks, resize_mask(foreground, p.size, 'nearest'), p.within is not None)
 
 # %% ../../nbs/evaluation/measure.ipynb #ece820ac
 def rank_pixels(

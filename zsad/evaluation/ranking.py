@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'COMPARED', 'Thresholds', 'score_bits', 'bucket_numbers', 'bucket_range', 'find_buckets', 'search',
-           'lowest_thresholds', 'rank_beside', 'ranks']
+           'rank_block', 'ranks']
 
 # %% ../../nbs/evaluation/ranking.ipynb #52ee090d
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Thresholds:
     origin: float  # subtracted from scores, below all of them
     first: int  # bits of the lowest score less `origin`
     shift: int  # bits that are cut off
-    table: np.ndarray  # index of the lowest threshold in or above a bucket; ~index if it has more
+    table: np.ndarray  # index of the lowest threshold in or above every bucket
     more: np.ndarray  # the next threshold is in the same bucket [T]
 
 # %% ../../nbs/evaluation/ranking.ipynb #7ccf40ed
@@ -71,17 +71,16 @@ def find_buckets(
     table = np.repeat(np.arange(T + 1, dtype=np.int32), gaps)
     more = gaps[1:] == 0  # the last threshold may share its bucket with the end of the range
     more[-1:] = False
-    table[numbers[more]] = ~table[numbers[more]]
     return Thresholds(
         np.append(values, values.dtype.type(np.nan)), ends, origin, first, shift, table, more
     )
 
 # %% ../../nbs/evaluation/ranking.ipynb #50360427
-COMPARED = 4  # thresholds of a bucket that a score is compared with before binary search
+COMPARED = 3  # more thresholds of a bucket that a score is compared with before binary search
 
 
 def search(x, index, t: Thresholds) -> np.ndarray:
-    "Rank scores in buckets that hold several thresholds, `index` being the lowest."
+    "Rank scores that are above all thresholds before `index`, which is in their bucket."
     T, out, at = len(t.more), np.empty(len(x), np.int32), np.arange(len(x))
     for _ in range(COMPARED):
         threshold = t.values[index]
@@ -94,22 +93,18 @@ def search(x, index, t: Thresholds) -> np.ndarray:
     return out
 
 # %% ../../nbs/evaluation/ranking.ipynb #cae0fe88
-def lowest_thresholds(x, t: Thresholds) -> tuple:  # indices [n], where a bucket holds more
-    "Look up the lowest threshold in or above the bucket of every score [n]."
+def rank_block(x, t: Thresholds) -> tuple:  # ranks [n], where they have to be searched, from where
+    "Rank scores [n] by the lowest threshold in or above their bucket."
     index = t.table.take(bucket_numbers(x, t))
-    several = np.flatnonzero(index < 0)
-    index ^= index >> 31  # ~index becomes index
-    return index, several
-
-
-def rank_beside(x, index, t: Thresholds) -> np.ndarray:
-    "Rank scores for which the thresholds `index` are the only ones that may be at or below."
     threshold = t.values.take(index)
     passed = (x > threshold).view(np.int8) + (x >= threshold)
-    rank = len(t.more) - index
-    rank *= 2
-    rank -= passed
-    return rank
+    higher = np.flatnonzero(passed == 2)
+    left = higher[t.more.take(index.take(higher))]
+    next_one = index.take(left) + 1
+    np.subtract(len(t.more), index, out=index)
+    index *= 2
+    index -= passed
+    return index, left, next_one
 
 # %% ../../nbs/evaluation/ranking.ipynb #a17c0df1
 def ranks(
@@ -120,11 +115,10 @@ def ranks(
     flat, left, low = x.reshape(-1), [], []
     out = np.empty(len(flat), np.int32)
     for start in range(0, len(flat), BLOCK):
-        part = flat[start : start + BLOCK]
-        index, several = lowest_thresholds(part, t)
-        out[start : start + BLOCK] = rank_beside(part, index, t)
-        left.append(several + start)
-        low.append(index[several])
+        some = slice(start, start + BLOCK)
+        out[some], at, index = rank_block(flat[some], t)
+        left.append(at + start)
+        low.append(index)
     if left:
         at = np.concatenate(left)
         out[at] = search(flat[at], np.concatenate(low), t)
