@@ -148,9 +148,13 @@ class Ranked:
 
     marks: Marks
     score: np.ndarray  # distinct thresholds, descending [T]
-    rank: np.ndarray  # thresholds above each pixel, plus those at or above it [M,...]
+    rank: np.ndarray  # thresholds above a pixel + those at or above it, + `width` on the object
     at: np.ndarray  # which threshold each anomalous pixel equals [A]
     even: np.ndarray  # evenly spaced scores, ascending [S]
+
+    @property
+    def width(self) -> int:  # number of ranks
+        return 2 * len(self.score) + 1
 
     def find(self, scores) -> np.ndarray:
         "Return the indices of scores that are thresholds."
@@ -168,29 +172,27 @@ def rank(
     scores = maps.reshape(-1)[marks.pixel]
     values = np.unique(np.concatenate([scores, round_down(even, maps.dtype)]))
     places = ranks(maps, find_buckets(values))
-    return Ranked(marks, values[::-1], places, places.reshape(-1)[marks.pixel] >> 1, even)
+    ranked = Ranked(marks, values[::-1], places, places.reshape(-1)[marks.pixel] >> 1, even)
+    if marks.on is not None:
+        for image, on in zip(places, marks.on):
+            image += np.multiply(on, ranked.width, dtype=np.int32)
+    return ranked
 
 # %% ../../nbs/evaluation/counts.ipynb #a17c0de4
-CHUNK = 2**19  # ranks counted at a time, at least
+CHUNK = 2**20  # ranks counted at a time, at least
 
 
 def count_ranks(ranked: Ranked, images=None) -> np.ndarray:
     "Count the ranks of the pixels of images [1,2T+1]; outside and on the object [2,2T+1] if known."
-    on, width = ranked.marks.on, 2 * len(ranked.score) + 1
-    rows, pixels = 1 if on is None else 2, max(1, ranked.rank[:1].size)
-    total = np.zeros((rows, width), int)
-    step, count = (
-        max(CHUNK, 2 * width) // pixels + 1,
-        len(ranked.rank if images is None else images),
-    )
-    for start in range(0, count, step):
+    rows, M = 1 if ranked.marks.on is None else 2, len(ranked.rank if images is None else images)
+    cells, total = rows * ranked.width, None
+    step = max(CHUNK, 2 * cells) // max(1, ranked.rank[:1].size) + 1
+    for start in range(0, max(1, M), step):
         some = slice(start, start + step)
-        some = some if images is None else images[some]
-        cell = ranked.rank[some]
-        if on is not None:
-            cell = cell + np.multiply(on[some], width, dtype=np.int32)
-        total += np.bincount(cell.ravel(), minlength=rows * width).reshape(rows, width)
-    return total
+        cell = ranked.rank[some if images is None else images[some]].ravel()
+        counted = np.bincount(cell, minlength=cells)
+        total = counted if total is None else np.add(total, counted, out=total)
+    return total.reshape(rows, ranked.width)
 
 # %% ../../nbs/evaluation/counts.ipynb #a17c0de5
 @dataclass(frozen=True, eq=False)
@@ -215,8 +217,9 @@ def part_of(
     normal = count_ranks(ranked, images)
     for row, some in zip(normal[::-1], (at[inside], at[~inside])):
         row[1::2] -= np.bincount(some, minlength=len(ranked.score))
-    passed = np.cumsum(normal, 1)
-    passed[0] += passed[1] if len(passed) > 1 else 0
+    passed = np.cumsum(normal, 1, out=normal)
+    if len(passed) > 1:
+        passed[0] += passed[1]
     return Part(passed, at, marks.region[own], inside)
 
 # %% ../../nbs/evaluation/counts.ipynb #a17c0de6

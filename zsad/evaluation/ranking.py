@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/evaluation/ranking.ipynb #6be95647
-BLOCK = 2**16  # values ranked at a time: they stay in the cache
+BLOCK = 2**17  # values ranked at a time: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,10 @@ def bucket_range(values) -> tuple:  # ((lowest, highest), origin)
 def find_buckets(
     values,  # distinct thresholds, ascending, float32 or float64, without NaN [T]
 ) -> Thresholds:
-    "Make the table of the buckets: 8 to 32 for each threshold, between 2**9 and 2**22."
+    "Make the table of the buckets: 16 to 64 for each threshold, between 2**9 and 2**22."
     T, (ends, origin) = len(values), bucket_range(values)
     first, last = map(int, score_bits(np.array(ends), ends, origin))
-    bits = min(22, max(10, (16 * T).bit_length()))
+    bits = min(22, max(10, (32 * T).bit_length()))
     shift = max(0, (last - first).bit_length() - bits)
     numbers = (score_bits(values, ends, origin) - first) >> shift
     gaps = np.diff(numbers, prepend=-1, append=(last - first) >> shift)

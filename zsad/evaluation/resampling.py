@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BINS', 'TOGETHER', 'resample_weights', 'bin_ends', 'Bins', 'place_within', 'end_precisions', 'excess_precision',
-           'bin_normal', 'bin_images', 'threshold_bins', 'mean_precision', 'missed_area', 'resample', 'draw_metrics',
+           'bin_ranks', 'bin_images', 'threshold_bins', 'mean_precision', 'missed_area', 'resample', 'draw_metrics',
            'resample_scores']
 
 # %% ../../nbs/evaluation/resampling.ipynb #2d9ede4e
@@ -102,24 +102,20 @@ def excess_precision(p, c, starts, ends) -> np.ndarray:
     return np.where(ends > starts, mean - ends_mean, 0)
 
 # %% ../../nbs/evaluation/resampling.ipynb #76fbdfca
-def bin_normal(
+def bin_ranks(
     ranked,  # Ranked pixels of the set
-    cell,  # the part of a bin that holds each rank, 2B+1 parts in all [2T+1]
+    cell,  # the part of a bin that holds each rank, the last one for pixels left out
     parts,  # their number
 ) -> np.ndarray:
     "Count the pixels of every image in the parts of bins [M,parts]."
-    marks, n = ranked.marks, ranked.rank[:1].size
-    step, width, counts = max(1, BLOCK // max(1, n)), parts + marks.only, []
+    step, counts = max(1, BLOCK // max(1, ranked.rank[:1].size)), []
     for start in range(0, len(ranked.rank), step):
-        some = slice(start, start + step)
-        x = cell.take(ranked.rank[some])
-        if marks.only:
-            x[~marks.on[some]] = parts  # left out
-        x = x.reshape(len(x), -1)
-        if len(x) > 1:
-            x += width * np.arange(len(x))[:, None]
-        counts.append(np.bincount(x.ravel(), minlength=width * len(x)).reshape(len(x), width))
-    return np.concatenate(counts)[:, :parts]
+        x = cell.take(ranked.rank[start : start + step])
+        M, x = len(x), x.reshape(len(x), -1)
+        if M > 1:
+            x += parts * np.arange(M)[:, None]
+        counts.append(np.bincount(x.ravel(), minlength=parts * M).reshape(M, parts))
+    return np.concatenate(counts)
 
 # %% ../../nbs/evaluation/resampling.ipynb #bb8d2a34
 def bin_images(
@@ -130,11 +126,11 @@ def bin_images(
     "Count every image at bins of thresholds; anomalous pixels only of images that have any."
     marks, B, M = ranked.marks, len(first), len(ranked.rank)
     ends = np.stack([2 * first, 2 * last + 1], 1).ravel()  # the ranks that end a part
-    cell = np.searchsorted(ends, np.arange(2 * len(ranked.score) + 1))
-    own = cell[2 * ranked.at + 1]
-    all_pixels, parts = bin_normal(ranked, cell, 2 * B + 1), (2 * B + 1) * marks.image
-    anomalous = np.bincount(parts + own, minlength=M * (2 * B + 1))
-    normal = np.cumsum(all_pixels - anomalous.reshape(M, -1), 1)
+    cell, parts = np.searchsorted(ends, np.arange(ranked.width)), 2 * B + 2
+    own, outside = cell[2 * ranked.at + 1], np.full_like(cell, 2 * B + 1) if marks.only else cell
+    normal = bin_ranks(ranked, np.append(outside, cell), parts)
+    normal -= np.bincount(marks.image * parts + own, minlength=M * parts).reshape(M, parts)
+    normal = np.cumsum(normal[:, : 2 * B + 1], 1)
     share, regions = marks.local
     image = np.flatnonzero(regions)
     place, shape = np.searchsorted(image, marks.image) * B + own // 2, (len(image), B)
