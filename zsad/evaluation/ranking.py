@@ -97,12 +97,13 @@ def rank_block(x, t: Thresholds) -> tuple:  # ranks [n], where they have to be s
     "Rank scores [n] by the lowest threshold in or above their bucket."
     index = t.table.take(bucket_numbers(x, t))
     threshold = t.values.take(index)
-    passed = (x > threshold).view(np.int8) + (x >= threshold)
-    higher = np.flatnonzero(passed == 2)
-    left = higher[t.more.take(index.take(higher))]
+    higher, passed = x > threshold, (x >= threshold).view(np.int8)
+    passed += higher.view(np.int8)
+    left = np.flatnonzero(higher)
+    left = left[t.more.take(index.take(left))]
     next_one = index.take(left) + 1
-    np.subtract(len(t.more), index, out=index)
-    index *= 2
+    index *= -2
+    index += 2 * len(t.more)
     index -= passed
     return index, left, next_one
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BINS', 'TOGETHER', 'resample_weights', 'bin_ends', 'Bins', 'place_within', 'end_precisions', 'excess_precision',
-           'bin_ranks', 'bin_images', 'threshold_bins', 'mean_precision', 'missed_area', 'resample', 'draw_metrics',
-           'resample_scores']
+           'bin_ranks', 'bin_images', 'threshold_bins', 'mean_precision', 'missed_area', 'weighted', 'resample',
+           'draw_metrics', 'resample_scores']
 
 # %% ../../nbs/evaluation/resampling.ipynb #2d9ede4e
 from dataclasses import dataclass
@@ -169,12 +169,11 @@ def mean_precision(b: Bins, above, fp, tp, p) -> np.ndarray:
     "Return AP times the number of anomalous pixels for counts of draws [R,B]: [R]."
     if not b.several.any():
         return np.einsum('rb,rb->r', p, tp / np.maximum(tp + fp, 1))
-    x, end = end_precisions(above, fp, tp)
-    x -= end
-    x *= b.several / 2
-    x += end
-    x += b.excess
-    return np.einsum('rb,rb->r', p, x)
+    start, end = end_precisions(above, fp, tp)
+    start *= b.several / 2
+    end *= 1 - b.several / 2
+    start += end
+    return np.einsum('rb,rb->r', p, start) + p @ b.excess
 
 
 def missed_area(b: Bins, above, fp, cover, limit) -> np.ndarray:
@@ -195,6 +194,13 @@ def missed_area(b: Bins, above, fp, cover, limit) -> np.ndarray:
 TOGETHER = 2**15  # counts of draws at a time: they fit the cache
 
 
+def weighted(w, counts) -> np.ndarray:
+    "Return the counts of draws `w` [R,M] from those of images [M,B], exact: in float32 up to 2**24."
+    largest = w.sum(1).max(initial=0) * counts.max(initial=0)
+    kind = np.float32 if largest < 2**24 else np.float64
+    return (w.astype(kind) @ counts.astype(kind)).astype(float)
+
+
 def resample(
     b: Bins,
     w,  # how often each image is drawn [R,M]
@@ -202,7 +208,8 @@ def resample(
     "Compute AUROC, F1max, AP and PRO of every draw."
     w = np.asarray(w, float)
     own = w[:, b.image]
-    counts = (w @ b.above, w @ b.fp, own @ b.tp, own @ b.cover, w @ b.negatives, own @ b.regions)
+    above, fp, tp = weighted(w, b.above), weighted(w, b.fp), weighted(own, b.tp)
+    counts = (above, fp, tp, own @ b.cover, w @ b.negatives, own @ b.regions)
     step = TOGETHER // len(b.place) + 1
     rows = [slice(i, i + step) for i in range(0, len(w), step)]
     parts = [draw_metrics(b, *(x[some] for x in counts)) for some in rows]
