@@ -38,7 +38,7 @@ class Counts:
     above: np.ndarray  # normal pixels strictly above each score [T]
     cover: np.ndarray  # mean covered fraction of the regions at each score [T]
     negatives: int = 0  # number of normal pixels
-    even: tuple = ()  # evenly spaced scores [S], ascending, and normal pixels above each, if counted
+    even: tuple = ()  # evenly spaced scores, ascending, and normal pixels above each [S]
     nans: int = 0  # NaN among all values; the arrays are empty then
     total: int = 0  # number of values
     positives = property(lambda c: int(c.tp[-1]) if len(c.tp) else 0)
@@ -137,7 +137,7 @@ def even_scores(scores, steps) -> np.ndarray:
 
 
 def round_down(t, kind) -> np.ndarray:
-    "Return the largest numbers of a float type that are not above `t`: the same pixels exceed them."
+    "Round `t` down to a float type; the same scores of this type are above both."
     low = t.astype(kind)
     return np.where(low > t, np.nextafter(low, kind.type(-np.inf)), low)
 
@@ -160,7 +160,7 @@ class Ranked:
         "Return the indices of scores that are thresholds."
         return len(self.score) - 1 - np.searchsorted(self.score[::-1], scores)
 
-
+# %% ../../nbs/evaluation/counts.ipynb #a17c0ded
 def rank(
     maps,  # scores, without NaN [M,...]
     marks,  # Marks of the same shape

@@ -195,7 +195,7 @@ TOGETHER = 2**15  # counts of draws at a time: they fit the cache
 
 
 def weighted(w, counts) -> np.ndarray:
-    "Return the counts of draws `w` [R,M] from those of images [M,B], exact: in float32 up to 2**24."
+    "Return the counts of draws `w` [R,M] from those of images [M,B]; float32 holds up to 2**24."
     largest = w.sum(1).max(initial=0) * counts.max(initial=0)
     kind = np.float32 if largest < 2**24 else np.float64
     return (w.astype(kind) @ counts.astype(kind)).astype(float)
