@@ -61,10 +61,10 @@ def bucket_range(values) -> tuple:  # ((lowest, highest), origin)
 def find_buckets(
     values,  # distinct thresholds, ascending, float32 or float64, without NaN [T]
 ) -> Thresholds:
-    "Make the table of the buckets: 16 to 64 for each threshold, between 2**9 and 2**22."
+    "Make the table of the buckets: 16 to 64 for each threshold, between 2**9 and 2**24."
     T, (ends, origin) = len(values), bucket_range(values)
     first, last = map(int, score_bits(np.array(ends), ends, origin))
-    bits = min(22, max(10, (32 * T).bit_length()))
+    bits = min(24, max(10, (32 * T).bit_length()))
     shift = max(0, (last - first).bit_length() - bits)
     numbers = (score_bits(values, ends, origin) - first) >> shift
     gaps = np.diff(numbers, prepend=-1, append=(last - first) >> shift)
@@ -76,7 +76,7 @@ def find_buckets(
     )
 
 # %% ../../nbs/evaluation/ranking.ipynb #50360427
-COMPARED = 3  # more thresholds of a bucket that a score is compared with before binary search
+COMPARED = 2  # more thresholds of a bucket that a score is compared with before binary search
 
 
 def search(x, index, t: Thresholds) -> np.ndarray:
@@ -87,14 +87,16 @@ def search(x, index, t: Thresholds) -> np.ndarray:
         higher = x > threshold
         out[at] = 2 * (T - index) - higher - (x >= threshold)
         left = np.flatnonzero(higher & t.more[index])
+        if not len(left):
+            return out
         at, x, index = at[left], x[left], index[left] + 1
     sides = (np.searchsorted(t.values[:T], x, side) for side in ('left', 'right'))
     out[at] = 2 * T - sum(sides)
     return out
 
 # %% ../../nbs/evaluation/ranking.ipynb #cae0fe88
-def rank_block(x, t: Thresholds) -> tuple:  # ranks [n], where they have to be searched, from where
-    "Rank scores [n] by the lowest threshold in or above their bucket."
+def rank_block(x, t: Thresholds) -> np.ndarray:
+    "Rank scores [n] by the lowest threshold in or above their bucket, and search where it has more."
     index = t.table.take(bucket_numbers(x, t))
     threshold = t.values.take(index)
     higher, passed = x > threshold, (x >= threshold).view(np.int8)
@@ -105,7 +107,9 @@ def rank_block(x, t: Thresholds) -> tuple:  # ranks [n], where they have to be s
     index *= -2
     index += 2 * len(t.more)
     index -= passed
-    return index, left, next_one
+    if len(left):
+        index[left] = search(x[left], next_one, t)
+    return index
 
 # %% ../../nbs/evaluation/ranking.ipynb #a17c0df1
 def ranks(
@@ -113,14 +117,9 @@ def ranks(
     t: Thresholds,  # from `find_buckets`
 ) -> np.ndarray:  # int32, of the same shape
     "Rank every score: how many thresholds are higher, plus how many are higher or equal."
-    flat, left, low = x.reshape(-1), [], []
+    flat = x.reshape(-1)
     out = np.empty(len(flat), np.int32)
     for start in range(0, len(flat), BLOCK):
         some = slice(start, start + BLOCK)
-        out[some], at, index = rank_block(flat[some], t)
-        left.append(at + start)
-        low.append(index)
-    if left:
-        at = np.concatenate(left)
-        out[at] = search(flat[at], np.concatenate(low), t)
+        out[some] = rank_block(flat[some], t)
     return out.reshape(x.shape)
