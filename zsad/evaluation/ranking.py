@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/evaluation/ranking.ipynb #6be95647
-BLOCK = 2**17  # values ranked at a time: they stay in the cache
+BLOCK = 2**18  # values ranked at a time: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def find_buckets(
     )
 
 # %% ../../nbs/evaluation/ranking.ipynb #50360427
-COMPARED = 2  # more thresholds of a bucket that a score is compared with before binary search
+COMPARED = 3  # more thresholds of a bucket that a score is compared with before binary search
 
 
 def search(x, index, t: Thresholds) -> np.ndarray:
