@@ -96,7 +96,7 @@ def search(x, index, t: Thresholds) -> np.ndarray:
 
 # %% ../../nbs/evaluation/ranking.ipynb #cae0fe88
 def rank_block(x, t: Thresholds) -> np.ndarray:
-    "Rank scores [n] by the lowest threshold in or above their bucket, and search where it has more."
+    "Rank scores [n] by the lowest threshold in or above their bucket, and search if it has more."
     index = t.table.take(bucket_numbers(x, t))
     threshold = t.values.take(index)
     higher, passed = x > threshold, (x >= threshold).view(np.int8)
