@@ -11,7 +11,7 @@ from scipy import ndimage
 
 import zsad
 from zsad.bench.measuring import Truth, measure_row
-from zsad.evaluation.counts import components, sorted_counts
+from zsad.evaluation.counts import components, mark, mark_object, rank, sorted_counts
 from zsad.evaluation.intervals import corrected_interval, interval
 from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import (
@@ -58,9 +58,11 @@ def from_the_start(maps, masks, weights, limit=0.3):
     return dict(auroc=auroc(c), f1max=f1max(c), ap=average_precision(c), pro=pro(c, limit))
 
 
-def drawn(maps, masks, weights, limit=0.3, **k):
+def drawn(maps, masks, weights, limit=0.3, within=None, **k):
     regions = components(masks)
-    bins = threshold_bins(maps, regions, sorted_counts(maps, regions), limit, **k)
+    marks = mark(regions)
+    ranked = rank(maps, marks if within is None else mark_object(marks, within, only=True))
+    bins = threshold_bins(ranked, sorted_counts(maps, regions, within), limit, **k)
     return resample(bins, weights)
 
 
@@ -267,6 +269,45 @@ def test_nan_maps_give_nan_everywhere():
         and set(why) == set(values)
         and all(np.isnan(d['image_auroc']) for d in defects.values())
     )
+
+
+def test_rows_of_a_category_share_the_marks():
+    "The regions are numbered once for all rows; another protocol has its own."
+    maps, masks = draw_category(11)
+    inside = ndimage.binary_dilation(masks, np.ones((1, 5, 5)))
+    shared = truth(masks, inside)
+    protocols = (
+        Protocol(),
+        Protocol(size=16),
+        Protocol('within', within='foreground', metrics=METRICS[3:]),
+        Protocol(connectivity=4),
+    )
+    for k, p in enumerate([*protocols, *protocols]):
+        m = maps * (k + 1) + masks * k
+        scores = m.max((1, 2))
+        got = measure_row(m, scores, shared, ('a',), p)
+        want = measure_row(m, scores, truth(masks, inside), ('a',), p)
+        np.testing.assert_equal(got, want)
+        assert len(shared.marks) == min(k + 1, 4)
+        out = evaluate(m, masks, scores, shared.labels, p, foreground=inside)
+        for name in p.metrics:
+            assert got[0][name] == pytest.approx(out[name], abs=1e-12, nan_ok=True)
+
+
+def test_draws_within_the_object_are_exact():
+    maps, masks = draw_category(12)
+    inside = np.random.default_rng(0).random(masks.shape) < 0.6
+    weights = resample_weights(len(maps), ('t',), 12)
+    got = drawn(maps, masks, weights, within=inside)
+    for i, w in enumerate(weights):
+        c = sorted_counts(
+            np.repeat(maps, w, 0), components(np.repeat(masks, w, 0)), np.repeat(inside, w, 0)
+        )
+        assert got['auroc'][i] == pytest.approx(auroc(c), abs=1e-9)
+        assert got['ap'][i] == pytest.approx(average_precision(c), abs=1e-9)
+        assert got['pro'][i] == pytest.approx(pro(c), abs=1e-9)
+    whole = drawn(maps, masks, weights)
+    assert abs(whole['auroc'][0] - got['auroc'][0]) > 1e-6
 
 
 def test_rows_of_few_metrics_and_sets_without_masks():

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from zsad.evaluation.counts import components, sorted_counts
+from zsad.evaluation.counts import components, mark, mark_components, rank, sorted_counts
 from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import (
     auroc,
@@ -23,6 +23,7 @@ from zsad.evaluation.metrics import (
     pro_field,
 )
 from zsad.evaluation.protocol import METRICS, PROTOCOLS, Protocol
+from zsad.evaluation.ranking import find_buckets, ranks
 from zsad.evaluation.resizing import resize, resize_mask
 
 # ---- references
@@ -214,6 +215,52 @@ def test_torch(data):
     for half in (torch.bfloat16, torch.float16):
         t = torch.from_numpy(m).to(half)
         assert evaluate(t, g, s, y) == evaluate(t.float(), g, s, y)
+
+
+# ---- ranks
+
+
+@pytest.mark.parametrize('dtype', [np.float64, np.float32])
+@pytest.mark.parametrize('thresholds', [0, 1, 2, 700, 20_000])
+@pytest.mark.parametrize('scale', [*SCALES, 'crowded', 'endless'])
+def test_ranks_equal_binary_search(scale, thresholds, dtype):
+    "Also where thousands of thresholds share a bucket, and for scores without a finite range."
+    rng = np.random.default_rng(thresholds)
+    x = rng.standard_normal(150_000)
+    if scale == 'crowded':
+        x = np.where(x > 0, 1 + 1e-5 * x, 1e6 * x)
+    elif scale == 'endless':
+        x = np.where(abs(x) > 1, np.inf * x, 1e38 * x)
+    else:
+        x = SCALES[scale](x)
+    x = x.astype(dtype)
+    values = np.unique(rng.choice(x, thresholds))
+    want = 2 * len(values) - sum(np.searchsorted(values, x, side) for side in ('left', 'right'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        np.testing.assert_array_equal(ranks(x, find_buckets(values)), want)
+
+
+def test_a_ranking_names_its_thresholds(data):
+    m, g = data[0], components(data[1])
+    r, c = rank(m, mark(g)), sorted_counts(m, g)
+    np.testing.assert_array_equal(r.score[r.find(c.score)], c.score)
+    np.testing.assert_array_equal(r.score[r.at], m[g > 0])
+    assert (r.rank[g == 0] >= 0).all() and r.rank.max() < r.width
+
+
+@pytest.mark.parametrize('share', [0.0, 0.02, 0.4, 1.0])
+def test_regions_in_rows(share):
+    "Rows without anomalous pixels are left out before labelling; images stay apart."
+    masks = np.random.default_rng(1).random((7, 9, 11)) < share
+    masks[2:4] = False
+    for n in (4, 8):
+        regions, m = components(masks, n), mark_components(masks, n)
+        want = [sorted(map(len, flood(k, n == 8))) for k in masks]
+        assert [sorted(np.unique(k[k > 0], return_counts=True)[1]) for k in regions] == want
+        assert len(np.unique(regions[regions > 0])) == regions.max() == sum(map(len, want))
+        np.testing.assert_array_equal(m.pixel, np.flatnonzero(regions))
+        np.testing.assert_array_equal(m.region, regions[regions > 0])
 
 
 # ---- invariances

@@ -85,30 +85,22 @@ def pro(
 # %% ../../nbs/evaluation/metrics.ipynb #8f95f017
 def field_curve(
     c: Counts,  # from `sorted_counts` with numbered regions
-    steps=200,  # number of thresholds
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Return evenly spaced thresholds with FPR and mean covered fraction above them (CFLOW-AD)."
-    ends = [v for n in c.normal if len(n) for v in (n[0], n[-1])] + [c.score[0], c.score[-1]]
-    low, high = float(min(ends)), float(max(ends))
-    step = (high - low) / steps
-    if not (step > 0 and np.isfinite(step)):
-        return (np.empty(0),) * 3
-    t = np.arange(low, high, step)
-    fpr = sum(len(n) - np.searchsorted(n, t, 'right') for n in c.normal) / c.negatives
+    t, above = c.even
     passed = len(c.score) - np.searchsorted(c.score[::-1], t, 'right')
-    return t, fpr, np.append(0, c.cover)[passed]
+    return t, above / c.negatives, np.append(0, c.cover)[passed]
 
 # %% ../../nbs/evaluation/metrics.ipynb #8c54332b
 @metric('pro_field', rev=1)
 def field_area(
     c: Counts,  # from `sorted_counts` with numbered regions
     limit=0.3,  # thresholds with FPR below it are kept
-    steps=200,  # number of thresholds
 ) -> tuple[float, str]:
     "Return the field's PRO and, when it is NaN, the reason (CFLOW-AD's routine)."
     if why := reason(c):
         return float('nan'), why
-    t, fpr, cover = field_curve(c, steps)
+    t, fpr, cover = field_curve(c)
     if not len(t):
         return float('nan'), 'maps are constant or infinite: no evenly spaced thresholds'
     x, y = fpr[fpr < limit], cover[fpr < limit]
@@ -126,7 +118,7 @@ def pro_field(
     connectivity=8,  # of the regions
 ) -> float:
     "Compute PRO by the 200-threshold routine of most CLIP repositories, NaN when it has no value."
-    return field_area(sorted_counts(maps, components(masks, connectivity)), limit, steps)[0]
+    return field_area(sorted_counts(maps, components(masks, connectivity), steps=steps), limit)[0]
 
 # %% ../../nbs/evaluation/metrics.ipynb #7950ecf1
 def pixel_auroc_within(
