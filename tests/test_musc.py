@@ -494,7 +494,7 @@ def test_which_widths_share_products(monkeypatch):
         return real(tokens, *args)
 
     monkeypatch.setattr(musc, 'shared_distances', spy)
-    for D in (192, 255, 256, 896):
+    for D in (192, 383, 384, 896):
         x = draw(D=D)[0][:, :4]
         a = musc_map(x, (6, 6))
         want = [mutual_scores(aggregate(z, (6, 6), r)) for z in x for r in (1, 3, 5)]
@@ -502,11 +502,11 @@ def test_which_widths_share_products(monkeypatch):
         musc_map(x, (6, 6), (3,))
         others = musc_map(x[:, :2], (6, 6), others=x[:, 2:])
         assert gap(musc_map((z for z in x[:, :2]), (6, 6), others=x[:, 2:]), others) == 0
-    assert seen == [256] * 6 + [896] * 6
+    assert seen == [384] * 6 + [896] * 6
 
 
 def test_shared_products_refuse_what_separate_ones_do():
-    x = draw(D=256)[0][:, :3]
+    x = draw(D=384)[0][:, :3]
     for bad in (math.nan, math.inf):
         broken = x.clone()
         broken[0, 1, 4, 2] = bad
@@ -520,7 +520,7 @@ def test_shared_products_refuse_what_separate_ones_do():
         musc_map(flat, (6, 6))
     with pytest.raises(ValueError, match='odd number from 1 to 6'):
         musc_map(x, (6, 6), (1, 2))
-    with pytest.raises(ValueError, match=r'\[1, 36, 256\].*at least 2'):
+    with pytest.raises(ValueError, match=r'\[1, 36, 384\].*at least 2'):
         musc_map(x[:, :1], (6, 6))
     with pytest.raises(ValueError, match='without the class token'):
         musc_map(x, (6, 6), others=x[:, :, :35])
