@@ -144,9 +144,8 @@ def measure_within(
     measure,  # measure(rows, i) -> [...,J,N] of images `rows` to image i, [...,J,N] of i to them
 ) -> Tensor:
     "Measure every pair of images of a set once."
-    M = d.shape[-3]
-    for i in range(M - 1):
-        for j in range(i + 1, M, step):
+    for i in range(d.shape[-3] - 1):
+        for j in range(i + 1, d.shape[-3], step):
             there, back = measure(slice(j, j + step), i)
             d[..., j : j + step, i, :] = there
             d[..., i, j - 1 : j - 1 + step, :] = back
@@ -159,9 +158,8 @@ def measure_to(
     measure,  # measure(i, rows) -> [...,J,N] of image i to references `rows`
 ) -> Tensor:
     "Measure the images of a set against reference images."
-    M, R = d.shape[-3:-1]
-    for i in range(M):
-        for j in range(0, R, step):
+    for i in range(d.shape[-3]):
+        for j in range(0, d.shape[-2], step):
             d[..., i, j : j + step, :] = measure(i, slice(j, j + step))
     return d
 
@@ -234,15 +232,12 @@ def nearest_at_scale(a, b, inverse_a, inverse_b, s, grid, r):
     return distances_from_cosines(cosines.mul_(inverse_a[..., None]), features)
 
 
-def nearest_at_scales(
-    a: Tensor,  # [J,N,D] jointly normed tokens of J images
-    b: Tensor,  # [N,D] those of one image
-    inverse_a: Tensor,  # [S,J,N] 1 over the lengths of their sums over each neighbourhood
-    inverse_b: Tensor,  # [S,N]
-    grid,  # (rows, columns) of patches
-    scales,  # S sides of the neighbourhoods in patches
-) -> tuple:  # [S,J,N] from each patch of a to b; [S,J,N] from each patch of b to each image of a
-    "Measure distances both ways at all neighbourhoods from one product of tokens."
+def nearest_at_scales(a, b, inverse_a, inverse_b, grid, scales) -> tuple:  # 2 of [S,J,N]
+    """Measure distances both ways at S neighbourhoods from one product of tokens.
+
+    `a` [J,N,D] and `b` [N,D] are jointly normed tokens of J images and of one; `inverse_a` [S,J,N]
+    and `inverse_b` [S,N] are 1 over the lengths of their neighbourhood sums.
+    """
     s = products(a, b)
     lengths = zip(inverse_a, inverse_b, scales)
     pairs = [nearest_at_scale(a, b, ia, ib, s, grid, r) for ia, ib, r in lengths]
