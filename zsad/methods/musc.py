@@ -188,8 +188,9 @@ def distances_to(features: Tensor, others: Tensor, chunk=None) -> Tensor:  # [M,
 
 # %% ../../nbs/methods/musc.ipynb #0c21dfb4
 def images_at_once(features: Tensor, patches: int, chunk) -> int:
-    "Return how many images to multiply at a time; products of 1 MB stay in the cache of a CPU."
-    chunk = chunk or (2**18 if features.device.type == 'cpu' else 2**26)
+    "Return how many images to multiply at a time; 1 MB of products stays in the cache of a core."
+    on_cpu = features.device.type == 'cpu'
+    chunk = chunk or (2**18 * torch.get_num_threads() if on_cpu else 2**26)
     return max(1, chunk // (features.shape[1] * patches))
 
 
@@ -197,7 +198,7 @@ def images_at_once(features: Tensor, patches: int, chunk) -> int:
 def patch_distances(
     features: Tensor,  # [M,N,D] from `aggregate`
     others: Tensor = None,  # [R,P,D] or [M,R,P,D] reference images; None: the rest of the set
-    chunk: int = None,  # products held at a time; None: 2^18 on a CPU, 2^26 elsewhere
+    chunk: int = None,  # products held at a time; None: 2^18 per CPU thread, 2^26 elsewhere
 ) -> Tensor:  # [M,M-1,N] or [M,R,N]
     "Measure the distance of every patch to the nearest patch of every other image (MuSc, MSM)."
     check_sets(features, others)
@@ -279,7 +280,7 @@ def shared_distances(
     grid,  # (rows, columns) of patches
     scales,  # S sides of the neighbourhoods in patches
     others: Tensor = None,  # [R,N,D] or [M,R,N,D] tokens of reference images; None: the set itself
-    chunk: int = None,  # products held at a time; None: 2^18 on a CPU, 2^26 elsewhere
+    chunk: int = None,  # products held at a time; None: 2^18 per CPU thread, 2^26 elsewhere
 ) -> Tensor:  # [S,M,M-1,N] or [S,M,R,N]
     "Measure what `patch_distances` does at several neighbourhoods from one product per pair."
     check_sets(tokens, others)
