@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from zsad.methods import musc
 from zsad.methods.musc import (
     aggregate,
+    box_products,
+    box_sums,
     interval_average,
     musc_map,
     mutual_scores,
     patch_distances,
     rscin,
+    shared_distances,
     split_subsets,
 )
 
@@ -423,6 +426,104 @@ def test_layers_that_do_not_go_together_are_named():
         musc_map(layers, (6, 6), ())
     with pytest.raises(ValueError, match=r'\[1, 36, 24\].*at least 2.*others'):
         musc_map(layers[:, :1], (6, 6))
+
+
+# --- one product for all neighbourhoods
+
+
+def every_scale(tokens, grid, scales, others=None):
+    "Distances of each neighbourhood from its own product."
+    return torch.stack(
+        [
+            patch_distances(
+                aggregate(tokens, grid, r), None if others is None else aggregate(others, grid, r)
+            )
+            for r in scales
+        ]
+    )
+
+
+@pytest.mark.parametrize('grid', [(4, 6), (7, 5)])
+@pytest.mark.parametrize('r', [1, 3, 5])
+def test_sums_of_products_are_products_of_sums(grid, r):
+    r = min(r, 3) if min(grid) < 5 else r
+    h, w = grid
+    a, b = normal(np.random.default_rng(r), 2, 3, h * w, 11)
+    near = torch.tensor(
+        [
+            [max(abs(p // w - q // w), abs(p % w - q % w)) <= r // 2 for q in range(h * w)]
+            for p in range(h * w)
+        ]
+    ).double()  # P_r
+    want = near @ (a.double() @ b[0].double().T) @ near.T
+    assert gap(box_sums(a, grid, r), (near @ a.double())) < 1e-5
+    assert gap(box_products(a @ b[0].T, grid, r), want) < 1e-4
+    padded = F.pad(a @ b[0].T, (0, 3))[..., : h * w]
+    assert gap(box_products(padded, grid, r), want) < 1e-4
+
+
+@pytest.mark.parametrize('D', [24, 256, 896])
+@pytest.mark.parametrize('scales', [(1, 3, 5), (5, 1), (3, 3)])
+def test_shared_products_give_the_distances_of_separate_ones(D, scales):
+    x = draw(D=D)[0][0, [0, 1, 3, 4, 5, 6, 11]]  # the last is near the third
+    d = shared_distances(x, (6, 6), scales)
+    assert d.shape == (len(scales), 7, 6, 36)
+    assert gap(d, every_scale(x, (6, 6), scales)) < 5e-6
+    for chunk in (1, 3 * 36 * 36, 10**9):
+        assert gap(shared_distances(x, (6, 6), scales, chunk=chunk), d) < 5e-6
+    for others in (x[2:4], x[[1, 2, 3, 4, 5, 6, 0]][:, None], x[:, None].expand(7, 2, 36, D)):
+        want = every_scale(x, (6, 6), scales, others)
+        assert gap(shared_distances(x, (6, 6), scales, others), want) < 5e-6
+
+
+def test_near_patches_are_measured_by_their_difference_at_every_neighbourhood():
+    x = draw(D=320)[0][0, [3, 11, 5]]
+    x = torch.cat([x, x[:1] + 1e-5 * normal(np.random.default_rng(0), 1, 36, 320)])
+    d = shared_distances(x, (6, 6), (1, 3, 5))
+    want = torch.stack(
+        [nearest(*(unit(aggregate(x.double(), (6, 6), r))[[0, 3]])) for r in (1, 3, 5)]
+    )
+    assert want.max() < 1e-4 and gap(d[:, 0, 2], want) < 1e-6 and gap(d[:, 3, 0], want) < 1e-6
+
+
+def test_which_widths_share_products(monkeypatch):
+    seen, real = [], musc.shared_distances
+
+    def spy(tokens, *args):
+        seen.append(tokens.shape[-1])
+        return real(tokens, *args)
+
+    monkeypatch.setattr(musc, 'shared_distances', spy)
+    for D in (192, 383, 384, 896):
+        x = draw(D=D)[0][:, :4]
+        a = musc_map(x, (6, 6))
+        want = [mutual_scores(aggregate(z, (6, 6), r)) for z in x for r in (1, 3, 5)]
+        assert gap(a, torch.stack(want).mean(0)) < 2e-6
+        musc_map(x, (6, 6), (3,))
+        others = musc_map(x[:, :2], (6, 6), others=x[:, 2:])
+        assert gap(musc_map((z for z in x[:, :2]), (6, 6), others=x[:, 2:]), others) == 0
+    assert seen == [384] * 6 + [896] * 6
+
+
+def test_shared_products_refuse_what_separate_ones_do():
+    x = draw(D=384)[0][:, :3]
+    for bad in (math.nan, math.inf):
+        broken = x.clone()
+        broken[0, 1, 4, 2] = bad
+        with pytest.raises(ValueError, match=r'features: patches of image \[1\].*unit length'):
+            musc_map(broken, (6, 6))
+        with pytest.raises(ValueError, match=r'others: patches of image \[1\].*unit length'):
+            musc_map(x, (6, 6), others=broken)
+    flat = x.clone()
+    flat[1, 2] = 0.5
+    with pytest.raises(ValueError, match=r'features: patches of image \[2\].*unit length'):
+        musc_map(flat, (6, 6))
+    with pytest.raises(ValueError, match='odd number from 1 to 6'):
+        musc_map(x, (6, 6), (1, 2))
+    with pytest.raises(ValueError, match=r'\[1, 36, 384\].*at least 2'):
+        musc_map(x[:, :1], (6, 6))
+    with pytest.raises(ValueError, match='without the class token'):
+        musc_map(x, (6, 6), others=x[:, :, :35])
 
 
 # --- RsCIN
