@@ -85,3 +85,21 @@ def test_terms_refuse_stages_that_they_cannot_read(term, stage):
 def test_adapted_reads_ln_post_too():
     m = Method('m', one_path('vv', stage='ln_post'), 'clip', (('adapted', {}),))
     assert check_method(m).has('adapted')
+
+
+@pytest.mark.parametrize('batch', [1, 2, 5])
+def test_class_tokens_do_not_depend_on_the_paths_beside_them(batch):
+    "Bit for bit, with one block for all tokens and with one for the leading ones."
+    e = load_encoder('mini', device='cpu', dtype='float32')
+    size = e.preprocess.size
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    both = EncodeSpec((AttentionPath('qkv'), AttentionPath('vv')), (-2, -1))
+    every = e.tokens(x, both.resolved(e.blocks))
+    own, vv = AttentionPath('qkv'), AttentionPath('vv')
+    for paths, layers in (((), (-1,)), ((vv,), (-1,)), ((own,), (-2,)), ((own, vv), (-2,))):
+        t = e.tokens(x, EncodeSpec(paths, layers).resolved(e.blocks))
+        assert torch.equal(t.cls, every.cls)
+        for path, patches in t.patches.items():
+            assert torch.equal(patches[-1], every.patches[path][layers[0]])
+    unchanged = e.tokens(x, EncodeSpec((AttentionPath('vv', 0),))).single[-1]
+    assert torch.equal(unchanged, every.patches[own][-1])

@@ -15,6 +15,7 @@ from test_parity import drawn
 
 from zsad.encoder.attention import forward_paths, to_stage
 from zsad.encoder.loading import load_encoder
+from zsad.encoder.spec import AttentionPath
 from zsad.encoder.windows import encode_windows, window_places, window_tokens
 from zsad.methods.clip_baseline import anomaly_score
 from zsad.methods.prompt_sets import PROMPTS, compose
@@ -77,7 +78,8 @@ def unit(t):
 @torch.inference_mode()
 def whole(v, x):
     "Unit class tokens [B,C] and raw patch tokens [B,N,D] of whole images."
-    z = forward_paths(v, v._embeds(x), (), ())[0]
+    last = len(v.transformer.resblocks) - 1
+    z = forward_paths(v, v._embeds(x), (AttentionPath('qkv'),), (last,))[0]
     return to_stage(v, z)[:, 0], z[:, 1:]
 
 

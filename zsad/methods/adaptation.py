@@ -76,15 +76,18 @@ def make_optimizer(
     lr: float = 1e-3,  # learning rate
     moments=None,  # (steps taken, first moments, second moments) to go on with; None: fresh
 ) -> torch.optim.AdamW:
-    "Make an AdamW with PyTorch's defaults (AnoCLIP 4.1)."
-    optimizer = torch.optim.AdamW(weights, lr, foreach=False)
+    """Make an AdamW with PyTorch's defaults (AnoCLIP 4.1).
+
+    A step is one pass over the weights (fused); weights and gradients must be contiguous.
+    """
+    optimizer = torch.optim.AdamW(weights, lr, fused=True)
     if moments is None:
         zeros = [torch.zeros_like(w, requires_grad=False) for w in weights]
         moments = 0, zeros, zeros
     steps, first, second = moments
     for w, m, v in zip(weights, first, second):
         state = dict(exp_avg=m.detach().clone(), exp_avg_sq=v.detach().clone())
-        optimizer.state[w] = state | dict(step=torch.tensor(float(steps)))
+        optimizer.state[w] = state | dict(step=torch.tensor(float(steps), device=w.device))
     return optimizer
 
 # %% ../../nbs/methods/adaptation.ipynb #e168647e
@@ -96,14 +99,14 @@ def descend(
     moments=None,  # (steps taken, first moments, second moments) to go on with; None: fresh
 ) -> tuple:  # weights, moments, losses before each step [S,B]
     "Minimise every image's own loss, all in the same steps (AnoCLIP 4.1)."
-    weights, losses = [w.detach().clone().requires_grad_() for w in start], []
+    weights, losses = [w.detach().clone().contiguous().requires_grad_() for w in start], []
     optimizer = make_optimizer(weights, lr, moments)
     for s in range(steps):
         image_losses = loss(s, *weights)
         losses.append(image_losses.detach())
         gradients = torch.autograd.grad(image_losses.sum(), weights)
         for w, gradient in zip(weights, gradients):
-            w.grad = gradient
+            w.grad = gradient.contiguous()  # a fused step misreads other strides
         optimizer.step()
     states = [optimizer.state[w] for w in weights]
     first, second = [s['exp_avg'] for s in states], [s['exp_avg_sq'] for s in states]

@@ -14,11 +14,12 @@ from ..rendered.drawing import cover, disc, grid, noise, pick, rgb, turn, unifor
 # %% ../../nbs/methods/textures.ipynb #3b232dd3
 def near(U, V, rng):
     "Scatter a point per unit cell; return distances to the nearest two and the nearest's shade."
-    table = rng.random((3, 64, 64), dtype='f4')
+    table = rng.random((3, 64, 64), dtype='f4').reshape(3, 64 * 64)
     i, j = np.floor(V).astype(int), np.floor(U).astype(int)
     a, b, shade = np.full(U.shape, 9, 'f4'), np.full(U.shape, 9, 'f4'), np.zeros(U.shape, 'f4')
     for k, l in np.ndindex(3, 3):  # the cell itself and the eight around it
-        y, x, s = table[:, (i + k - 1) % 64, (j + l - 1) % 64]
+        cell = (i + k - 1) % 64 * 64 + (j + l - 1) % 64
+        y, x, s = (values.take(cell) for values in table)
         d = disc(U, V, 0, j + l - 1 + x, i + k - 1 + y)
         a, b, shade = np.minimum(a, d), np.minimum(b, np.maximum(a, d)), np.where(d < a, s, shade)
     return a, b, shade
