@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['join_groups', 'merge_specs', 'Job', 'result_name', 'read_result', 'stored_result', 'stored_answer', 'rows_to_do',
-           'protocol_of', 'all_tokens', 'reference_of', 'predict_part', 'predict_job', 'foreground_maps',
+           'protocol_of', 'all_tokens', 'reference_of', 'predict_part', 'squares_of', 'predict_job', 'foreground_maps',
            'group_by_tokens', 'score_methods', 'predictions', 'check_revisions', 'result_of', 'read_truths', 'run_job']
 
 # %% ../../nbs/bench/jobs.ipynb #e343b582
@@ -182,15 +182,27 @@ def predict_part(job: Job, detector: Detector, tokens, reference, at: slice, x=N
     return detector.predict(tokens, categories, {job.category: reference}, x, ids)
 
 
-def predict_job(job: Job, detector: Detector, tokens, reference) -> Prediction:
-    "Predict the images of a job: together, or in batches where the row needs them as pixels."
+def squares_of(job: Job, preprocess, squares: dict) -> list:  # of [S,S,3] uint8
+    "Decode and resize the images of a job, once per filter of the resize; `squares` keeps them."
+    how = preprocess.interpolation
+    if how not in squares:
+        squares[how] = [preprocess.square(load_image(s.path)) for s in job.samples]
+    return squares[how]
+
+# %% ../../nbs/bench/jobs.ipynb #636ed5e0
+def predict_job(job: Job, detector: Detector, tokens, reference, squares=None) -> Prediction:
+    """Predict the images of a job: together, or in batches where the row needs them as pixels.
+
+    `squares` keeps the resized images for other rows of the job.
+    """
     if not detector.method.needs_images:
         return predict_part(job, detector, tokens, reference, slice(None))
     preprocess = replace(detector.encoder.preprocess, interpolation=detector.method.interpolation)
+    images = squares_of(job, preprocess, {} if squares is None else squares)
     parts = []
     for start in range(0, len(job.samples), job.batch):
         at = slice(start, start + job.batch)
-        x = preprocess([load_image(s.path) for s in job.samples[at]])
+        x = preprocess(images[at])
         parts.append(predict_part(job, detector, select_images(tokens, at), reference, at, x))
     return Prediction(*(torch.cat([getattr(p, k) for p in parts]) for k in ('score', 'map')))
 
@@ -209,12 +221,15 @@ def group_by_tokens(methods: dict, blocks: int) -> list:  # of {key: Method}
     return list(groups.values())
 
 # %% ../../nbs/bench/jobs.ipynb #f00f05b6
-def score_methods(job: Job, methods: dict, encoder: Encoder, tokens, texts: dict):
-    "Yield (key, maps, scores, seconds) of methods {key: Method} that read the same `tokens`."
+def score_methods(job: Job, methods: dict, encoder: Encoder, tokens, texts: dict, squares: dict):
+    """Yield (key, maps, scores, seconds) of methods {key: Method} that read the same `tokens`.
+
+    `texts` keeps embedded prompts and `squares` resized images for further methods of the job.
+    """
     for key, m in methods.items():
         start = time.time()
         detector = build(m, {job.category: job.kind}, encoder, texts)
-        p = predict_job(job, detector, tokens, reference_of(job, key, m, encoder, tokens))
+        p = predict_job(job, detector, tokens, reference_of(job, key, m, encoder, tokens), squares)
         yield key, p.map.numpy(), p.score.numpy(), time.time() - start
 
 # %% ../../nbs/bench/jobs.ipynb #7a9c2e08
@@ -227,7 +242,7 @@ def predictions(job: Job, rows, encoder: Encoder, truth: Truth):
     methods = {key: row.method for key, row in rows if row.method is not None}
     for key in [key for key, row in rows if row.method is None]:
         yield key, foreground_maps(truth), None, (0.0, 0.0)
-    texts = StoredTexts(Path(job.cache) / 'texts')
+    texts, squares = StoredTexts(Path(job.cache) / 'texts'), {}
     for interpolation, spec, some in merge_specs(list(methods.values()), encoder.blocks):
         start = time.time()
         encode_missing(job.tokens, encoder, spec, interpolation, job.files, job.batch)
@@ -237,7 +252,9 @@ def predictions(job: Job, rows, encoder: Encoder, truth: Truth):
             start = time.time()
             tokens = all_tokens(job, encoder, next(iter(group.values())), job.pixels, job.files)
             shared = encoding + time.time() - start
-            for key, maps, scores, scoring in score_methods(job, group, encoder, tokens, texts):
+            for key, maps, scores, scoring in score_methods(
+                job, group, encoder, tokens, texts, squares
+            ):
                 yield key, maps, scores, (shared, scoring)
 
 # %% ../../nbs/bench/jobs.ipynb #fab5991a
