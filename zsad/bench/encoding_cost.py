@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'block_widths', 'flops_of_block', 'flops_beside', 'flops_of_windows', 'flops_of', 'layer_shapes',
-           'noise_images', 'batch_that_fits', 'dtype_name', 'instruction_note', 'open_clip_pass', 'open_clip_version',
-           'time_encoding', 'gemm_rows', 'ratio_row', 'pass_rows', 'encoding_rows', 'full_text', 'text_rows',
-           'time_detectors', 'row_times']
+           'noise_images', 'batch_that_fits', 'encoder_columns', 'dtype_name', 'instruction_note', 'open_clip_pass',
+           'open_clip_version', 'time_encoding', 'gemm_rows', 'ratio_row', 'pass_rows', 'encoding_rows', 'full_text',
+           'text_rows', 'time_detectors', 'row_times']
 
 # %% ../../nbs/bench/encoding_cost.ipynb #5277acdc
 import math
@@ -100,6 +100,11 @@ def batch_that_fits(encoder: Encoder, batch: int, seconds: float) -> int:
     task = partial(encoder.tokens, noise_images(encoder, 1), PATHS['V-V'])
     one = take_turns({'one': task}, 1, 1, device=encoder.device)['one'][0]
     return min(batch, max(1, int(seconds / one)))
+
+
+def encoder_columns(encoder: Encoder) -> dict:
+    "Name an encoder and the size of its images, in columns of cost.csv."
+    return dict(encoder=f'{encoder.backbone} ({encoder.source})', size=encoder.preprocess.size)
 
 
 def dtype_name(encoder: Encoder) -> str:
