@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'FULL', 'QUICK_PLACES', 'QUICK', 'ENCODERS', 'processor_name', 'machine_columns', 'memory_rows', 'Amount',
-           'is_slow', 'single_costs', 'encoder_costs', 'other_costs', 'report', 'encoders_costs', 'curve_costs',
-           'measure', 'write_cost', 'read_cost']
+           'is_slow', 'single_costs', 'encoder_costs', 'other_costs', 'dtype_ratio_rows', 'report', 'encoders_costs',
+           'curve_costs', 'measure', 'write_cost', 'read_cost']
 
 # %% ../../nbs/bench/cost.ipynb #5cdc3d26
 import platform
@@ -124,7 +124,20 @@ def other_costs(device: str, quick: bool, anomalib=None) -> list:
     rows = metric_times(*category_maps(), python=anomalib)
     return rows + step_rows(device=device)
 
-# %% ../../nbs/bench/cost.ipynb #7fb938e5
+# %% ../../nbs/bench/cost.ipynb #5d6b6506
+def dtype_ratio_rows(rows: list) -> list:
+    "Write how many times faster V-V encoding is in bfloat16 than in float32, for every encoder."
+    vv = [r for r in rows if (r['part'], r['what']) == ('encoding', 'V-V')]
+    full = {(r['encoder'], r['size']): r['value'] for r in vv if r['dtype'] == 'float32'}
+    ratios = []
+    for r in [r for r in vv if r['dtype'] == 'bfloat16' and (r['encoder'], r['size']) in full]:
+        ratio = full[r['encoder'], r['size']] / r['value']
+        columns = {k: r[k] for k in ('note', 'encoder', 'size')}
+        row = cost_row('encoding', 'bfloat16 over float32', ratio, 'ratio', 'bfloat16', **columns)
+        ratios.append(row)
+    return ratios
+
+# %% ../../nbs/bench/cost.ipynb #ddb8b509
 ENCODERS = (('ViT-B-16-plus-240', None), ('ViT-L-14-336-quickgelu', 518))  # name, pixels or None
 
 
@@ -144,7 +157,7 @@ def encoders_costs(encoders, weights: str, device: str, dtypes, amount, anomalib
             rows += report(taken, f'{encoder.backbone}, {dtype}')
     return rows
 
-# %% ../../nbs/bench/cost.ipynb #838141a0
+# %% ../../nbs/bench/cost.ipynb #09e019ca
 def curve_costs(encoder: tuple, weights: str, device: str, amount: Amount) -> list:
     "Measure all curves, with an encoder (name, pixels) and the one that ships."
     settings = dict(device=device, dtype='float32')
@@ -167,6 +180,7 @@ def measure(
     device, amount = choose_device(device), QUICK if quick else FULL
     rows = report(memory_rows(device, quick), 'memory')
     rows += encoders_costs(encoders, weights, device, dtypes, amount, anomalib, musc)
+    rows += dtype_ratio_rows(rows)
     rows += report(other_costs(device, quick, anomalib), 'metrics and training')
     curves = curve_costs(encoders[0], weights, device, amount)
     rows += report(curves, 'curves')

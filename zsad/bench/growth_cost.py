@@ -172,7 +172,7 @@ def tasks_of_memories(encoder: Encoder, counts) -> list:  # [(count, function)]
         tasks.append((n, partial(few_shot_map, own, patches[:8], memory, grid)))
     return tasks
 
-# %% ../../nbs/bench/growth_cost.ipynb #60459b84
+# %% ../../nbs/bench/growth_cost.ipynb #7bb896f8
 def tasks_over_layers(encoder: Encoder, counts) -> dict:
     "List what is measured against the number of layers."
     x, counts = noise_images(encoder, 1), [n for n in counts if n <= encoder.blocks]
@@ -181,7 +181,7 @@ def tasks_over_layers(encoder: Encoder, counts) -> dict:
     vv = [(n, partial(encoder.tokens, x, spec)) for n, spec in paths.items()]
     scoring = [(n, partial(musc_map, z[:n], encoder.grid, (1,))) for n in counts]
     return {
-        'V-V, one image, over blocks with V-V': vv,
+        'V-V, one image, over layers with V-V': vv,
         'MuSc scoring, ten images, over layers': scoring,
     }
 

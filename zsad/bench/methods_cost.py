@@ -16,7 +16,7 @@ from ..encoder.encoder import Encoder
 from ..pipeline.detector import Detector, Prediction, build
 from ..pipeline.references import Reference
 
-# %% ../../nbs/bench/methods_cost.ipynb #04e177c9
+# %% ../../nbs/bench/methods_cost.ipynb #9c5c7d20
 METHODS_OVER = ('anoclip', 'anoclip+', 'dual')  # the first is what the others are compared with
 
 
@@ -28,7 +28,7 @@ def score_batch(detector: Detector, x) -> Prediction:
     rows = torch.arange(len(x)).roll(1)[:, None]
     return detector.predict(tokens, categories, {'bottle': Reference(tokens, rows)}, x)
 
-
+# %% ../../nbs/bench/methods_cost.ipynb #deb0b06b
 def method_rows(
     encoder: Encoder,
     images: int = 8,
