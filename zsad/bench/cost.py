@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'FULL', 'QUICK_PLACES', 'QUICK', 'ENCODERS', 'processor_name', 'machine_columns', 'memory_rows', 'Amount',
-           'is_slow', 'single_costs', 'encoder_costs', 'other_costs', 'dtype_ratio_rows', 'report', 'encoders_costs',
-           'curve_costs', 'measure', 'write_cost', 'read_cost']
+           'is_slow', 'single_costs', 'encoder_costs', 'other_costs', 'dtype_ratio_rows', 'check_peers', 'report',
+           'encoders_costs', 'curve_costs', 'measure', 'write_cost', 'read_cost']
 
 # %% ../../nbs/bench/cost.ipynb #5cdc3d26
 import platform
@@ -26,7 +26,7 @@ from zsad.bench.encoding_cost import (
 from .growth_cost import LIMIT, PLACES, growth_rows
 from .methods_cost import method_rows
 from .metrics_cost import category_maps, metric_times
-from .peers_cost import musc_rows, winclip_rows
+from .peers_cost import check_anomalib, check_musc, musc_rows, winclip_rows
 from .timing import COST_COLUMNS, cost_row, memory_rates
 from .training_cost import step_rows
 from ..core.files import write_atomic
@@ -137,8 +137,16 @@ def dtype_ratio_rows(rows: list) -> list:
         ratios.append(row)
     return ratios
 
-# %% ../../nbs/bench/cost.ipynb #ddb8b509
+# %% ../../nbs/bench/cost.ipynb #07e263cf
 ENCODERS = (('ViT-B-16-plus-240', None), ('ViT-L-14-336-quickgelu', 518))  # name, pixels or None
+
+
+def check_peers(anomalib, musc):
+    "Raise a ValueError where a peer that was named cannot be measured."
+    if anomalib is not None:
+        check_anomalib(anomalib)
+    if musc is not None:
+        check_musc(musc)
 
 
 def report(rows: list, what: str) -> list:
@@ -176,6 +184,7 @@ def measure(
     musc=None,  # folder with the public code of MuSc
 ) -> list:  # rows with the keys of COST_COLUMNS
     "Measure encoding, methods, peers, metrics, training steps and curves in one run."
+    check_peers(anomalib, musc)
     keep_memory()
     device, amount = choose_device(device), QUICK if quick else FULL
     rows = report(memory_rows(device, quick), 'memory')

@@ -12,8 +12,6 @@ __all__ = ['COST', 'DEFAULTS', 'check_names', 'select_exhibits', 'select_picture
 import difflib
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from ..app.explorer import write_gallery
 from ..bench.accept import accept, find_checkout
 from ..bench.cost import write_cost
@@ -24,12 +22,11 @@ from ..bench.profiles import PROFILES, open_sets
 from ..bench.records import machine
 from ..bench.requests import untrained_artifacts
 from ..bench.results import write_results
-from ..reporting.cost import cost_caption, cost_figure, cost_table
+from ..reporting.cost_figures import write_cost_report
 
 # %% ../../nbs/cli/reproduce.ipynb #7f6030b6
 from ..bench.reading import read_results
 from .encoder import check_device, check_positive
-from ..core.files import write_atomic
 from ..core.parallel import available_cores
 from ..datasets.sources import check_dataset, find_sets
 from ..encoder.loading import choose_device
@@ -38,7 +35,7 @@ from ..learned.missing import learn_missing
 from ..papers.exhibit import ROLES
 from ..papers.exhibits import EXHIBITS
 from ..papers.pictures import PICTURES
-from ..reporting.pages import markdown, write_page, write_report
+from ..reporting.pages import write_page, write_report
 from ..reporting.pictures import write_pictures
 
 # %% ../../nbs/cli/reproduce.ipynb #e0a917a9
@@ -184,19 +181,14 @@ def train_missing(args, exhibits, sets: dict, model: Model):
         learn_missing(entries, open_model(encoder), roots)
 
 # %% ../../nbs/cli/reproduce.ipynb #9e836aa5
-def reproduce_cost(out: Path):
-    "Measure what encoding, text and metrics cost here; write results, table and figure."
-    folder = write_cost(out / 'results').parent
-    table = cost_table(folder)
-    text = f'{markdown(table)}\n{cost_caption(folder)}\n'
-    write_atomic(out / 'tables' / 'cost.csv', table.to_csv(lineterminator='\n'))
-    write_atomic(out / 'tables' / 'cost.md', text)
-    figure = cost_figure(folder)
-    (out / 'figures').mkdir(parents=True, exist_ok=True)
-    for suffix in ('png', 'svg'):
-        figure.savefig(out / 'figures' / f'cost.{suffix}', dpi=144)
-    plt.close(figure)
-    print(text)
+def reproduce_cost(out: Path, device: str = 'auto', anomalib=None, musc=None):
+    """Measure what encoding, methods and metrics cost here; write results, tables and figures.
+
+    `anomalib` is the Python of an environment with anomalib, `musc` a folder with MuSc's code.
+    """
+    peers = dict(anomalib=anomalib, musc=musc)
+    folder = write_cost(out / 'results', device=device, **peers).parent
+    print(write_cost_report(folder, out))
 
 # %% ../../nbs/cli/reproduce.ipynb #6b432e1b
 def compute_tables(args, plan: Plan, sets: dict, model: Model, out: Path) -> tuple:
@@ -272,7 +264,8 @@ def reproduce(args):
     if cost and args.dry_run:
         print('cost: measured on this machine, in some minutes')
     elif cost:
-        reproduce_cost(out)  # first: a table shows its times
+        # first: a table shows its times
+        reproduce_cost(out, args.device, args.anomalib, args.musc)
     plan = reproduce_runs(args, exhibits, pictures, out) if exhibits or pictures else Plan()
     if args.accept and not args.dry_run:
         accept_results(plan, cost, out)
