@@ -84,14 +84,14 @@ def curve_rows(what: str, unit: str, curve: tuple, limit: float, **columns) -> l
     row = partial(cost_row, 'exponent', what, exponent, 'exponent', note=note, **columns)
     return [*rows, {**row(), 'lo': exponent - error, 'hi': exponent + error}]
 
-# %% ../../nbs/bench/growth_cost.ipynb #6fa057ad
+# %% ../../nbs/bench/growth_cost.ipynb #76cdccd2
 SET_METHODS = ('anoclip', 'dual', 'musc')
 
 
 def noise_batches(x, count: int):
     "Yield batches of `count` different images in all, made of a batch of noise [B,3,S,S]."
-    for start in range(0, count, len(x)):
-        yield x.roll(start, -1)[: count - start]
+    for number, start in enumerate(range(0, count, len(x))):
+        yield x.roll(number, -1)[: count - start]
 
 
 def score_set(detector, x, count: int):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INSTALL', 'HOW_ANOMALIB', 'HOW_MUSC', 'SCALES', 'Peer', 'ask', 'start_process', 'open_peer', 'check_anomalib',
            'check_musc', 'absent_row', 'side_rows', 'difference_of_maps', 'time_sides', 'window_rate', 'open_clip_note',
-           'winclip_peer', 'winclip_rows', 'noise_tokens', 'musc_flops', 'pair_rate', 'musc_rows']
+           'winclip_peer', 'winclip_rows', 'noise_tokens', 'musc_flops', 'pair_rate', 'musc_peer', 'musc_rows']
 
-# %% ../../nbs/bench/peers_cost.ipynb #22cbb126
+# %% ../../nbs/bench/peers_cost.ipynb #213d2b57
 import json
 import math
 import subprocess
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .encoding_cost import block_widths, dtype_name, flops_of, noise_images
 from .timing import best_rate, cost_row, gemm_rates, take_turns
@@ -240,18 +241,22 @@ def pair_rate(z, least: int, seconds: float) -> float:  # FLOP/s
     shapes['pairs'] = 8 * N, D, N
     return best_rate(gemm_rates(torch.float32, shapes, seconds / 4, z.device, least))
 
-# %% ../../nbs/bench/peers_cost.ipynb #4846fc1d
+# %% ../../nbs/bench/peers_cost.ipynb #731e0217
+def musc_peer(z, scales: list, code):
+    "Start MuSc's public scoring, a folder `code`, on patch tokens [L,M,N,D]."
+    settings = dict(code=str(Path(code).absolute()), scales=scales, device=str(z.device))
+    with_class = F.pad(z.cpu(), (0, 0, 1, 0))  # a class token, which is not read
+    return open_peer('musc', 'MuSc', sys.executable, dict(layers=with_class), **settings)
+
+
 def musc_rows(
     encoder: Encoder, code=None, images: int = 40, least: int = 3, seconds: float = 20.0
 ) -> list:
-    "Time MuSc's scoring of one layer beside its public code, a folder `code`."
-    z, columns = noise_tokens(encoder, images), dict(dtype='float32')
-    own, rate = partial(musc_map, z, encoder.grid, SCALES), pair_rate(z, least, seconds)
-    flops = musc_flops(images, *z.shape[-2:], len(SCALES))
-    settings = dict(code=str(Path(code or '.').absolute()), scales=SCALES, device=encoder.device)
-    inputs = dict(layers=torch.nn.functional.pad(z.cpu(), (0, 0, 1, 0)))  # a class token, unread
-    peer = open_peer('musc', 'MuSc', sys.executable, inputs, **settings) if code else nullcontext()
-    with peer as peer:
+    "Time MuSc's scoring of one layer, at the neighbourhoods that fit, beside its public code."
+    z, scales = noise_tokens(encoder, images), [r for r in SCALES if r <= min(encoder.grid)]
+    own, rate = partial(musc_map, z, encoder.grid, scales), pair_rate(z, least, seconds)
+    flops, columns = musc_flops(images, *z.shape[-2:], len(scales)), dict(dtype='float32')
+    with musc_peer(z, scales, code) if code else nullcontext() as peer:
         spent, ours = time_sides(own, peer, least, seconds, encoder.device)
         rate = (rate + pair_rate(z, least, seconds)) / 2
         rows = side_rows('musc', spent, images, flops / rate, peer, **columns)
