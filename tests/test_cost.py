@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import zsad.bench.timing
 from zsad.bench.cost import dtype_ratio_rows, measure, read_cost, write_cost
-from zsad.bench.encoding_cost import PATHS, flops_of, full_text, layer_shapes
+from zsad.bench.encoding_cost import PATHS, flops_of, full_text, layer_shapes, noise_images
 from zsad.bench.growth_cost import curve_rows, fitted_exponent, measure_curve, noise_batches
 from zsad.bench.metrics_cost import category_maps, library_values, metric_times, pro_loop
 from zsad.bench.peers_cost import musc_flops, musc_rows, open_clip_note, winclip_rows
@@ -24,6 +25,7 @@ from zsad.encoder.spec import AttentionPath, EncodeSpec
 from zsad.evaluation.measure import evaluate
 from zsad.evaluation.metrics import pro_field
 from zsad.methods.prompt_sets import category_prompts
+from zsad.pipeline.detector import build
 from zsad.reporting.cost import SLOW, TARGETS, cost_caption, cost_table, targets
 from zsad.reporting.cost_figures import FIGURES, cost_growth_figure
 
@@ -302,7 +304,7 @@ def test_musc_takes_turns_with_its_code(encoder, musc_code):
     rows = {r['what']: r for r in musc_rows(encoder, musc_code, 6, 2, 0.0)}
     assert list(rows) == ['zsad', 'MuSc', 'ratio', 'largest difference']
     assert rows['largest difference']['value'] < 1e-4
-    assert rows['MuSc']['peer'] == f'MuSc, torch {torch.__version__}'
+    assert rows['MuSc']['peer'] == f'MuSc, torch {version("torch")}'
     ratio = rows['MuSc']['value'] / rows['zsad']['value']
     assert rows['zsad']['repeats'] == 2 and ratio > 0
     assert musc_flops(6, 9, 64, 3) == 3 * 15 * 2 * 9 * 9 * 64
@@ -336,25 +338,20 @@ def test_winclip_takes_turns_with_equal_weights_and_images(encoder, anomalib):
     assert rows['anomalib']['peer'].startswith('anomalib 2.7.0, open_clip_torch ')
     ours = winclip_map(encoder)
     with torch.inference_mode():
-        x = zsad.bench.encoding_cost.noise_images(encoder, 2)
+        x = noise_images(encoder, 2)
         theirs = encoder.model.encode_image(x).mean(1).numpy()[:, None, None] + len('bottle')
     worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
     assert rows['largest difference']['value'] == pytest.approx(worst, rel=1e-4)
     note = rows['largest difference']['note']
-    assert note == open_clip_note(dict(open_clip_torch=zsad_open_clip())) and 'wrong' in note
+    assert (
+        note == open_clip_note(dict(open_clip_torch=version('open_clip_torch'))) and 'wrong' in note
+    )
 
 
 def winclip_map(encoder):
     "Our maps of the images that the comparison reads."
-    detector = zsad.bench.peers_cost.build('winclip@code', {'bottle': 'object'}, encoder)
-    return detector(zsad.bench.encoding_cost.noise_images(encoder, 2), ['bottle'] * 2).map.numpy()
-
-
-def zsad_open_clip() -> str:
-    "The version of open_clip that is installed."
-    from importlib.metadata import version
-
-    return version('open_clip_torch')
+    detector = build('winclip@code', {'bottle': 'object'}, encoder)
+    return detector(noise_images(encoder, 2), ['bottle'] * 2).map.numpy()
 
 
 def test_what_is_not_installed_is_named(encoder):
