@@ -72,10 +72,11 @@ def compare_target(target: Target, d: pd.DataFrame) -> dict:  # name, measured, 
     values = rows[target.column][~emulated]
     measured = float(values.min() if target.at_least else values.max())
     state, bound = state_of(target, measured, emulated.any()), write_value(target, target.bound)
-    value = '' if np.isnan(measured) else f' {target.text.format(write_value(target, measured))}'
-    sentence = (
-        f'{target.name}:{value} (at {"least" if target.at_least else "most"} {bound}), {state}'
-    )
+    aim = f'at {"least" if target.at_least else "most"} {bound}'
+    sentence = f'{target.name} ({aim}): {state}'
+    if not np.isnan(measured):
+        value = target.text.format(write_value(target, measured))
+        sentence = f'{target.name}: {value} ({aim}), {state}'
     more = dict(measured=measured, state=state, sentence=sentence)
     return dict(name=target.name, bound=target.bound, at_least=target.at_least, **more)
 
@@ -134,16 +135,16 @@ def percent(v: float) -> str:
 
 def name_encoders(d: pd.DataFrame) -> pd.Series:
     "Name the encoder of every row with the size of its images, without its weights."
-    names = d.encoder.str.split(' (', regex=False).str[0].str.removesuffix('-quickgelu')
-    sizes = pd.to_numeric(d['size']).map('{:.0f} px'.format).where(d['size'].astype(str) != '', '')
-    return (names + ', ' + sizes).str.strip(', ')
+    names = [e.split(' (')[0].removesuffix('-quickgelu') for e in d.encoder]
+    sizes = ['' if s == '' else f'{int(s)} px' for s in d['size']]
+    return pd.Series([', '.join(filter(None, pair)) for pair in zip(names, sizes)], d.index)
 
-# %% ../../nbs/reporting/cost.ipynb #a2925e44
+# %% ../../nbs/reporting/cost.ipynb #5bcd4cf7
 def cost_table(rows=None, parts: tuple = ()) -> pd.DataFrame:
     "Format a measurement for people, by default the accepted one: all its parts, or those named."
     d = read_cost(accepted_results() if rows is None else rows)
     d = d[d.part.isin(parts)] if parts else d
-    spread = d.lo.map(short) + ' to ' + d.hi.map(short)
+    spread = [f'{short(lo)} to {short(hi)}' for lo, hi in zip(d.lo, d.hi)]
     columns = {
         'encoder': name_encoders(d),
         'type': d.dtype,
@@ -151,7 +152,7 @@ def cost_table(rows=None, parts: tuple = ()) -> pd.DataFrame:
         'at': d['at'].map(short),
         'median': d.value.map(short),
         'unit': d.unit,
-        'lowest to highest': spread.where(d.repeats > 1, ''),
+        'lowest to highest': np.where(d.repeats > 1, spread, ''),
         'passes': d.repeats.astype(str),
         'limit': d.limit.map(short),
         'share of limit': d.share.map(percent),
