@@ -70,17 +70,17 @@ def measure_curve(tasks: Iterable, limit: float, least: int, device) -> tuple:
         middle.append(float(np.median(taken)))
     return places, spent, None
 
-# %% ../../nbs/bench/growth_cost.ipynb #20b978cb
+# %% ../../nbs/bench/growth_cost.ipynb #b84fd525
 def curve_rows(what: str, unit: str, curve: tuple, limit: float, **columns) -> list:
     "Write a measured curve and its exponent as rows; `unit` is that of the places."
     places, spent, left_out = curve
     rows = [cost_row('growth', what, s, 's', at=p, **columns) for p, s in zip(places, spent)]
-    if len(places) < 2:
-        return rows
-    exponent, error = fitted_exponent(places, [np.median(s) for s in spent])
     note = f'from {places[0]} to {places[-1]} {unit}'
     if left_out is not None:
         note += f'; {left_out} would take over {limit:.0f} s'
+    if len(places) < 2:
+        return [{**row, 'note': f'no exponent: {note}'} for row in rows]
+    exponent, error = fitted_exponent(places, [np.median(s) for s in spent])
     row = partial(cost_row, 'exponent', what, exponent, 'exponent', note=note, **columns)
     return [*rows, {**row(), 'lo': exponent - error, 'hi': exponent + error}]
 
