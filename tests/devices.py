@@ -163,6 +163,11 @@ def load_placed(*args, map_location=None, load=torch.load, **kwargs):
     return tree_map(lambda t: send(t) if away and isinstance(t, T) else t, value)
 
 
+def copy_each(encoder, prep, batches):
+    "Prepare batches one after the other: streams and pinned memory need a GPU."
+    return map(prep, batches)
+
+
 @contextmanager
 def faked():
     "Have a device 'cuda' for the time of a block."
@@ -172,6 +177,8 @@ def faked():
         'torch.cuda.is_available': lambda: True,
         **{k: lambda *_: None for k in CAPTURE},
         'torch.cuda.get_device_name': lambda *_: 'not there',
+        'torch.cuda.mem_get_info': lambda *_: (2**34, 2**34),
+        'zsad.encoder.encoder.copy_ahead': copy_each,
         'torch.save': save_fetched,
         'torch.load': load_placed,
     }

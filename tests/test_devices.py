@@ -15,6 +15,7 @@ from zsad.bench.plan import compute
 from zsad.core.identity import plain
 from zsad.datasets.loading import load_dataset
 from zsad.datasets.survey import scan_dataset
+from zsad.encoder.encoder import encode_images
 from zsad.encoder.loading import load_encoder
 from zsad.learned.artifacts import artifact_name, cached_artifact, load_artifact, save_artifact
 from zsad.learned.configs import CONFIGS, resolve_config
@@ -255,3 +256,15 @@ def test_a_row_predicts_on_a_gpu_what_it_predicts_on_the_cpu(name, files, small,
     assert (a.map - b.map).abs().max() < 1e-2 * b.map.abs().max() and (
         a.score - b.score
     ).abs().max() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+def test_batches_that_are_copied_ahead_arrive_in_order(files, small, monkeypatch):
+    there = load_encoder(*files, device='cuda', dtype='float32')
+    monkeypatch.setattr('zsad.encoder.encoder.MOST_IMAGES', 2)  # three passes
+    images = list(np.random.default_rng(0).integers(0, 256, (5, S, S, 3), dtype='u1'))
+    spec = METHODS['anoclip'].encode.resolved(small.blocks)
+    a, b = (encode_images(e, images, spec) for e in (there, small))
+    assert a.cls.device.type == 'cpu'
+    assert (a.cls - b.cls).abs().max() < 1e-2

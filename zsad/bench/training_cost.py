@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -108,10 +109,11 @@ def step_rows(
     apart: bool = True,  # every configuration in a process of its own; False, for trials: in one
 ) -> list:
     "Time a step of every configuration on one image, and its peak of memory."
-    spent, rows, note = {}, [], f'{backbone}, {size} px'
+    spent, rows, name = {}, [], f'{Path(backbone).stem} (random:0)'
     for group in [[c] for c in CONFIGS] if apart else [list(CONFIGS)]:
         spent |= time_steps(group, backbone, size, passes, device)
-    row = partial(cost_row, 'training', dtype='float32', batch=1, note=note)
+    columns = dict(dtype='float32', batch=1, encoder=name, size=size or '')
+    row = partial(cost_row, 'training', **columns)
     for name, (encoding, steps, peak) in spent.items():
         rows += [
             row(f'{name}, encode once', encoding, 's/image'),

@@ -27,11 +27,13 @@ REPRODUCE = Command(
         'with which data and seeds': options.INPUTS,
         'encoder': (options.backbone_option(), *options.ENCODER[1:]),
         'how to run': options.RUNNING,
+        'other code': options.PEERS,
         'results': options.REPORTING,
     },
     'zsad reproduce anoclip-t3\n'
     'zsad reproduce --profile paper --data /data/sets --dry-run\n'
-    'zsad reproduce --profile paper --data /data/sets --out results',
+    'zsad reproduce --profile paper --data /data/sets --out results\n'
+    'zsad reproduce cost --anomalib peers/bin/python --musc MuSc',
     'Features of images and finished results are cached: a second run computes what is new.',
 )
 

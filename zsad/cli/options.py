@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SIZE', 'DEVICE', 'ENCODER', 'ARTIFACT', 'METHOD_SEED', 'EXHIBITS', 'INPUTS', 'RUNNING', 'REPORTING',
-           'METHOD', 'REFERENCE', 'IMAGES', 'EVALUATED_METHOD', 'EVALUATED_MAPS', 'METRICS_OUT', 'TRAINED',
+           'PEERS', 'METHOD', 'REFERENCE', 'IMAGES', 'EVALUATED_METHOD', 'EVALUATED_MAPS', 'METRICS_OUT', 'TRAINED',
            'TRAINED_METHOD', 'TRAINED_ENCODER', 'FOLDER', 'META_OUT', 'DAYS', 'ARRANGED', 'ARRANGED_CHOICES',
            'KNOWLEDGE', 'CHAT_MODEL', 'Option', 'option', 'switch', 'Command', 'backbone_option', 'batch_option']
 
@@ -164,6 +164,12 @@ REPORTING = (
         'in a checkout of the project: store the results as its own and execute the notebooks '
         'that show them; profile mini only',
     ),
+)
+
+# %% ../../nbs/cli/options.ipynb #bb06240a
+PEERS = (
+    option('--anomalib', metavar='PYTHON', help='cost: Python with anomalib, timed beside zsad'),
+    option('--musc', metavar='DIR', help="cost: clone of MuSc's repository, timed beside zsad"),
 )
 
 # %% ../../nbs/cli/options.ipynb #4164213f

@@ -13,8 +13,6 @@ __all__ = ['COST', 'DEFAULTS', 'check_names', 'select_exhibits', 'select_picture
 import difflib
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from ..app.explorer import write_gallery
 from ..bench.accept import accept, find_checkout
 from ..bench.cost import write_cost
@@ -25,11 +23,11 @@ from ..bench.profiles import PROFILES, open_sets, roles_at_hand
 from ..bench.progress import Progress
 from ..bench.records import TORCH, machine
 from ..bench.requests import untrained_artifacts
-from ..reporting.cost import cost_caption, cost_figure, cost_table
+from ..reporting.cost_figures import write_cost_report
 
 # %% ../../nbs/cli/reproduce.ipynb #7f6030b6
 from .encoder import check_device, check_positive
-from ..core.files import cache_dir, write_atomic
+from ..core.files import cache_dir
 from ..core.parallel import available_cores
 from ..datasets.sources import check_dataset, find_sets
 from ..datasets.survey import ScannedDataset
@@ -40,7 +38,6 @@ from ..papers.exhibit import ROLES
 from ..papers.exhibits import EXHIBITS, wave_of
 from ..papers.pictures import PICTURES
 from ..pipeline.texts import StoredTexts
-from ..reporting.pages import markdown
 from ..reporting.pictures import write_pictures
 from ..reporting.report import Report
 
@@ -196,19 +193,14 @@ def train_missing(args, exhibits, sets: dict, model: Model):
         learn_missing(entries, open_model(encoder), roots)
 
 # %% ../../nbs/cli/reproduce.ipynb #9e836aa5
-def reproduce_cost(out: Path):
-    "Measure what encoding, text and metrics cost here; write results, table and figure."
-    folder = write_cost(out / 'results').parent
-    table = cost_table(folder)
-    text = f'{markdown(table)}\n{cost_caption(folder)}\n'
-    write_atomic(out / 'tables' / 'cost.csv', table.to_csv(lineterminator='\n'))
-    write_atomic(out / 'tables' / 'cost.md', text)
-    figure = cost_figure(folder)
-    (out / 'figures').mkdir(parents=True, exist_ok=True)
-    for suffix in ('png', 'svg'):
-        figure.savefig(out / 'figures' / f'cost.{suffix}', dpi=144)
-    plt.close(figure)
-    print(text)
+def reproduce_cost(out: Path, device: str = 'auto', anomalib=None, musc=None):
+    """Measure what encoding, methods and metrics cost here; write results, tables and figures.
+
+    `anomalib` is the Python of an environment with anomalib, `musc` a folder with MuSc's code.
+    """
+    peers = dict(anomalib=anomalib, musc=musc)
+    folder = write_cost(out / 'results', device=device, **peers).parent
+    print(write_cost_report(folder, out))
 
 # %% ../../nbs/cli/reproduce.ipynb #6b432e1b
 def model_identity(model: Model) -> tuple:
@@ -339,7 +331,8 @@ def reproduce(args):
     if cost and args.dry_run:
         print('cost: measured on this machine, in some minutes')
     elif cost:
-        reproduce_cost(out)  # first: a table shows its times
+        # first: a table shows its times
+        reproduce_cost(out, args.device, args.anomalib, args.musc)
     plan = reproduce_runs(args, exhibits, pictures, out) if exhibits or pictures else Plan()
     if args.accept and not args.dry_run:
         accept_results(plan, cost, out)
