@@ -46,6 +46,8 @@ def has_variant(variant: str, encoder: Encoder) -> bool:
 def load_model(backbone, weights, dtype, encoder_variant, size, device) -> Encoder:
     "Load an encoder or a variant of it, once per process."
     keep_memory()
+    if encoder_variant == 'bfloat16':
+        return load_encoder(backbone, weights, size=size, device=device, dtype='bfloat16')
     if encoder_variant == 'plain training':
         return load_encoder(f'{backbone}-plain', size=size, device=device, dtype=dtype)
     if encoder_variant:

@@ -60,7 +60,7 @@ def window_tokens(
     visual,  # open_clip VisionTransformer
     x: Tensor,  # [B,3,S,S] preprocessed images, or [B,1+N,D] from `embed_patches`
     k: int,  # side of a window in patches
-    chunk: int = None,  # windows per pass; None: 256 on a CPU, 8192 elsewhere
+    chunk: int = None,  # windows per pass; None: 100 on a CPU, 8192 elsewhere
 ) -> Tensor:  # [B,M,C] unit length
     "Embed all k x k windows of images (WinCLIP, window embeddings)."
     z = embed_patches(visual, x) if x.ndim == 4 else x
@@ -70,7 +70,7 @@ def window_tokens(
             f'x: {list(x.shape)} is neither images [B,3,S,S] nor embedded tokens [B,{N},D] of '
             'this encoder; make it with encoder.preprocess(images)'
         )
-    chunk, images = chunk or (256 if z.device.type == 'cpu' else 8192), []
+    chunk, images = chunk or (100 if z.device.type == 'cpu' else 8192), []
     for t in z.split(max(1, chunk // len(places))):
         first = qkv(visual.transformer.resblocks[0], t)
         parts = [forward_windows(visual, t, first, p) for p in places.split(chunk)]

@@ -15,8 +15,9 @@ from ..pipeline.rows import METHODS
 
 # %% ../../nbs/papers/exhibit.ipynb #d545ace9
 STATES = ('not here yet', 'reported only')
-# encoders beside the one that runs: never trained, trained without a term on patches
-ENCODER_VARIANTS = ('random weights', 'plain training')
+# encoders beside the one that runs: never trained, trained without a term on patches, and the same
+# weights in another number format
+ENCODER_VARIANTS = ('random weights', 'plain training', 'bfloat16')
 CONTROL_NAMES = ('', *ENCODER_VARIANTS, 'foreground mask')
 
 # %% ../../nbs/papers/exhibit.ipynb #ced8e4c3
@@ -37,7 +38,7 @@ class Row:
     @property
     def own(self) -> bool:
         "Return whether this is a row of the exhibit itself, not a control."
-        return self.control in ('', 'plain training')
+        return self.control in ('', 'plain training', 'bfloat16')
 
     @property
     def runs_as(self) -> tuple:

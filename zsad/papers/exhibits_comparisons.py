@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'COMPARISONS', 'COMPARISONS_OF_ADAPTED', 'BASELINE_TABLE', 'NOVEL_TABLE', 'COMPARING', 'UNTRAINED_ROWS',
-           'UNTRAINED_TABLE', 'SPREAD_TABLE', 'DEPTH_ROWS', 'DEPTH_CURVE', 'COMPARISON_EXHIBITS', 'rows_of']
+           'UNTRAINED_TABLE', 'SPREAD_TABLE', 'FORMATTED', 'FORMAT_METRICS', 'FORMAT_TABLE', 'DEPTH_ROWS',
+           'DEPTH_CURVE', 'COMPARISON_EXHIBITS', 'rows_of']
 
 # %% ../../nbs/papers/exhibits_comparisons.ipynb #9926c897
 from dataclasses import replace
@@ -87,6 +88,25 @@ SPREAD_TABLE = our_exhibit(
     seeds=5,
 )
 
+# %% ../../nbs/papers/exhibits_comparisons.ipynb #9631b2f7
+FORMATTED = ('clip', 'anoclip', 'anoclip+', 'musc', 'dual')
+FORMAT_METRICS = ('image_auroc', 'pixel_auroc', 'pro', 'pro_field')
+FORMAT_TABLE = our_exhibit(
+    'number-format',
+    'The encoder in float32 and in bfloat16',
+    tuple(
+        Row(f'{name}{", " if control else ""}{control}', METHODS[name], control)
+        for name in FORMATTED
+        for control in ('', 'bfloat16')
+    ),
+    ('mvtec',),
+    FORMAT_METRICS,
+    contrasts=tuple(
+        (f'{name}, bfloat16', name, metric) for name in FORMATTED for metric in FORMAT_METRICS
+    ),
+    on_request=True,
+)
+
 # %% ../../nbs/papers/exhibits_comparisons.ipynb #b187e150
 DEPTH_ROWS = tuple(
     Row(str(depth), replace(ANOCLIP, name=f'anoclip/depth{depth}', encode=one_path('vv', depth)))
@@ -101,4 +121,11 @@ DEPTH_CURVE = our_exhibit(
     form='curve',
     axis='blocks on the V-V path',
 )
-COMPARISON_EXHIBITS = (BASELINE_TABLE, NOVEL_TABLE, UNTRAINED_TABLE, SPREAD_TABLE, DEPTH_CURVE)
+COMPARISON_EXHIBITS = (
+    BASELINE_TABLE,
+    NOVEL_TABLE,
+    UNTRAINED_TABLE,
+    SPREAD_TABLE,
+    FORMAT_TABLE,
+    DEPTH_CURVE,
+)

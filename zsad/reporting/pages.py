@@ -142,7 +142,7 @@ def mark_rows(t: pd.DataFrame, e: Exhibit, unfinished: set):
         columns = [column_name(e, role, m) for m in e.metrics if m != 'time_ms']
         labels = {label for dataset, label in unfinished if dataset in datasets_of(role)}
         for reasons in map(t.attrs['words'].get, columns):
-            reasons |= {k: 'computing' for k in labels if reasons[k] == 'missing'}
+            reasons |= {k: 'computing' for k in labels if reasons.get(k) == 'missing'}
 
 
 def exhibit_section(e: Exhibit, res: Results, unfinished=()) -> Section:
