@@ -12,7 +12,7 @@ from importlib.metadata import version
 import torch
 
 from ..core.files import cache_dir
-from ..encoder.loading import choose_device, choose_dtype, cpu_flags, load_encoder
+from ..encoder.loading import BFLOAT_FLAGS, choose_device, choose_dtype, cpu_flags, load_encoder
 from ..pipeline.detector import build
 from ..rendered.procad import design
 from ..rendered.scene import render
@@ -26,9 +26,9 @@ def describe_machine() -> str:
     "Describe the device, and the precision in which large encoders are computed on it."
     device = choose_device()
     dtype = str(choose_dtype('auto', device, LARGE)).removeprefix('torch.')
-    matrix_unit = 'yes' if 'amx_bf16' in cpu_flags() else 'no'
+    found = ', '.join(f for f in BFLOAT_FLAGS if f in cpu_flags()) or 'none'
     return (
-        f'device {device}, {torch.get_num_threads()} threads, AMX {matrix_unit}; '
+        f'device {device}, {torch.get_num_threads()} threads, bfloat16 instructions {found}; '
         f'large encoders are computed in {dtype}'
     )
 
