@@ -67,7 +67,9 @@ def test_a_table_fills_row_by_row(plan, tmp_path, user_cache, capsys):
     last = report.page.read_text()
     assert len(pages) == len(plan.jobs)
     done = [
-        sum(map(int, re.findall(r'(\d+) of \d+ categories of rows are computed', page)))
+        sum(
+            map(int, re.findall(r'(\d+) of \d+ results \(a row on a category\) are computed', page))
+        )
         for page in pages
     ]
     assert done[0] > 0 and all('http-equiv="refresh"' in page for page in pages[:-1])
@@ -115,7 +117,7 @@ def test_a_run_that_is_stopped_leaves_a_page_and_goes_on(root, tmp_path, user_ca
     monkeypatch.setattr(Report, 'update', stop)
     assert main(arguments) == 130
     page = (tmp_path / 'out' / 'index.html').read_text()
-    assert 'This run was stopped. The same command goes on' in page
+    assert 'This run was stopped. The same command continues it' in page
     assert 'figures/gallery.png' in page and '<table>' in page and 'refresh' not in page
     monkeypatch.setattr(Report, 'update', update)
     computed = []

@@ -112,7 +112,7 @@ def encoder_costs(encoder: Encoder, amount: Amount, first: bool, anomalib=None, 
         rows += winclip_rows(encoder, anomalib, images, *passes)
         rows += musc_rows(encoder, musc, set_size, *passes)
     elif not instruction_note(encoder):
-        rows += winclip_rows(encoder, None, 2, a.least, a.seconds)
+        rows += winclip_rows(encoder, None, 2, a.least, a.seconds)[:1]  # anomalib: in float32
     return [{**row, **encoder_columns(encoder)} for row in rows]
 
 

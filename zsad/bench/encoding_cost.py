@@ -34,7 +34,7 @@ def block_widths(encoder: Encoder) -> tuple:  # D, D_up
 
 
 def flops_of_block(encoder: Encoder, tokens: int, queries: int = None) -> int:
-    "Count the multiplications of one block, of which the first `queries` tokens are read behind."
+    "Count the operations of one block whose output is needed for its first `queries` tokens."
     (D, up), queries = block_widths(encoder), tokens if queries is None else queries
     return 2 * tokens * 3 * D * D + 4 * tokens * queries * D + queries * (2 * D * D + 4 * D * up)
 
@@ -65,7 +65,7 @@ def flops_of_windows(encoder: Encoder, k: int) -> int:
 def flops_of_pass(encoder: Encoder, paths: tuple, layers: tuple) -> int:
     """Count the multiplications of CLIP's own stream of one image, its class token projected.
 
-    Where no path reads the stream behind the last block, LEADING tokens leave it.
+    If no path reads the stream after the last block, it is computed for LEADING tokens.
     """
     visual, L, T = encoder.model.visual, encoder.blocks, 1 + math.prod(encoder.grid)
     D, _ = block_widths(encoder)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .jobs import Job, merge_specs, rows_to_do
+from .jobs import Job, passes, rows_to_do
 from .models import Model, open_model
 from ..encoder.encoder import Encoder
 from ..encoder.spec import EncodeSpec
@@ -105,7 +105,7 @@ def passes_of(job: Job, methods: dict, planned: dict) -> list:  # of Pass
     if not methods:
         return []
     encoder, out = open_model(job.model), []
-    for interpolation, spec, some in merge_specs(list(methods.values()), encoder.blocks):
+    for interpolation, spec, some in passes(methods, job.ahead, encoder.blocks):
         keys = [key for key, m in methods.items() if m in some]
         needed = {*job.files, *(i for key in keys for i, _ in job.shots.get(key, ()))}
         out.append(pass_of(job, interpolation, spec, needed, planned))

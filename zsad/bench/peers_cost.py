@@ -10,10 +10,11 @@ __all__ = ['INSTALL', 'HOW_ANOMALIB', 'HOW_MUSC', 'SCALES', 'Peer', 'ask', 'star
 # %% ../../nbs/bench/peers_cost.ipynb #213d2b57
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ from .encoding_cost import block_widths, dtype_name, flops_of, noise_images
 from .timing import best_rate, cost_row, gemm_rates, take_turns
 from ..core.randomness import seeded_rng
 from ..encoder.encoder import Encoder
-from ..methods.musc import musc_map
+from ..methods.musc import musc_map, shares_products
 from ..pipeline.detector import build
 
 # %% ../../nbs/bench/peers_cost.ipynb #f476bbb3
@@ -59,8 +60,9 @@ class Peer:
 def ask(process, folder: Path, request: str = '') -> dict:
     "Send a request to a peer and give its answer. Raises ValueError where the process ended."
     if request:
-        process.stdin.write(request + '\n')
-        process.stdin.flush()
+        with suppress(BrokenPipeError):  # it ended: its errors follow
+            process.stdin.write(request + '\n')
+            process.stdin.flush()
     line = process.stdout.readline()
     if not line:
         errors = (folder / 'errors.txt').read_text().strip()[-600:]
@@ -93,7 +95,8 @@ def open_peer(task: str, name: str, python, inputs: dict, model: dict = None, **
                 versions = ask(process, folder)['versions']
                 yield Peer(process, folder, name, versions)
             finally:
-                process.stdin.close()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
 
 # %% ../../nbs/bench/peers_cost.ipynb #3392bc38
 INSTALL = "pip install anomalib==2.7.0 open_clip_torch==2.24.0 torch"
@@ -179,7 +182,7 @@ def window_rate(encoder: Encoder, least: int, seconds: float) -> float:  # FLOP/
 def open_clip_note(versions: dict) -> str:
     "Say that an open_clip is too new for anomalib, '' otherwise."
     found = versions['open_clip_torch']
-    if tuple(map(int, found.split('.')[:3])) >= (2, 26, 1):
+    if tuple(map(int, re.findall(r'\d+', found)[:3])) >= (2, 26, 1):
         return f'open_clip {found} is too new for anomalib (below 2.26.1): its maps are wrong'
     return ''
 
@@ -231,7 +234,7 @@ def noise_tokens(encoder: Encoder, images: int, layers: int = 1, grid=None) -> t
 
 
 def musc_flops(images: int, patches: int, width: int, maps: int) -> int:
-    "Count the multiplications of `maps` comparisons of all pairs of images (MuSc, MSM)."
+    "Count the multiplications of `maps` products of all pairs of images (MuSc, MSM)."
     return maps * images * (images - 1) // 2 * 2 * patches**2 * width
 
 
@@ -255,7 +258,8 @@ def musc_rows(
     "Time MuSc's scoring of one layer, at the neighbourhoods that fit, beside its public code."
     z, scales = noise_tokens(encoder, images), [r for r in SCALES if r <= min(encoder.grid)]
     own, rate = partial(musc_map, z, encoder.grid, scales), pair_rate(z, least, seconds)
-    flops, columns = musc_flops(images, *z.shape[-2:], len(scales)), dict(dtype='float32')
+    products, columns = 1 if shares_products(z[0], scales) else len(scales), dict(dtype='float32')
+    flops = musc_flops(images, *z.shape[-2:], products)
     with musc_peer(z, scales, code) if code else nullcontext() as peer:
         spent, ours = time_sides(own, peer, least, seconds, encoder.device)
         rate = (rate + pair_rate(z, least, seconds)) / 2

@@ -89,9 +89,13 @@ def category_jobs(s: ScannedDataset, shots: dict, **shared) -> tuple:
 
 # %% ../../nbs/bench/plan.ipynb #44b39f31
 def wave_jobs(s: ScannedDataset, rows: dict, waves: dict, shots, metrics, **shared) -> tuple:
-    "Make the jobs of rows {key: Row} in waves {key: wave}: one for each wave and category."
-    jobs = ()
-    for wave in sorted(set(waves.values())):
+    """Make the jobs of rows {key: Row} in waves {key: wave}: one for each wave and category.
+
+    The second wave encodes what all later ones read; the first does not, so that it ends early.
+    """
+    jobs, order = (), sorted(set(waves.values()))
+    for number, wave in enumerate(order):
+        later = [rows[key].method for key in rows if waves[key] > wave and rows[key].method]
         some = {key: row for key, row in rows.items() if waves[key] == wave}
         jobs += category_jobs(
             s,
@@ -100,6 +104,7 @@ def wave_jobs(s: ScannedDataset, rows: dict, waves: dict, shots, metrics, **shar
             protocols={key: protocol_for(metrics[key]) for key in some},
             revs=revisions(some.values()),
             wave=wave,
+            ahead=tuple(later) if number else (),
             **shared,
         )
     return jobs

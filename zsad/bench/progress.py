@@ -17,7 +17,7 @@ from .plan import Plan
 # %% ../../nbs/bench/progress.ipynb #e8f3d704
 @dataclass(eq=False)
 class Progress:
-    "How far the jobs of a plan are."
+    "Which jobs of a plan are done, and their results."
 
     plan: Plan
     seconds: tuple = ()  # estimated, of each job; (): all alike
@@ -80,8 +80,7 @@ def rows_done(self: Progress, exhibit: str) -> tuple:  # (complete, all)
 def seconds_left(self: Progress) -> float:
     """Estimate the seconds until all jobs are done.
 
-    Jobs that were stored tell nothing about the speed; before a job was computed the forecast
-    counts.
+    Stored jobs are left out of the measured speed. Until a job is computed, the forecast is used.
     """
     seconds = self.seconds or (1.0,) * len(self.plan.jobs)
     left = sum(s for i, s in enumerate(seconds) if i not in self.done)
@@ -93,8 +92,10 @@ def seconds_left(self: Progress) -> float:
 
 @patch
 def line(self: Progress) -> str:
-    "Say in one line how many categories are computed and how long the rest takes."
+    "Say in one line how many jobs are done and how long the rest takes."
     of = len(self.plan.jobs)
+    if not of:
+        return 'No row of these exhibits can be computed here.'
     if len(self.done) == of:
         return f'All {of} parts of the work are done.'
     left = self.seconds_left()

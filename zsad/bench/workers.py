@@ -13,7 +13,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import as_completed as completed_futures
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children, get_context
@@ -217,12 +217,15 @@ def run_all(jobs, scheduler=None, show=True, workers: int = 1, watch=None) -> li
     names the jobs that failed, after all others are done.
     """
     answers, failures = [{} for _ in jobs], {}
-    with tqdm(total=len(jobs), disable=not show, desc='categories') as bar:
-        for i, answer, computed in answers_of(jobs, scheduler, workers):
+    with (
+        closing(answers_of(jobs, scheduler, workers)) as all_answers,
+        tqdm(total=len(jobs), disable=not show, desc='categories') as bar,
+    ):
+        for i, answer, computed in all_answers:
             if isinstance(answer, Exception):
                 failures[i] = answer
                 continue
-            answers[i] |= keep_answer(jobs[i], answer)
+            answers[i] |= keep_answer(jobs[i], answer) if computed else answer
             if len(answers[i]) == len(jobs[i].rows):
                 bar.update()
                 bar.set_postfix_str(jobs[i].category)

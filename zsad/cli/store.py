@@ -44,7 +44,7 @@ def verify_store(args) -> int:
     print(f'{len(damaged)} damaged shards{note}')
     return 1 if damaged else 0
 
-
+# %% ../../nbs/cli/store.ipynb #e518696a
 MADE_AGAIN = ('texts', 'inspections', 'rendered')  # folders of the cache that cost little to fill
 
 
@@ -54,12 +54,18 @@ def remove_older(folder, days: float) -> int:  # bytes freed
     for entry in [p for p in Path(folder).iterdir() if now - p.stat().st_mtime >= days * 86400]:
         files = [p for p in (entry, *entry.rglob('*')) if p.is_file()]
         freed += sum(p.stat().st_size for p in files)
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     return freed
 
 
 def prune_store(args):
-    "Remove features that no run can use, those not used for --days, or with --all everything."
+    """Remove features that no run can use, and what was not used for --days; --all: everything.
+
+    Embedded prompts and inspections count as used when they are written.
+    """
     if args.days is not None and args.days < 0:
         raise ValueError(f'--days {args.days}: give a number of days of 0 or more, such as 30')
     days = 0 if args.all else args.days

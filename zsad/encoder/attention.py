@@ -58,11 +58,11 @@ def local_step(b, attention: str, v) -> Tensor:
     return project(b, attend(v, v, v, b.attn.num_heads) if attention == 'vv' else v)
 
 # %% ../../nbs/methods/attention.ipynb #ef247e2f
-LEADING = 16  # tokens of CLIP's own stream that leave the last block if no path reads them all
+LEADING = 16  # tokens computed in CLIP's own last block if no path needs all
 
 
 def reads_all(visual, paths: tuple, layers: tuple) -> bool:
-    "Return whether a path reads CLIP's own stream behind the last block."
+    "Return whether a path reads CLIP's own stream after the last block."
     own = any(p.attention == 'qkv' or p.depth == 0 for p in paths)
     return own and len(visual.transformer.resblocks) - 1 in layers
 

@@ -67,7 +67,7 @@ def finish(fig):
 def label_ratio(ours: float, theirs: float) -> str:
     "Write how the times of two sides compare."
     if ours <= theirs:
-        return f'{short(theirs / ours)} times faster'
+        return f'{short(theirs / ours)} times as fast'
     return f'takes {ours / theirs:.2f} times as long'
 
 # %% ../../nbs/reporting/cost_figures.ipynb #f868b0d9
