@@ -32,8 +32,9 @@ class Progress:
         out = {}
         for job in self.plan.jobs:
             for key, _ in job.rows:
-                out.setdefault(self.plan.keys[job.dataset, key], []).append(job.category)
-        return out
+                categories = out.setdefault(self.plan.keys[job.dataset, key], {})
+                categories[job.category] = True  # equal encoders share a run
+        return {run: list(categories) for run, categories in out.items()}
 
 # %% ../../nbs/bench/progress.ipynb #fedc63c9
 @patch
