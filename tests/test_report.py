@@ -147,7 +147,7 @@ def test_a_second_run_reads_no_image_and_draws_nothing(root, tmp_path, user_cach
         'zsad.bench.workers.run_job',
         'zsad.reporting.report.write_exhibit',
         'zsad.cli.reproduce.write_gallery',
-        'zsad.cli.reproduce.write_pictures',
+        'zsad.reporting.pictures.write_pictures',
     ):
         monkeypatch.setattr(name, refuse)
     assert main([*arguments, str(tmp_path / 'b')]) == 0

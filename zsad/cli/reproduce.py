@@ -14,8 +14,6 @@ import difflib
 from pathlib import Path
 
 from ..app.explorer import write_gallery
-from ..bench.accept import accept, find_checkout
-from ..bench.cost import write_cost
 from ..bench.forecast import Forecast, forecast
 from ..bench.models import Model, open_model
 from ..bench.plan import Plan, plan_jobs, run_plan
@@ -23,7 +21,6 @@ from ..bench.profiles import PROFILES, open_sets, roles_at_hand
 from ..bench.progress import Progress
 from ..bench.records import TORCH, machine
 from ..bench.requests import untrained_artifacts
-from ..reporting.cost_figures import write_cost_report
 
 # %% ../../nbs/cli/reproduce.ipynb #7f6030b6
 from .encoder import check_device, check_positive
@@ -38,7 +35,6 @@ from ..papers.exhibit import ROLES
 from ..papers.exhibits import EXHIBITS, wave_of
 from ..papers.pictures import PICTURES
 from ..pipeline.texts import StoredTexts
-from ..reporting.pictures import write_pictures
 from ..reporting.report import Report
 
 # %% ../../nbs/cli/reproduce.ipynb #e0a917a9
@@ -198,6 +194,9 @@ def reproduce_cost(out: Path, device: str = 'auto', anomalib=None, musc=None):
 
     `anomalib` is the Python of an environment with anomalib, `musc` a folder with MuSc's code.
     """
+    from zsad.bench.cost import write_cost
+    from zsad.reporting.cost_figures import write_cost_report
+
     peers = dict(anomalib=anomalib, musc=musc)
     folder = write_cost(out / 'results', device=device, **peers).parent
     print(write_cost_report(folder, out))
@@ -226,6 +225,8 @@ def draw_pictures(report: Report, names, sets: dict, model: Model):
         hashes = [(r, s.hash) for r, s in sets.items() if r in PICTURES[name].roles]
 
         def draw(folder, name=name):
+            from zsad.reporting.pictures import write_pictures  # loads scikit-learn
+
             return write_pictures([name], sets, model, folder, texts)
 
         report.add_pictures(f'picture-{name}', (hashes, model_identity(model)), draw)
@@ -308,6 +309,8 @@ DEFAULTS = dict(profile='mini', data=None, backbone=None, weights=None, size=Non
 
 def check_accept(args, exhibits, cost: bool):
     "Raise a ValueError, before anything is computed, for what cannot be accepted."
+    from zsad.bench.accept import find_checkout  # loads Jupyter
+
     if not exhibits and not cost:
         raise ValueError(
             '--accept: pictures alone have no results to accept; name an exhibit with a table '
@@ -324,6 +327,8 @@ def check_accept(args, exhibits, cost: bool):
 
 def accept_results(plan: Plan, cost: bool, out: Path):
     "Store what this run wrote as the results of the project."
+    from zsad.bench.accept import accept
+
     changed, pages = accept(out / 'results', plan, cost)
     names = ', '.join(changed) or 'nothing, no exhibit changed'
     print(f'accepted: {names}; {len(pages)} notebooks executed')
