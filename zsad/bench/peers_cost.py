@@ -240,8 +240,8 @@ def musc_flops(images: int, patches: int, width: int, maps: int) -> int:
 
 def pair_rate(z, least: int, seconds: float) -> float:  # FLOP/s
     "Measure the rate of the product of one image's tokens with those of eight others."
-    (N, D), shapes = z.shape[-2:], {}
-    shapes['pairs'] = 8 * N, D, N
+    N, D = z.shape[-2:]
+    shapes = dict(pairs=(8 * N, D, N))
     return best_rate(gemm_rates(torch.float32, shapes, seconds / 4, z.device, least))
 
 # %% ../../nbs/bench/peers_cost.ipynb #731e0217
