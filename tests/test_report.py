@@ -10,6 +10,7 @@ from zsad.bench.models import Model
 from zsad.bench.plan import plan_jobs, run_plan
 from zsad.bench.profiles import PROFILES, open_sets
 from zsad.bench.progress import Progress
+from zsad.bench.workers import stored_answers
 from zsad.cli.main import main
 from zsad.papers.exhibits import EXHIBITS, wave_of
 from zsad.rendered.procad import render_procad
@@ -60,7 +61,7 @@ def test_a_table_fills_row_by_row(plan, tmp_path, user_cache, capsys):
 
     work = forecast(plan.jobs, measure=True)
     assert len(work.by_job) == len(plan.jobs) and min(work.by_job) > 0
-    report.follow(Progress(plan, work.by_job, 1))
+    report.follow(Progress(plan, work.by_job, 1), stored_answers(plan.jobs))
     assert 'about' in report.page.read_text() and 'computing' in report.page.read_text()
     run_plan(plan, show=False, watch=watch)
     report.write()
@@ -88,7 +89,7 @@ def test_a_table_fills_row_by_row(plan, tmp_path, user_cache, capsys):
 def test_what_did_not_change_is_not_drawn_again(plan, tmp_path, user_cache, monkeypatch):
     def write(out):
         report = Report(tmp_path / out)
-        report.follow(Progress(plan))
+        report.follow(Progress(plan), stored_answers(plan.jobs))
         run_plan(plan, show=False, watch=report.update)
         return report.write()
 

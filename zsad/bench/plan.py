@@ -158,9 +158,11 @@ def collect(plan: Plan, answers) -> dict:  # {run: {category: result}}
     return out
 
 
-def run_plan(plan: Plan, scheduler=None, show=True, workers: int = 1, watch=None) -> dict:
+def run_plan(
+    plan: Plan, scheduler=None, show=True, workers: int = 1, watch=None, done=None
+) -> dict:
     "Run the jobs of a plan (see `run_all`) and give {run: {category: result}}."
-    return collect(plan, run_all(plan.jobs, scheduler, show, workers, watch))
+    return collect(plan, run_all(plan.jobs, scheduler, show, workers, watch, done))
 
 # %% ../../nbs/bench/plan.ipynb #2958207a
 def compute(

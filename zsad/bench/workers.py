@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['without_frames', 'answer_of', 'run_local', 'collect_futures', 'start_worker', 'run_processes', 'open_cluster',
            'job_name', 'run_cluster', 'run_on', 'with_rows', 'operations_of_this_process', 'is_local', 'split_jobs',
-           'keep_answer', 'raise_failures', 'split_stored', 'answers_of', 'run_all']
+           'keep_answer', 'raise_failures', 'stored_answers', 'answers_of', 'run_all']
 
 # %% ../../nbs/bench/workers.ipynb #f739e5ad
 import json
@@ -186,20 +186,20 @@ def raise_failures(jobs, failures: dict):
     )
 
 # %% ../../nbs/bench/workers.ipynb #095d74f1
-def split_stored(jobs) -> tuple:  # {number: answer} of jobs that are done, numbers of the others
-    "Read the answers of jobs of which every result is stored."
+def stored_answers(jobs) -> dict:  # {number of a job: answer}
+    "Read the answers of the jobs of which every result is stored."
     stored = {i: stored_answer(job) for i, job in enumerate(jobs)}
-    done = {i: answer for i, answer in stored.items() if len(answer) == len(jobs[i].rows)}
-    return done, [i for i in stored if i not in done]
+    return {i: answer for i, answer in stored.items() if len(answer) == len(jobs[i].rows)}
 
 
-def answers_of(jobs, scheduler=None, workers: int = 1):
+def answers_of(jobs, scheduler=None, workers: int = 1, done: dict = None):
     """Yield (number, answer or exception, computed) of jobs, those first whose results are stored.
 
-    `scheduler` and `workers` are those of `run_all`. A job of which a part is computed elsewhere
-    and a part in this process has two answers.
+    `scheduler`, `workers` and `done` are those of `run_all`. A job of which a part is computed
+    elsewhere and a part in this process has two answers.
     """
-    done, todo = split_stored(jobs)
+    done = stored_answers(jobs) if done is None else done
+    todo = [i for i in range(len(jobs)) if i not in done]
     parts = split_jobs(jobs, bool(scheduler) or min(workers, len(todo)) > 1, scheduler)
     yield from ((i, answer, False) for i, answer in done.items())
     for part, where in zip(parts, ((scheduler, workers), (None, 1))):
@@ -208,17 +208,18 @@ def answers_of(jobs, scheduler=None, workers: int = 1):
             yield numbers[k], answer, True
 
 # %% ../../nbs/bench/workers.ipynb #c0f07611
-def run_all(jobs, scheduler=None, show=True, workers: int = 1, watch=None) -> list:
+def run_all(jobs, scheduler=None, show=True, workers: int = 1, watch=None, done=None) -> list:
     """Run jobs and give their answers {key of a row: result}, in the order of the jobs.
 
     `scheduler` is the address of a Dask scheduler or a number of local processes, `workers` a
     number of processes without Dask, `show` draws a progress bar, `watch` is called with the
-    number of every job that is done, its answer, and whether it had to be computed. A ValueError
-    names the jobs that failed, after all others are done.
+    number of every job that is done, its answer, and whether it had to be computed. `done` is what
+    `stored_answers` gives, where it was read before. A ValueError names the jobs that failed, after
+    all others are done.
     """
     answers, failures = [{} for _ in jobs], {}
     with (
-        closing(answers_of(jobs, scheduler, workers)) as all_answers,
+        closing(answers_of(jobs, scheduler, workers, done)) as all_answers,
         tqdm(total=len(jobs), disable=not show, desc='categories') as bar,
     ):
         for i, answer, computed in all_answers:

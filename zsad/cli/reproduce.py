@@ -21,6 +21,7 @@ from ..bench.profiles import PROFILES, open_sets, roles_at_hand
 from ..bench.progress import Progress, format_duration
 from ..bench.records import TORCH, machine
 from ..bench.requests import untrained_artifacts
+from ..bench.workers import stored_answers
 
 # %% ../../nbs/cli/reproduce.ipynb #7f6030b6
 from .encoder import check_device, check_positive
@@ -236,8 +237,9 @@ def plan_runs(args, exhibits, sets: dict, model: Model) -> tuple:  # Plan, Forec
 def compute_plan(args, plan: Plan, work: Forecast, report: Report):
     "Run a plan; the report shows what is done."
     workers = worker_count(args.workers, args.device)
-    report.follow(Progress(plan, work.by_job, workers))
-    run_plan(plan, args.scheduler, workers=workers, watch=report.update)
+    done = stored_answers(plan.jobs)
+    report.follow(Progress(plan, work.by_job, workers), done)
+    run_plan(plan, args.scheduler, workers=workers, watch=report.update, done=done)
 
 
 def first_exhibit(args, exhibits) -> list:

@@ -19,7 +19,6 @@ from ..bench.progress import Progress
 from ..bench.reading import read_results
 from ..bench.results import rows_of, write_results
 from ..bench.statistics import percent_of
-from ..bench.workers import split_stored
 from ..core.files import write_atomic
 from ..core.hashing import digest
 from ..core.identity import canonical
@@ -131,10 +130,9 @@ def write(self: Report, status: str = '', refresh: int = 0) -> Path:
 
 
 @patch
-def follow(self: Report, progress: Progress):
-    "Show the progress of a plan from now on."
+def follow(self: Report, progress: Progress, done: dict):
+    "Show the progress of a plan; `done` {number of a job: answer} is what is stored of it."
     self.progress, self.sections, self.states = progress, {}, {}
-    done, _ = split_stored(progress.plan.jobs)
     for number, answer in done.items():
         progress.add(number, answer, computed=False)
     self.printed |= self.rows_complete()
